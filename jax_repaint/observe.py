@@ -1,0 +1,318 @@
+"""What is known of a field: observed positions, their values and their noise; and patterns to draw them from.
+
+An observation is y = A x + e with e ~ N(0, diag(sigma^2)). Each of the m positions sees both components through
+up to four grid cells with bilinear weights; an observed cell is a position with a single weight 1. Rows are padded
+to a bucket so that another pattern of similar size does not compile again; padded rows have `valid` False.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jax_repaint.array_types import Array, Bool, Cells, Field, Float, Int, Values
+from jax_repaint.errors import InputError
+
+CORNERS = 4
+BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+
+
+@struct.dataclass
+class Observation:
+    """Observed positions of one field, in the units of the field (standardised for samplers, m/s for files).
+
+    Attributes:
+      cells: flat cell index y * X + x of each position's corners.
+      weights: weight of each corner; they sum to 1 on valid rows and are 0 on padded rows.
+      values: observed (u, v).
+      sigma: standard deviation of the observation error of (u, v), > 0.
+      valid: False on rows that only pad.
+    """
+
+    cells: Int[Array, "m 4"]
+    weights: Float[Array, "m 4"]
+    values: Values
+    sigma: Values
+    valid: Bool[Array, "m"]
+
+    @property
+    def size(self) -> int:
+        """Number of rows, padding included."""
+        return self.cells.shape[-2]
+
+    def apply(self, field: Field) -> Values:
+        """A x: the field seen at the observed positions; 0 on padded rows."""
+        corners = field.reshape(-1, field.shape[-1])[self.cells]
+        return jnp.einsum("mk,mkc->mc", self.weights, corners)
+
+    def adjoint(self, values: Values, shape: tuple[int, int]) -> Field:
+        """A^T v on a grid of `shape` (y, x)."""
+        spread = self.weights[..., None] * values[:, None, :]
+        flat = jnp.zeros((shape[0] * shape[1], values.shape[-1]), values.dtype)
+        return flat.at[self.cells.reshape(-1)].add(spread.reshape(-1, values.shape[-1])).reshape(*shape, -1)
+
+    def on_grid(self, shape: tuple[int, int]) -> tuple[Cells, Field]:
+        """Observed cells and their values: every position counts for its heaviest cell, several are averaged."""
+        heaviest = jnp.take_along_axis(self.cells, jnp.argmax(self.weights, -1)[:, None], -1)[:, 0]
+        one = self.valid.astype(self.values.dtype)
+        count = jnp.zeros(shape[0] * shape[1], self.values.dtype).at[heaviest].add(one)
+        total = jnp.zeros((shape[0] * shape[1], self.values.shape[-1]), self.values.dtype)
+        total = total.at[heaviest].add(one[:, None] * self.values)
+        mean = total / jnp.maximum(count, 1)[:, None]
+        return (count > 0).reshape(shape), mean.reshape(*shape, -1)
+
+    def of(self, field: Field) -> "Observation":
+        """The same positions with the noise-free values of `field`."""
+        return self.replace(values=self.apply(field))
+
+
+def bucket(count: int) -> int:
+    """Smallest bucket that holds `count` rows."""
+    for size in BUCKETS:
+        if count <= size:
+            return size
+    return -(-count // BUCKETS[-1]) * BUCKETS[-1]
+
+
+def from_cells(
+    observed: np.ndarray, field: np.ndarray, sigma: float, ocean: np.ndarray, size: int | None = None
+) -> Observation:
+    """An observation of whole cells.
+
+    Args:
+      observed: (y, x) bool, True where the cell is observed.
+      field: (y, x, 2) velocities; only observed cells are read.
+      sigma: observation error, in the units of `field`.
+      ocean: (y, x) bool.
+      size: number of rows to pad to; by default the next bucket.
+
+    Raises:
+      InputError: nothing is observed, an observed cell is on land or not finite, sigma <= 0, shapes differ.
+    """
+    observed, ocean, field = np.asarray(observed, bool), np.asarray(ocean, bool), np.asarray(field)
+    if observed.shape != ocean.shape or field.shape != (*ocean.shape, 2):
+        raise InputError(
+            f"observed {observed.shape}, field {field.shape} and ocean {ocean.shape} are of different grids; "
+            "expected (y, x), (y, x, 2) and (y, x)"
+        )
+    flat = np.flatnonzero(observed)
+    if flat.size and not ocean.reshape(-1)[flat].all():
+        y, x = np.unravel_index(flat[~ocean.reshape(-1)[flat]][0], ocean.shape)
+        raise InputError(f"cell (y={y}, x={x}) is observed but lies on land")
+    return from_weights(flat[:, None], np.ones((flat.size, 1)), field.reshape(-1, 2)[flat], sigma, size)
+
+
+def from_weights(
+    cells: np.ndarray,
+    weights: np.ndarray,
+    values: np.ndarray,
+    sigma: float | np.ndarray,
+    size: int | None = None,
+) -> Observation:
+    """An observation of m positions from flat cell indices and weights (m, k <= 4) and values (m, 2), padded."""
+    count = len(cells)
+    if count == 0:
+        raise InputError("no observation: at least one observed position is needed")
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values).all(-1))[0])
+        raise InputError(f"observation {row} is not finite (u, v = {values[row][0]}, {values[row][1]})")
+    sigma = np.broadcast_to(np.asarray(sigma, float), values.shape)
+    if not (np.isfinite(sigma).all() and (sigma > 0).all()):
+        raise InputError(f"observation error sigma must be positive and finite, got {sigma.min()}")
+    size = bucket(count) if size is None else size
+    if size < count:
+        raise InputError(f"{count} observations do not fit into {size} rows")
+    pad = size - count
+    return Observation(
+        cells=jnp.asarray(np.pad(cells, ((0, pad), (0, CORNERS - cells.shape[1]))), jnp.int32),
+        weights=jnp.asarray(np.pad(weights, ((0, pad), (0, CORNERS - weights.shape[1]))), jnp.float32),
+        values=jnp.asarray(np.pad(values, ((0, pad), (0, 0))), jnp.float32),
+        sigma=jnp.asarray(np.pad(sigma, ((0, pad), (0, 0)), constant_values=1.0), jnp.float32),
+        valid=jnp.arange(size) < count,
+    )
+
+
+def from_points(
+    lat: np.ndarray,
+    lon: np.ndarray,
+    velocity: np.ndarray,
+    sigma: float | np.ndarray,
+    grid_lat: np.ndarray,
+    grid_lon: np.ndarray,
+    ocean: np.ndarray,
+    size: int | None = None,
+) -> Observation:
+    """An observation at points, through bilinear weights on the ocean corners of a regular grid.
+
+    Args:
+      lat, lon: (m,) degrees.
+      velocity: (m, 2) u, v.
+      sigma: scalar or (m, 2).
+      grid_lat, grid_lon: (y,), (x,) degrees, increasing.
+      ocean: (y, x) bool.
+      size: rows to pad to.
+
+    Raises:
+      InputError: a point lies outside the grid by more than half a cell, or on land, or is not finite.
+    """
+    lat, lon = np.atleast_1d(np.asarray(lat, float)), np.atleast_1d(np.asarray(lon, float))
+    velocity = np.asarray(velocity, float).reshape(-1, 2)
+    if not lat.shape == lon.shape == velocity.shape[:1]:
+        raise InputError(f"{lat.size} latitudes, {lon.size} longitudes and {len(velocity)} velocities were given")
+    row, col = _fractional_index(lat, grid_lat), _fractional_index(lon, grid_lon)
+    outside = ~((np.abs(row - (len(grid_lat) - 1) / 2) <= len(grid_lat) / 2)
+                & (np.abs(col - (len(grid_lon) - 1) / 2) <= len(grid_lon) / 2))  # fmt: skip
+    if outside.any():
+        i = int(np.flatnonzero(outside)[0])
+        raise InputError(
+            f"observation {i} at lat {lat[i]}, lon {lon[i]} lies outside the domain "
+            f"(lat {grid_lat[0]:.4f}..{grid_lat[-1]:.4f}, lon {grid_lon[0]:.4f}..{grid_lon[-1]:.4f})"
+        )
+    nearest = np.rint(np.clip(row, 0, len(grid_lat) - 1)), np.rint(np.clip(col, 0, len(grid_lon) - 1))
+    on_land = ~ocean[nearest[0].astype(int), nearest[1].astype(int)]
+    if on_land.any():
+        i = int(np.flatnonzero(on_land)[0])
+        raise InputError(f"observation {i} at lat {lat[i]}, lon {lon[i]} lies on land")
+    y0 = np.clip(np.floor(row), 0, len(grid_lat) - 2).astype(int)
+    x0 = np.clip(np.floor(col), 0, len(grid_lon) - 2).astype(int)
+    fy, fx = np.clip(row - y0, 0, 1), np.clip(col - x0, 0, 1)
+    ys = np.stack([y0, y0, y0 + 1, y0 + 1], -1)
+    xs = np.stack([x0, x0 + 1, x0, x0 + 1], -1)
+    weights = np.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], -1) * ocean[ys, xs]
+    weights /= weights.sum(-1, keepdims=True)
+    return from_weights(ys * len(grid_lon) + xs, weights, velocity, sigma, size)
+
+
+def _fractional_index(value: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Position of `value` in units of cells along an increasing axis, extrapolated at both ends."""
+    axis = np.asarray(axis, float)
+    low = np.clip(np.searchsorted(axis, value) - 1, 0, len(axis) - 2)
+    return low + (value - axis[low]) / (axis[low + 1] - axis[low])
+
+
+def pad_grid(observation: Observation, shape: tuple[int, int], padded: tuple[int, int]) -> Observation:
+    """The same observation on a grid padded to the north and east, where flat indices are different."""
+    y, x = observation.cells // shape[1], observation.cells % shape[1]
+    return observation.replace(cells=y * padded[1] + x)
+
+
+def stack(observations: Sequence[Observation]) -> Observation:
+    """Observations of several frames as one batch, padded to the largest of them."""
+    size = max(o.size for o in observations)
+
+    def grow(o: Observation) -> Observation:
+        extra = size - o.size
+        rows = ((0, extra), (0, 0))
+        return Observation(
+            cells=jnp.pad(o.cells, rows),
+            weights=jnp.pad(o.weights, rows),
+            values=jnp.pad(o.values, rows),
+            sigma=jnp.pad(o.sigma, rows, constant_values=1.0),
+            valid=jnp.pad(o.valid, (0, extra)),
+        )
+
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(grow, observations))
+
+
+def pattern_rng(seed: int, frame: int) -> np.random.Generator:
+    """The generator of the observation pattern of one frame; independent of every other frame."""
+    return np.random.default_rng([seed, frame, 0x0B5])
+
+
+def line(ocean: np.ndarray, row: int) -> np.ndarray:
+    """Every ocean cell of one row (0 is the southernmost): a ferry or a radial of a radar. (y, x) bool."""
+    if not 0 <= row < ocean.shape[0]:
+        raise InputError(f"row {row} is outside the grid, which has rows 0..{ocean.shape[0] - 1}")
+    observed = np.zeros_like(ocean, bool)
+    observed[row] = ocean[row]
+    if not observed.any():
+        raise InputError(f"row {row} has no ocean cell to observe")
+    return observed
+
+
+def walk(ocean: np.ndarray, count: int, rng: np.random.Generator, turn: float = 0.2) -> np.ndarray:
+    """`count` distinct ocean cells along a vehicle's persistent random walk. (y, x) bool.
+
+    At each step the heading is kept with probability 1 - turn; blocked headings are replaced by a random free one,
+    new cells before old ones. Starts in the largest connected piece of ocean.
+    """
+    from scipy import ndimage
+
+    pieces, number = ndimage.label(ocean)
+    if number == 0:
+        raise InputError("no ocean cell to walk on")
+    largest = pieces == 1 + np.argmax(ndimage.sum(ocean, pieces, range(1, number + 1)))
+    if count > largest.sum():
+        raise InputError(f"a walk of {count} cells does not fit: the largest piece of ocean has {largest.sum()}")
+    y, x = rng.choice(np.argwhere(largest))
+    headings = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
+    heading = rng.integers(4)
+    observed = np.zeros_like(ocean, bool)
+    observed[y, x] = True
+    # A walk boxed in by its own track goes back over it, so the number of steps is not the number of cells.
+    for _ in range(1000 * count):
+        if observed.sum() == count:
+            break
+        if rng.random() < turn:
+            heading = (heading + rng.choice([-1, 1])) % 4
+        free = [h for h in range(4) if _inside(largest, y + headings[h][0], x + headings[h][1])]
+        fresh = [h for h in free if not observed[y + headings[h][0], x + headings[h][1]]]
+        if heading not in (fresh or free):
+            heading = rng.choice(fresh or free)
+        y, x = y + headings[heading][0], x + headings[heading][1]
+        observed[y, x] = True
+    else:
+        raise InputError(f"no walk of {count} cells found on this ocean")
+    return observed
+
+
+def _inside(ocean: np.ndarray, y: int, x: int) -> bool:
+    return 0 <= y < ocean.shape[0] and 0 <= x < ocean.shape[1] and bool(ocean[y, x])
+
+
+def cells(ocean: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """A random fraction of the ocean cells, at least one: moorings or drifters. (y, x) bool."""
+    if not 0 < fraction <= 1:
+        raise InputError(f"fraction of observed cells must be in (0, 1], got {fraction}")
+    flat = np.flatnonzero(ocean)
+    if not flat.size:
+        raise InputError("no ocean cell to observe")
+    chosen = rng.choice(flat, max(1, round(fraction * flat.size)), replace=False)
+    observed = np.zeros(ocean.size, bool)
+    observed[chosen] = True
+    return observed.reshape(ocean.shape)
+
+
+def swath(ocean: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Ocean cells within width / 2 cells of a random straight line through the domain: an altimeter or an aircraft."""
+    if width < 1:
+        raise InputError(f"width of a swath is at least one cell, got {width}")
+    y, x = np.mgrid[: ocean.shape[0], : ocean.shape[1]]
+    for _ in range(100):
+        centre, angle = rng.choice(np.argwhere(ocean)), rng.uniform(0, np.pi)
+        distance = np.abs((y - centre[0]) * np.cos(angle) - (x - centre[1]) * np.sin(angle))
+        observed = ocean & (distance <= width / 2)
+        if observed.any():
+            return observed
+    raise InputError("no swath over ocean found")
+
+
+def parse(spec: str, ocean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The observed cells that a text names: `line:22`, `walk:90`, `cells:0.02`, `swath:3`. (y, x) bool."""
+    kind, _, value = spec.partition(":")
+    try:
+        if kind == "line":
+            return line(ocean, int(value))
+        if kind == "walk":
+            return walk(ocean, int(value), rng)
+        if kind == "cells":
+            return cells(ocean, float(value), rng)
+        if kind == "swath":
+            return swath(ocean, int(value), rng)
+    except InputError:
+        raise
+    except ValueError:
+        pass
+    raise InputError(f"pattern {spec!r} is not one of line:ROW, walk:CELLS, cells:FRACTION, swath:WIDTH")
