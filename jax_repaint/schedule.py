@@ -1,0 +1,103 @@
+"""Noise schedules and the conversions between what a network predicts and the clean field.
+
+Variance-preserving steps t = 0..T-1 (Ho et al. 2020, "Denoising Diffusion Probabilistic Models"):
+    x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,     alpha_t = 1 - beta_t,   alpha_bar_t = prod alpha
+Noise levels (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models"):
+    x = x0 + sigma n,     sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t),     x = x_t / sqrt(alpha_bar_t)
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jax_repaint.array_types import Array, Float, Level
+from jax_repaint.errors import InputError
+
+
+@struct.dataclass
+class Schedule:
+    """Tables of a variance-preserving schedule; index t = 0 has the least noise.
+
+    Attributes:
+      beta, alpha, alpha_bar: (T,).
+      alpha_bar_prev: alpha_bar_{t-1}, 1 at t = 0.
+      posterior_variance: beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t (Ho et al., eq. 7).
+      sigma: noise over signal, (T,).
+    """
+
+    beta: Float[Array, "T"]
+    alpha: Float[Array, "T"]
+    alpha_bar: Float[Array, "T"]
+    alpha_bar_prev: Float[Array, "T"]
+    posterior_variance: Float[Array, "T"]
+    sigma: Float[Array, "T"]
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.beta.shape[-1]
+
+    @classmethod
+    def create(cls, beta: np.ndarray) -> "Schedule":
+        """Tables from beta (T,), accumulated in float64.
+
+        Raises:
+          InputError: beta outside (0, 1).
+        """
+        beta = np.asarray(beta, np.float64)
+        if beta.ndim != 1 or not beta.size or not ((beta > 0) & (beta < 1)).all():
+            raise InputError("beta must be a sequence of numbers between 0 and 1")
+        alpha = 1 - beta
+        alpha_bar = np.cumprod(alpha)
+        before = np.concatenate([[1.0], alpha_bar[:-1]])
+        tables = (beta, alpha, alpha_bar, before, (1 - before) / (1 - alpha_bar) * beta)
+        sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
+        return cls(*(jnp.asarray(v, jnp.float32) for v in (*tables, sigma)))
+
+    @classmethod
+    def linear(cls, steps: int = 250, min_beta: float = 1e-4, max_beta: float = 0.02) -> "Schedule":
+        """beta_t from `min_beta` to `max_beta` in equal steps; the defaults end at alpha_bar 0.0797, sigma 3.40."""
+        if steps < 2 or not 0 < min_beta <= max_beta < 1:
+            raise InputError(
+                f"a linear schedule needs steps >= 2 and 0 < min_beta <= max_beta < 1, got {steps}, {min_beta}, {max_beta}"
+            )
+        return cls.create(np.linspace(min_beta, max_beta, steps))
+
+    def step_of(self, sigma: Level) -> Level:
+        """The step t (a real number in 0..T-1) whose noise level is sigma, linear in log sigma between steps."""
+        return jnp.interp(
+            jnp.log(sigma), jnp.log(self.sigma), jnp.arange(self.steps, dtype=self.sigma.dtype)
+        )  # clamped at both ends
+
+
+def levels(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
+    """Noise levels from sigma_max down to sigma_min, equally spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5).
+
+    Args:
+      count: number of levels, at least 2.
+      sigma_min, sigma_max: 0 < sigma_min < sigma_max.
+
+    Returns:
+      (count,) float64, decreasing.
+    """
+    if count < 2 or not 0 < sigma_min < sigma_max:
+        raise InputError(
+            f"levels need count >= 2 and 0 < sigma_min < sigma_max, got {count}, {sigma_min}, {sigma_max}"
+        )
+    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return np.linspace(*ends, count) ** rho
+
+
+def x0_of_eps(x_t: Array, eps: Array, alpha_bar: Level) -> Array:
+    """x0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)."""
+    return (x_t - jnp.sqrt(1 - alpha_bar) * eps) / jnp.sqrt(alpha_bar)
+
+
+def eps_of_x0(x_t: Array, x0: Array, alpha_bar: Level) -> Array:
+    """eps = (x_t - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar)."""
+    return (x_t - jnp.sqrt(alpha_bar) * x0) / jnp.sqrt(1 - alpha_bar)
+
+
+def score_of_x0(x: Array, x0: Array, sigma: Level) -> Array:
+    """grad log p(x; sigma) = (x0 - x) / sigma^2 for x = x0 + sigma n (Tweedie)."""
+    return (x0 - x) / sigma**2
