@@ -39,20 +39,24 @@ class Schedule:
 
     @classmethod
     def create(cls, beta: np.ndarray) -> "Schedule":
-        """Tables from beta (T,), accumulated in float64.
+        """Tables from beta (T,), accumulated in float32.
+
+        The networks and results this package is held to used float32 here: alpha_1 is off by 3e-4 of beta_1, which
+        375 steps turn into 1e-3 of the field. A network meets the noise levels that its own training computed.
 
         Raises:
           InputError: beta outside (0, 1).
         """
-        beta = np.asarray(beta, np.float64)
+        beta = np.asarray(beta, np.float32)
         if beta.ndim != 1 or not beta.size or not ((beta > 0) & (beta < 1)).all():
             raise InputError("beta must be a sequence of numbers between 0 and 1")
-        alpha = 1 - beta
-        alpha_bar = np.cumprod(alpha)
-        before = np.concatenate([[1.0], alpha_bar[:-1]])
-        tables = (beta, alpha, alpha_bar, before, (1 - before) / (1 - alpha_bar) * beta)
-        sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
-        return cls(*(jnp.asarray(v, jnp.float32) for v in (*tables, sigma)))
+        one = np.float32(1)
+        alpha = one - beta
+        alpha_bar = np.cumprod(alpha, dtype=np.float32)
+        before = np.concatenate([[one], alpha_bar[:-1]])
+        posterior_variance = (one - before) / (one - alpha_bar) * beta
+        sigma = np.sqrt((one - alpha_bar) / alpha_bar)
+        return cls(*map(jnp.asarray, (beta, alpha, alpha_bar, before, posterior_variance, sigma)))
 
     @classmethod
     def linear(cls, steps: int = 250, min_beta: float = 1e-4, max_beta: float = 0.02) -> "Schedule":

@@ -1,0 +1,156 @@
+"""Denoisers: the expected clean field given a noisy one, D(x; sigma) = E[x0 | x = x0 + sigma n].
+
+A denoiser is a pytree that is called with ONE field (y, x, c) and a noise level; vmap outside. Every sampler of this
+package sees nothing else of a network.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+
+from jax_repaint.array_types import Array, Field, Float, Level
+from jax_repaint.nets import unet
+from jax_repaint.schedule import Schedule
+
+# Noise embedding of networks on a continuous level: log sigma between these ends covers positions 0..POSITIONS.
+EMBEDDED_SIGMA = (1e-3, 1e3)
+POSITIONS = 1000.0
+
+
+class Denoiser(Protocol):
+    """Anything that estimates x0 of one field."""
+
+    def __call__(self, x: Field, sigma: Level) -> Field:
+        """E[x0 | x]; x: (y, x, c) = x0 + sigma n."""
+
+
+@struct.dataclass
+class EpsDenoiser:
+    """A network that predicts eps at the steps of a variance-preserving schedule.
+
+    D(x; sigma) = x - sigma eps(a x, t(sigma)),   a = 1 / sqrt(1 + sigma^2)
+
+    Land and padding are cells like any other here: such networks have seen noise on them in training.
+    """
+
+    params: dict
+    schedule: Schedule
+    graphdef: nnx.GraphDef = struct.field(pytree_node=False)
+
+    def __call__(self, x: Field, sigma: Level) -> Field:
+        scaled = x * jax.lax.rsqrt(1 + sigma**2)
+        position = self.schedule.step_of(sigma)
+        # Steps of the schedule itself arrive with rounding errors of their logarithms.
+        nearest = jnp.round(position)
+        position = jnp.where(jnp.abs(position - nearest) < 1e-3, nearest, position)
+        return x - sigma * unet.apply(self.graphdef, self.params, scaled[None], position[None])[0]
+
+
+@struct.dataclass
+class Preconditioner:
+    """Scalings under which a network sees and predicts fields of unit variance (Karras et al. 2022, eq. 7, table 1).
+
+    c_skip = s^2 / (sigma^2 + s^2),  c_out = sigma s / sqrt(sigma^2 + s^2),  c_in = 1 / sqrt(sigma^2 + s^2), s = 1.
+    """
+
+    skip: Level
+    out: Level
+    into: Level
+    position: Level
+
+
+def precondition(sigma: Level) -> Preconditioner:
+    """Scalings at `sigma` for standardised data; the position covers log sigma evenly."""
+    total = 1 + sigma**2
+    low, high = np.log(EMBEDDED_SIGMA[0]), np.log(EMBEDDED_SIGMA[1])
+    position = POSITIONS * (jnp.log(sigma) - low) / (high - low)
+    return Preconditioner(1 / total, sigma * jax.lax.rsqrt(total), jax.lax.rsqrt(total), position)
+
+
+@struct.dataclass
+class EdmDenoiser:
+    """A network on a continuous noise level, blind to land.
+
+    D(x; sigma) = ocean (c_skip x + c_out F(c_in ocean x, sigma))   (Karras et al. 2022, eq. 7)
+    """
+
+    params: dict
+    ocean: Float[Array, "y x 1"]
+    graphdef: nnx.GraphDef = struct.field(pytree_node=False)
+
+    def __call__(self, x: Field, sigma: Level) -> Field:
+        x = x * self.ocean
+        scale = precondition(sigma)
+        f = unet.apply(self.graphdef, self.params, scale.into * x[None], scale.position[None])[0]
+        return self.ocean * (scale.skip * x + scale.out * f)
+
+
+@struct.dataclass
+class PrincipalGaussian:
+    """A Gaussian with orthonormal directions and one remaining variance (Tipping and Bishop 1999, eq. 5-6).
+
+    Sigma = sum_i lambda_i e_i e_i^T + rest (I - sum_i e_i e_i^T) on the ocean, so that Sigma + sigma^2 I is diagonal
+    in the same directions at every sigma and its exact denoiser costs two matrix products.
+
+    Attributes:
+      mean: (y, x, c).
+      direction: (r, y, x, c), orthonormal, zero on land.
+      variance: (r,), lambda_i.
+      rest: scalar variance of every direction left out.
+      ocean: (y, x, 1), 1 on ocean.
+    """
+
+    mean: Field
+    direction: Float[Array, "r y x c"]
+    variance: Float[Array, "r"]
+    rest: Level
+    ocean: Float[Array, "y x 1"]
+
+    def __call__(self, x: Field, sigma: Level) -> Field:
+        """E[x0 | x] = mean + sum_i (w_i - w_rest) <e_i, x - mean> e_i + w_rest (x - mean),  w = v / (v + sigma^2)."""
+        anomaly = (x - self.mean) * self.ocean
+        precision = jax.lax.Precision.HIGHEST
+        along = jnp.einsum("ryxc,yxc->r", self.direction, anomaly, precision=precision)
+        weight, rest = self.variance / (self.variance + sigma**2), self.rest / (self.rest + sigma**2)
+        leading = jnp.einsum("r,ryxc->yxc", (weight - rest) * along, self.direction, precision=precision)
+        return self.ocean * self.mean + leading + rest * anomaly
+
+    def residual_variance(self, sigma: Level) -> Level:
+        """Mean square error of this denoiser per ocean value, mean of v sigma^2 / (v + sigma^2)."""
+        return self._per_value(lambda v: v * sigma**2 / (v + sigma**2))
+
+    def removed_variance(self, sigma: Level) -> Level:
+        """Mean square of x - D(x; sigma) per ocean value, mean of sigma^4 / (v + sigma^2)."""
+        return self._per_value(lambda v: sigma**4 / (v + sigma**2))
+
+    def _per_value(self, of_variance: Callable[[Array], Array]) -> Level:
+        count = self.direction.shape[-1] * self.ocean.sum()
+        others = count - self.variance.size
+        return (of_variance(self.variance).sum() + others * of_variance(self.rest)) / count
+
+
+@struct.dataclass
+class AnchoredDenoiser:
+    """A network that corrects the exact Gaussian denoiser of the training covariance.
+
+    D(x; sigma) = D_G(x; sigma) + c(sigma) F((x - D_G) / r(sigma), D_G),   c^2, r^2 = mean squares of x0 - D_G, x - D_G
+
+    With F = 0 it is the best linear denoiser; F is left to learn what the covariance cannot say.
+    """
+
+    params: dict
+    gaussian: PrincipalGaussian
+    graphdef: nnx.GraphDef = struct.field(pytree_node=False)
+
+    def __call__(self, x: Field, sigma: Level) -> Field:
+        ocean = self.gaussian.ocean
+        x = x * ocean
+        linear = self.gaussian(x, sigma)
+        removed = (x - linear) * jax.lax.rsqrt(self.gaussian.removed_variance(sigma))
+        seen = jnp.concatenate([removed, linear], axis=-1)
+        f = unet.apply(self.graphdef, self.params, seen[None], precondition(sigma).position[None])[0]
+        return linear + jnp.sqrt(self.gaussian.residual_variance(sigma)) * ocean * f

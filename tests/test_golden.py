@@ -1,0 +1,110 @@
+"""The RePaint family against outputs of the original PyTorch system with its noise held fixed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_repaint.sample import Known, Repaint, repaint, repaint_stages
+from jax_repaint.schedule import Schedule
+
+CASES = [
+    "repaint-zero-r1",
+    "gp_init-zero-t75-r5",
+    "adaptive-zero-t75-r5-f0.2-g3.0-a0",
+    "guided-zero-t75-r5-f0.2-s0.001",
+    "x0blend-zero-t75-r5-f0.2",
+    "repaint-pattern-r1",
+    "gp_init-pattern-t50-r2",
+    "adaptive-pattern-t50-r5-f0.3-g1.0-a0",
+    "adaptive-pattern-t75-r2-f0.2-g0.5-a1",
+    "guided-pattern-t50-r2-f0.2-s0.01",
+    "x0blend-pattern-t50-r2-f0.3",
+]
+
+
+def last(array):
+    return jnp.asarray(np.moveaxis(array, 0, -1), jnp.float32)
+
+
+@pytest.fixture
+def golden(shared):
+    with np.load(shared / "golden" / "samplers.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.fixture
+def schedule(golden):
+    schedule = Schedule.linear()
+    np.testing.assert_allclose(schedule.beta, golden["betas"], rtol=1e-5)
+    np.testing.assert_allclose(schedule.alpha_bar, golden["alpha_bars"], rtol=1e-5)
+    return schedule
+
+
+@pytest.fixture
+def known(golden):
+    missing = jnp.asarray(golden["missing"])[..., None]
+    return Known(last(golden["observed"]), missing, last(golden["prior_mean"]), last(golden["prior_var"]))
+
+
+def analytic_network(schedule):
+    """The network of the reference outputs, as a denoiser."""
+
+    def denoiser(x, sigma):
+        x = x / jnp.sqrt(1 + sigma**2)
+        eps = 0.6 * jnp.tanh(x) + 0.25 * jnp.roll(x, 1, axis=1)
+        eps = eps - 0.1 * (jnp.round(schedule.step_of(sigma)) / 250) * jnp.roll(x, 1, axis=0)
+        eps = eps + 0.1 * jnp.flip(x, axis=-1)
+        return jnp.sqrt(1 + sigma**2) * x - sigma * eps
+
+    return denoiser
+
+
+def noise_source(golden, kind):
+    pattern = last(golden["pattern"])
+
+    def draw(key, shape, dtype):
+        assert shape == pattern.shape
+        return jnp.zeros(shape, dtype) if kind == "zero" else pattern.astype(dtype)
+
+    return draw
+
+
+def hyperparameters(meta):
+    if meta["method"] == "repaint":
+        return Repaint.create(249, start="noise", resample_steps=meta["resample_steps"])
+    floor = meta.get("noise_floor", 1.0)
+    adaptive = {"noise_floor": floor, "gamma": meta["gamma"]} if meta["method"] == "adaptive" else {}
+    return Repaint.create(
+        meta["t_start"],
+        resample_steps=meta["resample_steps"],
+        anneal=meta.get("anneal_floor", False),
+        blend=1.0 if meta["method"] == "x0_blend" else 0.0,
+        guidance_scale=meta.get("guidance_scale", 0.0),
+        confidence_floor=floor,
+        **adaptive,
+    )
+
+
+def close(ours, golden_field):
+    theirs = np.moveaxis(golden_field, 0, -1)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_family_equals_reference(golden, schedule, known, case):
+    meta = json.loads(str(golden[f"meta/{case}"]))
+    draw = noise_source(golden, meta["noise"])
+    run = jax.jit(lambda key: repaint(key, analytic_network(schedule), known, schedule, hyperparameters(meta), draw))
+    close(run(jax.random.key(0)), golden[f"out/{case}"])
+
+
+def test_chained_stages_equal_reference(golden, schedule, known):
+    stages = [Repaint.create(75, noise_floor=0.2, gamma=3.0)]
+    stages += [Repaint.create(50, noise_floor=0.3, gamma=3.0)] * 2
+    draw = noise_source(golden, "zero")
+    out = repaint_stages(jax.random.key(0), analytic_network(schedule), known, schedule, stages, 0.1, draw)
+    for number, field in enumerate(out, start=1):
+        close(field, golden[f"out/multistage-zero-stage{number}"])
