@@ -1,0 +1,547 @@
+"""Scores against closed forms, scoringrules, scipy and the known behaviour of exchangeable draws."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import scoringrules
+from scipy import stats
+
+from jax_repaint import metrics
+from jax_repaint.errors import InputError
+
+SHAPE = (24, 40)
+
+
+def gaussian_case(members: int, spread: float = 1.0, seed: int = 0, shape: tuple[int, int] = SHAPE):
+    """Truth and members around one common field, the members' deviation `spread` times that of the truth."""
+    rng = np.random.default_rng(seed)
+    centre = rng.normal(size=(*shape, 2))
+    truth = centre + rng.normal(size=centre.shape)
+    ensemble = centre + spread * rng.normal(size=(members, *centre.shape))
+    return truth, ensemble, np.ones(shape, bool)
+
+
+def antithetic_case(pairs: int, seed: int = 0, shape: tuple[int, int] = (60, 60), spread: float = 1.0):
+    truth, noise, scored = gaussian_case(pairs, spread, seed, shape)
+    centre = np.random.default_rng(seed).normal(size=truth.shape)
+    return truth, np.stack([noise, 2 * centre - noise], 1).reshape(2 * pairs, *truth.shape), scored
+
+
+def coast(shape: tuple[int, int] = SHAPE) -> np.ndarray:
+    """Ocean with a ragged coast in the north, a headland and two islands."""
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    ocean = y < shape[0] - 3 - 2 * np.sin(x / 4)
+    ocean &= ~((abs(x - 12) < 3) & (y > 12))
+    ocean[5, 30] = ocean[8:10, 20:22] = False
+    return ocean
+
+
+def smooth_field(rng: np.random.Generator, scale: float, shape: tuple[int, int] = SHAPE) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(rng.normal(size=(*shape, 2)), (scale, scale, 0), mode="wrap") * 3
+
+
+# --- cells and errors ---------------------------------------------------------------------------------------
+
+
+def test_scored_cells_are_ocean_unobserved_and_known():
+    ocean = np.array([[True, True, False], [True, True, True]])
+    observed = np.array([[True, False, False], [False, False, False]])
+    truth = np.zeros((2, 3, 2), np.float32)
+    truth[1, 1, 1] = np.nan
+    expected = [[False, True, False], [True, False, True]]
+    np.testing.assert_array_equal(metrics.scored_cells(truth, ocean, observed), expected)
+    with pytest.raises(InputError, match="no cell to score"):
+        metrics.scored_cells(truth, ocean, ocean)
+    with pytest.raises(InputError, match="different grids"):
+        metrics.scored_cells(truth, ocean.T, observed)
+
+
+def test_errors_by_hand():
+    # Errors of (3, 4) on one cell and (0, 0) on the other; a third cell is far off but not scored.
+    truth = np.zeros((1, 3, 2))
+    estimate = np.array([[[3.0, 4.0], [0.0, 0.0], [99.0, 99.0]]])
+    scored = np.array([[True, True, False]])
+    mse = metrics.mse(estimate, truth, scored)
+    assert mse == 25 / 4
+    assert metrics.component_rmse(mse) == 2.5
+    # Length of the error vector: sqrt of the mean of 25 and 0.
+    assert metrics.vector_rmse(mse) == pytest.approx(math.sqrt(12.5))
+    # Means come before the root.
+    assert metrics.component_rmse(np.array([1.0, 7.0])) == 2.0
+
+
+def test_member_error_is_mean_error_plus_variance():
+    truth, members, scored = gaussian_case(8)
+    scores = metrics.score(truth, members, scored, scored)
+    assert scores.mse_member == pytest.approx(scores.mse_mean + members.var(0).mean())
+
+
+@pytest.mark.parametrize("function", [metrics.fair_crps, metrics.coverage])
+def test_input_that_cannot_be_scored_is_named(function):
+    truth, members, scored = gaussian_case(4)
+    with pytest.raises(InputError, match="two members, got 1 member"):
+        function(truth, members[:1], scored)
+    with pytest.raises(InputError, match="come in pairs, got 3"):
+        function(truth, members[:3], scored, antithetic=True)
+    with pytest.raises(InputError, match="two antithetic pairs, got 2"):
+        function(truth, members[:2], scored, antithetic=True)
+    with pytest.raises(InputError, match="do not fit together"):
+        function(truth, members[:, :-1], scored)
+    with pytest.raises(InputError, match="do not fit together"):
+        function(truth, members[0], scored)
+    with pytest.raises(InputError, match="do not fit together"):
+        function(truth, members, scored.astype(float))
+    members[2, 3, 5, 1] = np.nan
+    with pytest.raises(InputError, match=r"a member is not finite at the scored cell \(y=3, x=5\)"):
+        function(truth, members, scored)
+    scored[3, 5] = False
+    assert np.isfinite(function(truth, members, scored))
+
+
+# --- CRPS ---------------------------------------------------------------------------------------------------
+
+
+def test_crps_equals_all_pairs():
+    truth, members, scored = gaussian_case(6)
+    scored[::2] = False
+    t, m = truth[scored], members[:, scored]
+    pairs = np.abs(m[:, None] - m[None]).mean((2, 3))
+    independent = [(i, j) for i in range(6) for j in range(6) if i != j]
+    expected = np.abs(m - t).mean() - np.mean([pairs[p] for p in independent]) / 2
+    assert metrics.fair_crps(truth, members, scored) == pytest.approx(expected, rel=1e-12)
+    fair = scoringrules.crps_ensemble(t, m, m_axis=0, estimator="fair", backend="numpy").mean()
+    assert metrics.fair_crps(truth, members, scored) == pytest.approx(fair, rel=1e-12)
+    strangers = [(i, j) for i, j in independent if i // 2 != j // 2]
+    expected = np.abs(m - t).mean() - np.mean([pairs[p] for p in strangers]) / 2
+    assert metrics.fair_crps(truth, members, scored, antithetic=True) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("members", [2, 3, 8])
+def test_crps_of_few_draws_is_that_of_their_distribution(members):
+    rng = np.random.default_rng(members)
+    truth = np.full((200, 200, 2), 0.7)
+    ensemble = 0.2 + 1.3 * rng.normal(size=(members, *truth.shape))
+    expected = scoringrules.crps_normal(0.7, 0.2, 1.3, backend="numpy")
+    error = 5 * 1.3 / np.sqrt(truth.size)
+    assert metrics.fair_crps(truth, ensemble, np.ones((200, 200), bool)) == pytest.approx(expected, abs=error)
+
+
+def test_crps_of_antithetic_draws_needs_partners_left_out():
+    rng = np.random.default_rng(1)
+    truth = np.full((200, 200, 2), 0.7)
+    half = 1.3 * rng.normal(size=(2, *truth.shape))
+    ensemble = 0.2 + np.stack([half, -half], 1).reshape(4, *truth.shape)
+    expected = scoringrules.crps_normal(0.7, 0.2, 1.3, backend="numpy")
+    scored = np.ones((200, 200), bool)
+    assert metrics.fair_crps(truth, ensemble, scored, antithetic=True) == pytest.approx(expected, abs=0.01)
+    # Partners lie further apart than strangers, which flatters the score.
+    assert metrics.fair_crps(truth, ensemble, scored) < expected - 0.05
+
+
+# --- spread -------------------------------------------------------------------------------------------------
+
+
+def test_variance_of_antithetic_draws_is_unbiased():
+    _, members, _ = antithetic_case(2, spread=1.5)
+    assert metrics.ensemble_variance(members, antithetic=True).mean() == pytest.approx(2.25, rel=0.03)
+    assert metrics.ensemble_variance(members).mean() == pytest.approx(2.25 * 4 / 3, rel=0.03)
+    independent = gaussian_case(3, 1.5, shape=(60, 60))[1]
+    assert metrics.ensemble_variance(independent).mean() == pytest.approx(2.25, rel=0.03)
+
+
+@pytest.mark.parametrize("members", [2, 5, 16])
+def test_spread_skill_of_exchangeable_members_is_one(members):
+    scores = [metrics.score(*gaussian_case(members, seed=s), np.ones(SHAPE, bool)) for s in range(8)]
+    table = pd.DataFrame([vars(s) for s in scores])
+    assert metrics.spread_skill(table.variance, table.mse_mean, members) == pytest.approx(1, abs=0.03)
+
+
+def test_spread_skill_of_antithetic_members_is_one():
+    scores = [metrics.score(*antithetic_case(3, s), np.ones((60, 60), bool), True) for s in range(4)]
+    table = pd.DataFrame([vars(s) for s in scores])
+    assert metrics.spread_skill(table.variance, table.mse_mean, 6, antithetic=True) == pytest.approx(
+        1, abs=0.03
+    )
+
+
+def test_spread_skill_averages_before_the_root():
+    assert metrics.spread_skill([1.0, 3.0], [2.0, 14.0], 3) == pytest.approx(math.sqrt(4 / 3 * 2 / 8))
+    assert metrics.spread_skill(0.0, 2.0, 1) == 0.0
+    assert math.isnan(metrics.spread_skill(0.0, 0.0, 1))
+
+
+# --- coverage and ranks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("members", [2, 4, 9, 40])
+def test_gaussian_interval_covers_its_level_at_any_size(members):
+    covered = [metrics.coverage(*gaussian_case(members, seed=s)) for s in range(10)]
+    assert np.mean(covered) == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("pairs", [2, 8])
+def test_gaussian_interval_covers_its_level_with_antithetic_members(pairs):
+    covered = [metrics.coverage(*antithetic_case(pairs, s), antithetic=True) for s in range(4)]
+    assert np.mean(covered) == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("ratio", [0.43, 0.85])
+def test_coverage_of_too_little_spread(ratio):
+    expected = 2 * stats.norm.cdf(1.6449 * ratio) - 1
+    covered = metrics.coverage(*gaussian_case(200, ratio))
+    assert covered == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(("members", "expected"), [(2, 1 / 3), (5, 4 / 6), (19, 0.9), (39, 0.9), (100, 0.9)])
+def test_order_statistics_cover_what_they_promise(members, expected):
+    assert metrics.member_range_level(members) == pytest.approx(expected)
+    covered = [metrics.coverage(*gaussian_case(members, seed=s), interval="order") for s in range(10)]
+    assert np.mean(covered) == pytest.approx(expected, abs=0.012)
+
+
+def test_order_statistics_of_antithetic_members():
+    assert metrics.member_range_level(8, antithetic=True) == pytest.approx(3 / 5)
+    case = antithetic_case(4)
+    assert metrics.coverage(*case, interval="order", antithetic=True) == pytest.approx(3 / 5, abs=0.02)
+
+
+def test_coverage_rejects_a_level_in_per_cent():
+    with pytest.raises(InputError, match="between 0 and 1, got 90"):
+        metrics.coverage(*gaussian_case(4), level=90)
+
+
+def test_rank_histogram_of_exchangeable_members_is_flat():
+    truth, members, scored = gaussian_case(6, shape=(100, 100))
+    counts = metrics.rank_histogram(truth, members, scored, np.random.default_rng(0))
+    assert counts.sum() == truth.size
+    assert stats.chisquare(counts).pvalue > 0.001
+    narrow = metrics.rank_histogram(*gaussian_case(6, 0.5, shape=(100, 100)), np.random.default_rng(0))
+    assert narrow[0] > 1.5 * narrow[3]
+    assert narrow[-1] > 1.5 * narrow[3]
+
+
+def test_rank_histogram_breaks_ties_at_random():
+    truth, members, scored = gaussian_case(4, shape=(100, 100))
+    counts = metrics.rank_histogram(np.round(truth), np.round(members), scored, np.random.default_rng(0))
+    assert stats.chisquare(counts).pvalue > 0.001
+    equal = metrics.rank_histogram(truth, np.stack([truth] * 4), scored, np.random.default_rng(0))
+    assert stats.chisquare(equal).pvalue > 0.001
+
+
+def test_rank_histogram_counts_halves_of_antithetic_members():
+    counts = metrics.rank_histogram(*antithetic_case(4), np.random.default_rng(0), antithetic=True)
+    assert counts.shape == (5,)
+    assert counts.sum() == 2 * 60 * 60 * 2
+    # Both halves see one truth, so the counts scatter by up to twice the variance of independent ones.
+    assert np.all(np.abs(counts - counts.mean()) < 5 * np.sqrt(2 * counts.mean()))
+    naive = metrics.rank_histogram(*antithetic_case(4), np.random.default_rng(0))
+    assert naive[0] < 0.95 * naive.mean()
+
+
+# --- small scales -------------------------------------------------------------------------------------------
+
+
+def test_small_scale_energy_by_loops():
+    rng = np.random.default_rng(0)
+    ocean, field = coast(), rng.normal(size=(*SHAPE, 2))
+    scored = ocean & (rng.random(SHAPE) < 0.7)
+    squares = []
+    for y, x in np.argwhere(scored):
+        window = np.s_[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]
+        squares.append((field[y, x] - field[window][ocean[window]].mean(0)) ** 2)
+    dry = np.where(ocean[..., None], field, np.nan)
+    assert metrics.small_scale_energy(dry, scored, ocean) == pytest.approx(np.mean(squares), rel=1e-10)
+
+
+def test_small_scale_energy_sees_smoothing_and_nothing_else():
+    rng = np.random.default_rng(0)
+    ocean = coast()
+    truth = smooth_field(rng, 1.5)
+    members = np.stack([smooth_field(rng, 1.5) for _ in range(16)])
+    full = metrics.small_scale_energy(truth, ocean, ocean)
+    assert metrics.small_scale_energy(truth[None] + 0.3, ocean, ocean) == pytest.approx(full)
+    assert metrics.small_scale_energy(members, ocean, ocean) == pytest.approx(full, rel=0.2)
+    assert metrics.small_scale_energy(members.mean(0), ocean, ocean) < 0.2 * full
+    assert metrics.small_scale_energy(2 * truth, ocean, ocean) == pytest.approx(4 * full)
+
+
+def test_small_scale_energy_rejects_what_it_cannot_average():
+    ocean, field = coast(), np.ones((*SHAPE, 2))
+    with pytest.raises(InputError, match="odd and at least 3"):
+        metrics.small_scale_energy(field, ocean, ocean, window=4)
+    with pytest.raises(InputError, match="not finite"):
+        metrics.small_scale_energy(field * np.nan, ocean, ocean)
+
+
+def brute_rectangle(ocean: np.ndarray) -> int:
+    ny, nx = ocean.shape
+    spans = ((a, b) for a in range(ny) for b in range(a + 1, ny + 1))
+    areas = [0]
+    for a, b in spans:
+        free = ocean[a:b].all(0)
+        areas += [
+            (b - a) * (d - c) for c in range(nx) for d in range(c + 1, nx + 1) if free[c:d].all()
+        ]  # fmt: skip
+    return max(areas)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_largest_rectangle_is_the_largest(seed):
+    ocean = np.random.default_rng(seed).random((9, 11)) < 0.8
+    rows, columns = metrics.ocean_rectangle(ocean)
+    assert ocean[rows, columns].all()
+    assert ocean[rows, columns].size == brute_rectangle(ocean)
+
+
+def test_energy_bands_keep_all_energy_and_find_a_wave():
+    rng = np.random.default_rng(0)
+    field = rng.normal(size=(3, 20, 32, 2))
+    field -= field.mean((1, 2), keepdims=True)
+    dx, dy = 50.0, 80.0
+    wavenumber, energy = metrics.energy_bands(field, dx, dy)
+    # Parseval, less the gravest modes of the longer side that have no band: here both sides are 1600 m.
+    np.testing.assert_allclose(energy.sum(-1), (field**2).sum(-1).mean((1, 2)) / 2, rtol=1e-12)
+    x = (np.arange(32) + 0.5) * dx
+    wave = np.zeros((20, 32, 2))
+    wave[..., 1] = np.cos(2 * np.pi * x / 400.0)
+    _, energy = metrics.energy_bands(wave, dx, dy)
+    assert wavenumber[np.argmax(energy)] == pytest.approx(1 / 400.0)
+    assert energy.max() == pytest.approx(0.25)
+
+
+def test_spectrum_ratio_of_a_smoothed_member_falls_with_wavenumber():
+    from scipy.ndimage import gaussian_filter
+
+    rng = np.random.default_rng(0)
+    ocean, truth = coast(), rng.normal(size=(*SHAPE, 2))
+    truth[~ocean] = np.nan
+    frames = []
+    for seed in range(30):
+        truth[ocean] = np.random.default_rng(seed).normal(size=(ocean.sum(), 2))
+        rows, columns = metrics.ocean_rectangle(ocean)
+        window = np.nan_to_num(truth)
+        window[rows, columns] = gaussian_filter(window[rows, columns], (1, 1, 0), mode="reflect")
+        frames.append(metrics.spectrum(truth, np.stack([window, 2 * window]), ocean, 50.0, 50.0))
+    mean = metrics.Spectrum.average(frames)
+    # A Gaussian filter of one cell multiplies the amplitude at wavenumber k by exp(-(2 pi k 50)^2 / 2).
+    expected = 2.5 * np.exp(-((2 * np.pi * mean.wavenumber * 50) ** 2))
+    low = mean.wavenumber < 1 / 200
+    np.testing.assert_allclose(mean.ratio[low], expected[low], rtol=0.15)
+    with pytest.raises(InputError, match="8 by 8"):
+        metrics.spectrum(truth[:6], np.stack([window])[:, :6], ocean[:6], 50.0, 50.0)
+
+
+def test_derivatives_of_rotation_and_strain_are_exact():
+    ocean = coast()
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]] * np.array([80.0, 50.0])[:, None, None]
+    rotation = np.where(ocean[..., None], 3e-4 * np.stack([-y, x], -1), np.nan)
+    divergence, vorticity, interior = metrics.divergence_vorticity(rotation, ocean, 50.0, 80.0)
+    np.testing.assert_allclose(vorticity[interior], 6e-4, rtol=1e-10)
+    np.testing.assert_allclose(divergence, 0, atol=1e-16)
+    strain = np.stack([1e-4 * x, 3e-4 * y], -1)
+    divergence, vorticity, _ = metrics.divergence_vorticity(strain, ocean, np.full(SHAPE, 50.0), 80.0)
+    np.testing.assert_allclose(divergence[interior], 4e-4, rtol=1e-10)
+    np.testing.assert_allclose(vorticity, 0, atol=1e-16)
+    for row, column in np.argwhere(interior):
+        assert ocean[row, column]
+        assert ocean[[row - 1, row + 1, row, row], [column, column, column - 1, column + 1]].all()
+    assert not interior[0].any()
+    assert not interior[:, -1].any()
+    assert interior.sum() > 300
+
+
+def test_derivative_scores_of_a_rotation_too_fast():
+    ocean = coast()
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]] * 50.0
+    rotation = 1e-4 * np.stack([-y, x], -1)
+    members = np.stack([1.5 * rotation, 0.5 * rotation])
+    frame = metrics.derivative_scores(rotation, members, ocean, ocean, 50.0, 50.0)
+    row = metrics.derivative_summary([frame, frame])
+    assert row["vorticity_rmse"] == pytest.approx(1e-4)
+    assert row["vorticity_ratio"] == pytest.approx(math.sqrt(1.25))
+    assert row["divergence_rmse"] == pytest.approx(0, abs=1e-15)
+    lonely = np.zeros(SHAPE, bool)
+    lonely[0, 0] = True
+    with pytest.raises(InputError, match="four ocean neighbours"):
+        metrics.derivative_scores(rotation, members, lonely, ocean, 50.0, 50.0)
+
+
+# --- comparison ---------------------------------------------------------------------------------------------
+
+
+def test_ratio_by_hand():
+    result = metrics.ratio_of_means([1.0, 2.0, 9.0, 4.0], [2.0, 4.0, 3.0, 5.0], block=1, seed=0)
+    assert result.ratio == 16 / 14
+    assert result.wins == 0.75
+    assert result.worst == 3.0
+    assert result.median == pytest.approx(0.65)
+    assert result.frames == 4
+    assert result.lo < result.ratio < result.hi
+    assert result.lo >= 0.5
+    assert result.hi <= 3.0
+
+
+def test_wilson_interval_by_its_formula():
+    n, wins, z = 100, 80, stats.norm.ppf(0.975)
+    method = np.r_[np.full(wins, 0.5), np.full(n - wins, 2.0)]
+    result = metrics.ratio_of_means(method, np.ones(n), block=5, seed=0)
+    p = wins / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert (result.wins_lo, result.wins_hi) == pytest.approx((centre - half, centre + half), rel=1e-12)
+
+
+def test_bootstrap_is_paired():
+    # Errors vary a hundredfold between frames, but always by the same factor between methods.
+    baseline = np.exp(np.random.default_rng(0).normal(size=60) * 2)
+    result = metrics.ratio_of_means(0.8 * baseline, baseline, block=3, seed=0)
+    assert (result.lo, result.ratio, result.hi) == pytest.approx((0.8, 0.8, 0.8))
+    again = metrics.ratio_of_means(baseline**0.9, baseline, block=3, seed=7)
+    assert again == metrics.ratio_of_means(baseline**0.9, baseline, block=3, seed=7)
+
+
+def correlated_errors(rng: np.random.Generator, n: int, memory: float) -> tuple[np.ndarray, np.ndarray]:
+    """Errors of two methods with autocorrelation; their means have the ratio exp(0.02)."""
+    states = []
+    for noise in rng.normal(size=(2, n)) * math.sqrt(1 - memory**2):
+        state = np.empty(n)
+        state[0] = rng.normal()
+        for i in range(1, n):
+            state[i] = memory * state[i - 1] + noise[i]
+        states.append(state)
+    common, own = states
+    return np.exp(0.5 * common + 0.2 * own), np.exp(0.5 * common)
+
+
+def test_bootstrap_interval_covers_the_ratio_of_correlated_frames():
+    rng = np.random.default_rng(0)
+    truth = math.exp(0.02)
+    hits = {1: 0, 20: 0}
+    for _ in range(250):
+        method, baseline = correlated_errors(rng, 150, 0.7)
+        for block in hits:
+            result = metrics.ratio_of_means(method, baseline, block, seed=1, resamples=400)
+            hits[block] += result.lo <= truth <= result.hi
+    assert 0.88 <= hits[20] / 250 <= 0.98
+    # Taking correlated frames for independent ones gives intervals that are far too narrow.
+    assert hits[1] / 250 < 0.75
+
+
+def test_ratio_rejects_what_cannot_be_paired():
+    with pytest.raises(InputError, match="one number a frame"):
+        metrics.ratio_of_means([1.0, 2.0], [1.0], block=1, seed=0)
+    with pytest.raises(InputError, match=r"frame 1 cannot be compared: MSE 1.0 against 0.0"):
+        metrics.ratio_of_means([1.0, 1.0], [1.0, 0.0], block=1, seed=0)
+    with pytest.raises(InputError, match="frame 0"):
+        metrics.ratio_of_means([math.nan, 1.0], [1.0, 1.0], block=1, seed=0)
+    with pytest.raises(InputError, match="at least one frame"):
+        metrics.ratio_of_means([1.0], [1.0], block=0, seed=0)
+    short = metrics.ratio_of_means([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], block=2, seed=0)
+    assert math.isnan(short.lo)
+    assert short.ratio == 1.0
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    rng = np.random.default_rng(0)
+    ocean = coast()
+    ensemble, single, pair = [], [], []
+    for _ in range(12):
+        centre = smooth_field(rng, 2.0)
+        truth = centre + 0.3 * smooth_field(rng, 1.0)
+        members = np.stack([centre + 0.3 * smooth_field(rng, 1.0) for _ in range(8)])
+        blurred = centre * 0.5
+        scored = metrics.scored_cells(truth, ocean, rng.random(SHAPE) < 0.05)
+        ensemble.append(metrics.score(truth, members, scored, ocean))
+        single.append(metrics.score(truth, blurred[None], scored, ocean))
+        pair.append(metrics.score(truth, members[:2], scored, ocean, antithetic=True))
+    against = {"baseline": ("linear", single), "block": 2}
+    return [
+        metrics.summary("linear", single, 0, 0.02),
+        metrics.summary("ensemble", ensemble, 256, 1.25, **against),
+        metrics.summary("pair", pair, 32, 0.2, **against),
+    ]
+
+
+def test_summary_of_an_ensemble(rows):
+    linear, ensemble, pair = rows
+    assert ensemble["members"] == 8
+    assert ensemble["frames"] == 12
+    assert ensemble["mse_member"] > 1.5 * ensemble["mse_mean"]
+    assert ensemble["vector_rmse"] == pytest.approx(math.sqrt(2) * ensemble["component_rmse"])
+    assert ensemble["component_rmse"] == pytest.approx(math.sqrt(ensemble["mse_mean"]))
+    assert ensemble["spread_skill"] == pytest.approx(1, abs=0.05)
+    assert ensemble["coverage90"] == pytest.approx(0.9, abs=0.02)
+    assert ensemble["small_scale"] == pytest.approx(1, abs=0.05)
+    assert ensemble["ratio"] == pytest.approx(ensemble["mse_mean"] / linear["mse_mean"])
+    assert ensemble["lo"] < ensemble["ratio"] < ensemble["hi"]
+    assert ensemble["wins"] == 1.0
+    assert ensemble["worst"] < 1
+    # One pair has a mean, but no two independent members to tell a spread from.
+    assert math.isnan(pair["crps"])
+    assert math.isnan(pair["spread_skill"])
+    assert pair["mse_mean"] > ensemble["mse_mean"]
+
+
+def test_summary_of_a_single_field(rows):
+    linear = rows[0]
+    assert linear["mse_member"] == linear["mse_mean"]
+    assert linear["spread_skill"] == 0
+    assert math.isnan(linear["coverage90"])
+    assert math.isnan(linear["ratio"])
+    assert linear["small_scale"] < 0.8
+    truth, members, scored = gaussian_case(1)
+    assert metrics.score(truth, members, scored, scored).crps == np.abs(members[0] - truth).mean()
+
+
+def test_summary_names_frames_that_do_not_belong_together(rows):
+    truth, members, scored = gaussian_case(4)
+    frames = [metrics.score(truth, members[:count], scored, scored) for count in (2, 4)]
+    with pytest.raises(InputError, match="one kind of ensemble"):
+        metrics.summary("mixed", frames, 1, 1.0)
+    with pytest.raises(InputError, match="one number a frame"):
+        metrics.summary("short", frames[:1], 1, 1.0, baseline=("linear", [frames[0]] * 2))
+    with pytest.raises(InputError, match="got none"):
+        metrics.summary("empty", [], 1, 1.0)
+
+
+def test_table_is_aligned_and_dashes_what_does_not_exist(rows):
+    text = metrics.format_table(rows)
+    head, linear, ensemble, pair, note = text.splitlines()
+    # Every right-aligned column ends where its title ends.
+    for title in (
+        "members",
+        "MSE member",
+        "MSE mean",
+        "CRPS",
+        "spread/skill",
+        "in 90 %",
+        "small scales",
+        "calls",
+    ):
+        end = head.index(title) + len(title)
+        for line in (linear, ensemble, pair):
+            assert line[end - 1] != " "
+            assert line[end : end + 1] in (" ", "")
+    assert linear.split()[-4:] == [metrics.DASH] * 4
+    assert f"{rows[1]['ratio']:.3f} [{rows[1]['lo']:.3f}, {rows[1]['hi']:.3f}]" in ensemble
+    assert "100% [76%, 100%]" in ensemble
+    assert note.startswith("12 frames")
+    alone = metrics.format_table(rows[:1])
+    assert "ratio" not in alone
+    assert "wins" not in alone
+    with pytest.raises(InputError, match="at least one row"):
+        metrics.format_table([])
+
+
+def test_csv_reads_back(rows, tmp_path):
+    metrics.write_csv(rows, tmp_path / "results" / "table.csv")
+    back = pd.read_csv(tmp_path / "results" / "table.csv")
+    pd.testing.assert_frame_equal(back, pd.DataFrame(rows), check_dtype=False)
