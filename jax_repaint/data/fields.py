@@ -185,7 +185,12 @@ def _as_time(time: np.ndarray, name: str) -> np.ndarray:
     time = np.asarray(time)
     if time.dtype.kind != "M":
         raise InputError(f"{name}: time must hold dates (datetime64), got {time.dtype}")
-    return time.astype("datetime64[ns]")
+    exact = time.astype("datetime64[ns]")
+    if (exact.astype(time.dtype) != time)[~np.isnat(time)].any():
+        raise InputError(
+            f"{name}: times from {time.min()} to {time.max()} are not all in the years 1678..2261"
+        )
+    return exact
 
 
 def _date(time: np.datetime64) -> str:
@@ -250,8 +255,9 @@ def autocorrelation(fields: Fields) -> np.ndarray:
         r(l) = sum w a(t) a(t + l) / N(l)  /  (sum w a(t)^2 / N(0)),   N(l) = sum w over the pairs present
 
     Sums run over time, ocean cells and components; w is the cosine of the latitude. Of large grids every
-    k-th ocean cell is used, so that at most 2,048 count. Frames are placed on a regular axis of the median time
-    step (the nearest place), where missing frames and gaps take no part. Lags reach to a quarter of the record.
+    k-th ocean cell is used, so that at most 2,048 count. Frames are placed on a regular axis of the median
+    time step (the nearest place), where missing frames and gaps take no part. Lags reach to a quarter of the
+    record.
     """
     place = np.rint((fields.time - fields.time[0]) / fields.step).astype(int)
     length = int(place[-1]) + 1
@@ -616,7 +622,8 @@ def prepare(
         complete = int((~np.isnan(fields.u)[:, fields.ocean]).all(1).sum())
         raise InputError(
             f"{fields.name}: {100 * fields.gaps:.2g} % of the values on ocean cells are missing and "
-            f"{complete} of {len(fields)} frames are complete; use those, or call the cells with gaps land (Fields.covered)"
+            f"{complete} of {len(fields)} frames are complete; use those, or make the cells with gaps land "
+            "(Fields.covered)"
         )
     x = pad(standardiser.standardise(fields.velocity, fields.ocean), multiple)
     return x, pad(fields.ocean[..., None], multiple)[..., 0]
