@@ -1,13 +1,13 @@
 """Names for array shapes: y, x are grid cells, c = 2 velocity components, m observed positions."""
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, UInt32
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 Field = Float[Array, "y x c"]  # standardised velocity, zero on land and in the padding
 Cells = Bool[Array, "y x"]
 Scalar = Float[Array, ""]
 Level = Float[Array, ""]  # noise level sigma, or a step number for the seed's networks
 Values = Float[Array, "m c"]
-Key = UInt32[Array, "2"]
+Key = PRNGKeyArray  # one typed key
 
-__all__ = ["Array", "Bool", "Cells", "Field", "Float", "Int", "Key", "Level", "Scalar", "UInt32", "Values"]
+__all__ = ["Array", "Bool", "Cells", "Field", "Float", "Int", "Key", "Level", "Scalar", "Values"]

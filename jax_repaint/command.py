@@ -1,9 +1,13 @@
 """What every command shares: one line for a user's mistake, exit code 2, never a traceback."""
 
+import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from jax_repaint.errors import InputError
 
@@ -12,9 +16,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` under absl; an `InputError` becomes `error: ...` on stderr and exit code 2."""
 
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+        handler = absl_logging.get_absl_handler()
+        handler.addFilter(_of_interest)
+        handler.setFormatter(logging.Formatter("%(message)s"))
         try:
+            if len(argv) > 1:
+                raise InputError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             main(argv)
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)
@@ -22,10 +29,30 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
-            return flags.FLAGS(list(argv))
+            rest = flags.FLAGS(list(argv))
+            if "config" in flags.FLAGS:
+                # A file that could not be loaded says so only when it is used.
+                flags.FLAGS.config.items()
+            return rest
         except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+            print(f"error: {_one_line(e)}", file=sys.stderr)
             sys.exit(2)
 
     # `python -m jax_repaint.train` loads the file as __main__; absl then shows its module flags in --help.
     app.run(guarded, flags_parser=parse)
+
+
+def _one_line(e: Exception) -> str:
+    text = str(e).strip()
+    if isinstance(e, AttributeError | KeyError):
+        words = text.strip("\"'")
+        return f"the configuration cannot be overridden: {words if ' ' in words else f'no setting {words!r}'}"
+    if isinstance(e, OSError) or "Traceback" in text:
+        # The configuration flag wraps what went wrong in whole tracebacks.
+        text = re.sub(r"^[\w.]+(Error|Exception): ", "", text.splitlines()[-1].strip())
+    return " ".join(text.split())
+
+
+def _of_interest(record: logging.LogRecord) -> bool:
+    """This package's own messages, and other libraries' warnings."""
+    return record.levelno >= logging.WARNING or Path(__file__).parent in Path(record.pathname).parents

@@ -1,7 +1,7 @@
 """Denoisers: the expected clean field given a noisy one, D(x; sigma) = E[x0 | x = x0 + sigma n].
 
 A denoiser is a pytree that is called with ONE field (y, x, c) and a noise level; vmap outside. Every sampler of this
-package sees nothing else of a network.
+package sees nothing else of a network. Networks take a key more, which turns their dropout on in training.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from jax_repaint.array_types import Array, Field, Float, Level
+from jax_repaint.array_types import Array, Field, Float, Key, Level
 from jax_repaint.nets import unet
 from jax_repaint.schedule import Schedule
 
@@ -41,13 +41,13 @@ class EpsDenoiser:
     schedule: Schedule
     graphdef: nnx.GraphDef = struct.field(pytree_node=False)
 
-    def __call__(self, x: Field, sigma: Level) -> Field:
+    def __call__(self, x: Field, sigma: Level, dropout: Key | None = None) -> Field:
         scaled = x * jax.lax.rsqrt(1 + sigma**2)
         position = self.schedule.step_of(sigma)
         # Steps of the schedule itself arrive with rounding errors of their logarithms.
         nearest = jnp.round(position)
         position = jnp.where(jnp.abs(position - nearest) < 1e-3, nearest, position)
-        return x - sigma * unet.apply(self.graphdef, self.params, scaled[None], position[None])[0]
+        return x - sigma * unet.apply(self.graphdef, self.params, scaled[None], position[None], dropout)[0]
 
 
 @struct.dataclass
@@ -82,10 +82,10 @@ class EdmDenoiser:
     ocean: Float[Array, "y x 1"]
     graphdef: nnx.GraphDef = struct.field(pytree_node=False)
 
-    def __call__(self, x: Field, sigma: Level) -> Field:
+    def __call__(self, x: Field, sigma: Level, dropout: Key | None = None) -> Field:
         x = x * self.ocean
         scale = precondition(sigma)
-        f = unet.apply(self.graphdef, self.params, scale.into * x[None], scale.position[None])[0]
+        f = unet.apply(self.graphdef, self.params, scale.into * x[None], scale.position[None], dropout)[0]
         return self.ocean * (scale.skip * x + scale.out * f)
 
 
@@ -146,11 +146,11 @@ class AnchoredDenoiser:
     gaussian: PrincipalGaussian
     graphdef: nnx.GraphDef = struct.field(pytree_node=False)
 
-    def __call__(self, x: Field, sigma: Level) -> Field:
+    def __call__(self, x: Field, sigma: Level, dropout: Key | None = None) -> Field:
         ocean = self.gaussian.ocean
         x = x * ocean
         linear = self.gaussian(x, sigma)
         removed = (x - linear) * jax.lax.rsqrt(self.gaussian.removed_variance(sigma))
         seen = jnp.concatenate([removed, linear], axis=-1)
-        f = unet.apply(self.graphdef, self.params, seen[None], precondition(sigma).position[None])[0]
+        f = unet.apply(self.graphdef, self.params, seen[None], precondition(sigma).position[None], dropout)[0]
         return linear + jnp.sqrt(self.gaussian.residual_variance(sigma)) * ocean * f

@@ -37,3 +37,27 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> None:
+    """Before long work: whether `path` has a known suffix and its folder takes files; creates the folder.
+
+    Raises:
+      InputError: it has not, or does not.
+    """
+    path = Path(path)
+    if suffixes and path.suffix not in suffixes:
+        raise InputError(f"cannot write {path}: the suffix must be one of {', '.join(suffixes)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder for what can be computed again: under JAX_REPAINT_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
+    own, shared = os.environ.get("JAX_REPAINT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    root = Path(own) if own else Path(shared or Path.home() / ".cache") / "jax_repaint"
+    return root.joinpath(*parts)

@@ -1,4 +1,4 @@
-"""How good an ensemble of currents is: errors, fair scores, spread, small scales, and paired comparisons.
+"""How good an ensemble of currents is: errors, fair scores, spread, small scales, eddies, paired comparisons.
 
 Everything is in m/s on scored cells: ocean cells that were not observed. One frame has
 
@@ -51,12 +51,7 @@ def _values(truth: np.ndarray, members: np.ndarray, scored: np.ndarray) -> tuple
     """Truth (cells, 2) and members (M, cells, 2) on scored cells in float64."""
     truth, members, scored = np.asarray(truth), np.asarray(members), np.asarray(scored)
     grid = scored.shape
-    if (
-        scored.dtype != bool
-        or truth.shape != (*grid, 2)
-        or members.ndim != 4
-        or members.shape[1:] != (*grid, 2)
-    ):
+    if scored.dtype != bool or truth.shape != (*grid, 2) or members.ndim != 4 or members.shape[1:] != (*grid, 2):
         raise InputError(
             f"truth {truth.shape}, members {members.shape} and scored {grid} ({scored.dtype}) do not fit "
             "together; expected (y, x, 2), (M, y, x, 2) and (y, x) of bool"
@@ -74,6 +69,14 @@ def _values(truth: np.ndarray, members: np.ndarray, scored: np.ndarray) -> tuple
     return truth, members
 
 
+def _known(truth: np.ndarray, ocean: np.ndarray) -> np.ndarray:
+    """Ocean cells with a finite truth, (y, x) bool."""
+    truth, ocean = np.asarray(truth), np.asarray(ocean, bool)
+    if truth.shape != (*ocean.shape, 2):
+        raise InputError(f"truth {truth.shape} and ocean {ocean.shape} are of different grids")
+    return ocean & np.isfinite(truth).all(-1)
+
+
 def _require_pairs(count: int, antithetic: bool) -> None:
     if antithetic and count % 2:
         raise InputError(f"antithetic members come in pairs, got {count} members")
@@ -84,6 +87,19 @@ def _require_spread(count: int, antithetic: bool) -> None:
     if count < (4 if antithetic else 2):
         needed = "two antithetic pairs" if antithetic else "two members"
         raise InputError(f"a spread needs at least {needed}, got {count} member{'s' * (count > 1)}")
+
+
+def _require_sizes(dx: float | np.ndarray, dy: float | np.ndarray, where: np.ndarray) -> None:
+    for name, size in (("dx", np.asarray(dx)), ("dy", np.asarray(dy))):
+        if size.shape not in ((), where.shape):
+            raise InputError(f"{name} {size.shape} is neither one number nor one for each of the cells {where.shape}")
+        sizes = np.broadcast_to(size, where.shape)[where]
+        if not ((sizes > 0) & (sizes < math.inf)).all():
+            raise InputError(f"cell sizes are positive numbers of metres, got {name}={size}")
+
+
+def _quotient(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    return np.divide(over, under, out=np.full(np.shape(under), np.nan), where=under > 0)
 
 
 # --- errors --------------------------------------------------------------------------------------------
@@ -103,6 +119,105 @@ def component_rmse(mse: float | np.ndarray) -> float:
 def vector_rmse(mse: float | np.ndarray) -> float:
     """sqrt(2 mean mse), m/s: the length of the error vector, always sqrt 2 times the component RMSE."""
     return float(np.sqrt(2 * np.mean(mse)))
+
+
+def direction_error(estimate: np.ndarray, truth: np.ndarray, scored: np.ndarray, speed: float) -> float:
+    """Mean absolute angle between estimate and truth (y, x, 2) where the truth is faster than `speed`, degrees.
+
+        mean |atan2(t x e, t . e)|,   0 for parallel vectors, 180 for opposite ones
+
+    Slow water has no direction worth the name, hence the threshold in m/s. An estimate at rest counts as 90,
+    what a random direction has on average. NaN where no scored cell is that fast.
+
+    Raises:
+      InputError: speed is negative or not finite, shapes that do not fit.
+    """
+    if not 0 <= speed < math.inf:
+        raise InputError(f"the speed above which directions count is a number of m/s from 0, got {speed}")
+    truth, estimate = _values(truth, np.asarray(estimate)[None], scored)
+    fast = np.hypot(*truth.T) > speed
+    (tu, tv), (eu, ev) = truth[fast].T, estimate[0, fast].T
+    angle = np.abs(np.arctan2(tu * ev - tv * eu, tu * eu + tv * ev))
+    return float(np.degrees(np.where((eu == 0) & (ev == 0), np.pi / 2, angle).mean())) if fast.any() else math.nan
+
+
+@dataclass(frozen=True)
+class DistanceErrors:
+    """Error against distance to the nearest observation.
+
+    Attributes:
+      edges: (bins + 1,) bin i holds edges[i] <= distance < edges[i + 1], in the unit of the cell sizes.
+      counts: (bins,) scored cells.
+      mean, baseline: (bins,) MSE of the ensemble mean and of a baseline, (m/s)^2 a component; NaN if empty.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    mean: np.ndarray
+    baseline: np.ndarray
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """Mean over baseline, (bins,); NaN in an empty bin or where the baseline has no error."""
+        return _quotient(self.mean, self.baseline)
+
+    @classmethod
+    def average(cls, frames: Sequence["DistanceErrors"]) -> "DistanceErrors":
+        """Errors over the cells of all frames together; counts are summed.
+
+        Raises:
+          InputError: no frames, or frames with different edges.
+        """
+        if not frames or any(not np.array_equal(f.edges, frames[0].edges) for f in frames):
+            raise InputError(f"an average needs frames with the same edges, got {len(frames)} frames")
+        counts = np.stack([f.counts for f in frames])
+        total = counts.sum(0)
+        sums = [np.nansum(counts * [getattr(f, name) for f in frames], 0) for name in ("mean", "baseline")]
+        return cls(frames[0].edges, total, *(_quotient(one, total) for one in sums))
+
+
+def error_by_distance(
+    mean: np.ndarray,
+    baseline: np.ndarray,
+    truth: np.ndarray,
+    scored: np.ndarray,
+    observed: np.ndarray,
+    edges: Sequence[float] | np.ndarray,
+    dx: float = 1.0,
+    dy: float = 1.0,
+) -> DistanceErrors:
+    """MSE of two estimates (y, x, 2) of one frame in bins of the distance to the nearest observed cell.
+
+    Distances run straight from cell centre to cell centre, over land if need be.
+
+    Args:
+      mean, baseline: the mean of an ensemble and what it is compared with, m/s.
+      truth: (y, x, 2) m/s.
+      scored: (y, x) bool, as `scored_cells` gives them.
+      observed: (y, x) bool.
+      edges: (bins + 1,) rising; the last may be infinite. Scored cells outside are left out.
+      dx, dy: cell sizes in metres; 1 for distances in cells.
+
+    Raises:
+      InputError: no cell is observed, edges do not rise, a cell size is not positive, shapes that do not fit.
+    """
+    edges, observed = np.asarray(edges, np.float64), np.asarray(observed, bool)
+    if edges.ndim != 1 or edges.size < 2 or not (edges[1:] > edges[:-1]).all():
+        raise InputError(f"edges of distance must rise, at least two of them, got {edges.tolist()}")
+    if observed.shape != np.shape(scored) or not observed.any():
+        raise InputError(
+            f"no distance without an observed cell on the grid of scored: {observed.sum()} observed "
+            f"cells of {observed.shape}, scored is {np.shape(scored)}"
+        )
+    _require_sizes(dx, dy, np.True_)
+    squares = []
+    for field in (mean, baseline):
+        t, estimate = _values(truth, np.asarray(field)[None], scored)
+        squares.append(((estimate[0] - t) ** 2).mean(-1))
+    distance = ndimage.distance_transform_edt(~observed, sampling=(dy, dx))[scored]
+    bins = np.digitize(distance, edges)
+    counts, *sums = (np.bincount(bins, weight, edges.size + 1)[1:-1] for weight in (np.ones_like(distance), *squares))
+    return DistanceErrors(edges, counts.astype(int), *(_quotient(one, counts) for one in sums))
 
 
 # --- ensemble scores -----------------------------------------------------------------------------------
@@ -126,11 +241,61 @@ def fair_crps(truth: np.ndarray, members: np.ndarray, scored: np.ndarray, antith
     # The estimator by probability-weighted moments is the fair one, from a sort instead of all pairs.
     crps = scoringrules.crps_ensemble(truth, members, m_axis=0, estimator="pwm", backend="numpy").mean()
     if antithetic:
-        distance = np.abs(members - truth).mean()
-        all_pairs = (distance - crps) * count * (count - 1)
-        partners = np.abs(members[0::2] - members[1::2]).sum(0).mean()
-        crps = distance - (all_pairs - partners) / (count * (count - 2))
+        distance, partners = np.abs(members - truth).mean(), np.abs(members[0::2] - members[1::2]).sum(0).mean()
+        crps = _without_partners(crps, distance, partners, count)
     return float(crps)
+
+
+def _without_partners(fair: float, distance: float, partners: float, count: int) -> float:
+    """A fair score from all pairs of M members made one from pairs of strangers.
+
+    `distance` is the mean distance of members to the truth, `partners` the sum of distances in pairs of partners.
+    """
+    all_pairs = (distance - fair) * count * (count - 1)
+    return distance - (all_pairs - partners) / (count * (count - 2))
+
+
+def energy_score(
+    truth: np.ndarray,
+    members: np.ndarray,
+    scored: np.ndarray,
+    antithetic: bool = False,
+    vector: Literal["cell", "field"] = "cell",
+) -> float:
+    """Fair energy score, m/s: the CRPS of vectors, which also judges how components vary together.
+
+        mean_m |x_m - t| - 1/2 mean_{m, n independent} |x_m - x_n|
+
+    The second mean runs over all pairs m < n, without pairs of partners if antithetic. Vectors and lengths are
+
+        cell    the current (u, v) of one cell and its speed; the score is averaged over cells
+        field   all scored values of the frame and sqrt(mean over cells u^2 + v^2)
+
+    Raises:
+      InputError: fewer than two members (two pairs if antithetic), an unknown vector, shapes that do not fit.
+
+    Source: Gneiting and Raftery, "Strictly proper scoring rules, prediction, and estimation" (2007), eq. 22.
+    """
+    truth, members = _values(truth, members, scored)
+    count, cells = members.shape[:2]
+    _require_spread(count, antithetic)
+    if vector not in ("cell", "field"):
+        raise InputError(f"the vector of an energy score is cell or field, got {vector!r}")
+    errors = np.moveaxis(members - truth, 0, -2)
+    if vector == "field":
+        # Rotating M error vectors into the space they span keeps all lengths and leaves M numbers of each.
+        errors = np.linalg.qr(errors.transpose(0, 2, 1).reshape(-1, count) / math.sqrt(cells), mode="r").T[None]
+    # All pairs at all cells at once would take gigabytes.
+    parts = np.array_split(errors, -(-errors.size * count // 2**23))
+    fair = sum(
+        scoringrules.es_ensemble(np.zeros_like(part[:, 0]), part, estimator="fair", backend="numpy").sum()
+        for part in parts
+    ) / len(errors)
+    if antithetic:
+        distance = np.linalg.norm(errors, axis=-1).mean()
+        partners = np.linalg.norm(errors[:, 0::2] - errors[:, 1::2], axis=-1).sum(-1).mean()
+        fair = _without_partners(fair, distance, partners, count)
+    return float(fair)
 
 
 def ensemble_variance(members: np.ndarray, antithetic: bool = False) -> np.ndarray:
@@ -210,9 +375,7 @@ def coverage(
         raise InputError(f"the level of an interval lies between 0 and 1, got {level}")
     if interval == "gaussian":
         freedom, factor = (count / 2, 1) if antithetic else (count - 1, (count + 1) / count)
-        half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(
-            factor * ensemble_variance(members, antithetic)
-        )
+        half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(factor * ensemble_variance(members, antithetic))
         return float(np.mean(np.abs(truth - members.mean(0)) <= half))
     halves = (members[0::2], members[1::2]) if antithetic else (members,)
     inside = []
@@ -264,9 +427,7 @@ def small_scale_energy(field: np.ndarray, scored: np.ndarray, ocean: np.ndarray,
     """
     field, scored, ocean = np.asarray(field, np.float64), np.asarray(scored, bool), np.asarray(ocean, bool)
     if field.shape[-3:] != (*ocean.shape, 2) or scored.shape != ocean.shape:
-        raise InputError(
-            f"field {field.shape}, scored {scored.shape} and ocean {ocean.shape} do not fit together"
-        )
+        raise InputError(f"field {field.shape}, scored {scored.shape} and ocean {ocean.shape} do not fit together")
     if window < 3 or window % 2 == 0:
         raise InputError(f"window must be odd and at least 3 cells, got {window}")
     if not scored.any() or (scored & ~ocean).any():
@@ -316,7 +477,7 @@ class Spectrum:
     @property
     def ratio(self) -> np.ndarray:
         """Members over truth, (bands,); NaN in a band where the truth has no energy."""
-        return np.divide(self.members, self.truth, out=np.full_like(self.truth, np.nan), where=self.truth > 0)
+        return _quotient(self.members, self.truth)
 
     @classmethod
     def average(cls, frames: Sequence["Spectrum"]) -> "Spectrum":
@@ -361,13 +522,12 @@ def spectrum(truth: np.ndarray, members: np.ndarray, ocean: np.ndarray, dx: floa
     Raises:
       InputError: the rectangle is smaller than 8 by 8 cells, or a field is not finite there.
     """
-    _values(truth, members, np.asarray(ocean, bool) & np.isfinite(truth).all(-1))
-    rows, columns = ocean_rectangle(np.asarray(ocean, bool) & np.isfinite(truth).all(-1))
+    valid = _known(truth, ocean)
+    _values(truth, members, valid)
+    rows, columns = ocean_rectangle(valid)
     ny, nx = rows.stop - rows.start, columns.stop - columns.start
     if min(ny, nx) < 8:
-        raise InputError(
-            f"a spectrum needs 8 by 8 cells without land, the largest rectangle has {ny} by {nx}"
-        )
+        raise InputError(f"a spectrum needs 8 by 8 cells without land, the largest rectangle has {ny} by {nx}")
     wavenumber, energy = energy_bands(truth[rows, columns], dx, dy)
     return Spectrum(wavenumber, energy, energy_bands(members[:, rows, columns], dx, dy)[1].mean(0))
 
@@ -386,18 +546,24 @@ def divergence_vorticity(
       divergence (..., y, x), vorticity (..., y, x), both zero outside `interior`, and interior (y, x) bool:
       ocean cells whose four neighbours are ocean.
     """
+    u_x, u_y, v_x, v_y, interior = _gradient(field, ocean, dx, dy)
+    return u_x + v_y, v_x - u_y, interior
+
+
+def _gradient(
+    field: np.ndarray, ocean: np.ndarray, dx: float | np.ndarray, dy: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """u_x, u_y, v_x, v_y by centred differences, 1/s, zero outside interior, and interior (y, x) bool."""
     ocean = np.asarray(ocean, bool)
     field = np.where(ocean[..., None], np.asarray(field, np.float64), 0)
     interior = np.zeros_like(ocean)
-    interior[1:-1, 1:-1] = (
-        ocean[1:-1, 1:-1] & ocean[:-2, 1:-1] & ocean[2:, 1:-1] & ocean[1:-1, :-2] & ocean[1:-1, 2:]
-    )
+    interior[1:-1, 1:-1] = ocean[1:-1, 1:-1] & ocean[:-2, 1:-1] & ocean[2:, 1:-1] & ocean[1:-1, :-2] & ocean[1:-1, 2:]
     by_y, by_x = np.zeros_like(field), np.zeros_like(field)
     by_y[..., 1:-1, :, :] = (field[..., 2:, :, :] - field[..., :-2, :, :]) / 2
     by_x[..., 1:-1, :] = (field[..., 2:, :] - field[..., :-2, :]) / 2
-    divergence = np.where(interior, by_x[..., 0] / dx + by_y[..., 1] / dy, 0)
-    vorticity = np.where(interior, by_x[..., 1] / dx - by_y[..., 0] / dy, 0)
-    return divergence, vorticity, interior
+    u_x, v_x = (np.where(interior, by_x[..., i] / dx, 0) for i in (0, 1))
+    u_y, v_y = (np.where(interior, by_y[..., i] / dy, 0) for i in (0, 1))
+    return u_x, u_y, v_x, v_y, interior
 
 
 def derivative_scores(
@@ -416,7 +582,7 @@ def derivative_scores(
       InputError: no stencil of five ocean cells is scored, shapes that do not fit.
     """
     _values(truth, members, scored)
-    valid = np.asarray(ocean, bool) & np.isfinite(truth).all(-1)
+    valid = _known(truth, ocean)
     *of_truth, interior = divergence_vorticity(truth, valid, dx, dy)
     of_members = divergence_vorticity(members, valid, dx, dy)[:2]
     where = interior & scored
@@ -445,6 +611,119 @@ def derivative_summary(frames: Sequence[Mapping[str, float]]) -> dict[str, float
 
 def _root_ratio(over: float, under: float) -> float:
     return float(np.sqrt(over / under)) if under > 0 else math.nan
+
+
+# --- eddies --------------------------------------------------------------------------------------------
+
+
+def okubo_weiss(
+    field: np.ndarray, ocean: np.ndarray, dx: float | np.ndarray, dy: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Okubo-Weiss parameter, 1/s^2: negative where rotation, positive where strain prevails.
+
+        W = (u_x - v_y)^2 + (v_x + u_y)^2 - (v_x - u_y)^2
+
+    Args:
+      field: (..., y, x, 2) m/s.
+      ocean: (y, x) bool.
+      dx, dy: cell sizes in metres, scalar or (y, x).
+
+    Returns:
+      W (..., y, x), zero outside interior, and interior (y, x) bool as `divergence_vorticity` has it.
+
+    Raises:
+      InputError: field and ocean are of different grids, a cell size is unknown or not positive on the ocean.
+
+    Sources: Okubo, "Horizontal dispersion of floatable particles in the vicinity of velocity singularities such
+    as convergences" (1970); Weiss, "The dynamics of enstrophy transfer in two-dimensional hydrodynamics" (1991).
+    """
+    if np.shape(field)[-3:] != (*np.shape(ocean), 2):
+        raise InputError(f"field {np.shape(field)} and ocean {np.shape(ocean)} are of different grids")
+    _require_sizes(dx, dy, np.asarray(ocean, bool))
+    u_x, u_y, v_x, v_y, interior = _gradient(field, ocean, dx, dy)
+    return (u_x - v_y) ** 2 + (v_x + u_y) ** 2 - (v_x - u_y) ** 2, interior
+
+
+def eddy_scores(
+    truth: np.ndarray,
+    members: np.ndarray,
+    scored: np.ndarray,
+    ocean: np.ndarray,
+    dx: float | np.ndarray,
+    dy: float | np.ndarray,
+    antithetic: bool = False,
+    threshold: float = 0.2,
+) -> dict[str, float]:
+    """Eddies of members against those of the truth in one frame, over scored interior stencils.
+
+    A cell is in an eddy where W < -threshold std(W of the truth), the std over all interior stencils. With o
+    the truth's indicator, o_m a member's and p = mean_m o_m,
+
+        brier        mean (p - o)^2
+        brier_fair   mean_m |o_m - o| - 1/2 mean_{m, n independent} (o_m - o_n)^2, averaged over cells
+        hits         share of cells in an eddy of truth and member, averaged over members
+        truth        share of cells in an eddy of the truth
+        members      the same of a member, averaged over members
+
+    Partners of antithetic members are left out of the pairs. The plain Brier score holds an ensemble's size
+    against it, the fair one does not; it is NaN where no two members are independent.
+
+    Raises:
+      InputError: no stencil of five ocean cells is scored, a member is not finite on a known ocean cell, an
+        odd number of antithetic members, threshold negative, a cell size not positive, shapes that do not fit.
+
+    Sources: Isern-Fontanet, Garcia-Ladona, Font, "Identification of marine eddies from altimetric maps"
+    (2003), the threshold; Ferro, "Fair scores for ensemble forecasts" (2014), the fair Brier score.
+    """
+    _values(truth, members, scored)
+    valid = _known(truth, ocean)
+    _values(truth, members, valid)
+    count = len(members)
+    _require_pairs(count, antithetic)
+    if not 0 <= threshold < math.inf:
+        raise InputError(f"the threshold of eddies is a number of standard deviations from 0, got {threshold}")
+    of_truth, interior = okubo_weiss(truth, valid, dx, dy)
+    of_members, _ = okubo_weiss(members, valid, dx, dy)
+    where = interior & scored
+    if not where.any():
+        raise InputError("no scored cell has four ocean neighbours, so no eddy can be seen")
+    limit = -threshold * of_truth[interior].std()
+    t, m = (of_truth[where] < limit).astype(np.float64), (of_members[:, where] < limit).astype(np.float64)
+    paired = count >= (4 if antithetic else 2)
+    pairs = ensemble_variance(m, antithetic).mean() if paired else math.nan
+    return {
+        "brier": float(np.mean((m.mean(0) - t) ** 2)),
+        "brier_fair": float(np.abs(m - t).mean() - pairs),
+        "hits": float((m * t).mean()),
+        "truth": float(t.mean()),
+        "members": float(m.mean()),
+    }
+
+
+def eddy_summary(frames: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Scores of eddies over frames of `eddy_scores`.
+
+        brier, brier_fair   means over frames
+        frequency           f, share of cells in an eddy of the truth; always saying f has the Brier score f (1 - f)
+        hit_rate            share of the truth's eddy cells that a member has: hits / truth
+        false_alarm_ratio   share of a member's eddy cells that the truth has not: 1 - hits / members
+
+    NaN where nothing is divided by: no eddies in the truth, or none in the members.
+
+    Raises:
+      InputError: no frames.
+    """
+    if not frames:
+        raise InputError("a summary of eddies needs at least one frame")
+    mean = pd.DataFrame(list(frames)).mean()
+    hits, truth, members = (float(mean[name]) for name in ("hits", "truth", "members"))
+    return {
+        "brier": float(mean["brier"]),
+        "brier_fair": float(mean["brier_fair"]),
+        "frequency": truth,
+        "hit_rate": hits / truth if truth > 0 else math.nan,
+        "false_alarm_ratio": 1 - hits / members if members > 0 else math.nan,
+    }
 
 
 # --- comparison ----------------------------------------------------------------------------------------
@@ -505,9 +784,7 @@ def ratio_of_means(
     """
     method, baseline = np.asarray(method_mse, np.float64), np.asarray(baseline_mse, np.float64)
     if method.ndim != 1 or method.shape != baseline.shape or not method.size:
-        raise InputError(
-            f"paired errors need one number a frame for both, got {method.shape} and {baseline.shape}"
-        )
+        raise InputError(f"paired errors need one number a frame for both, got {method.shape} and {baseline.shape}")
     bad = ~(np.isfinite(method) & np.isfinite(baseline) & (method >= 0) & (baseline > 0))
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
@@ -589,7 +866,7 @@ def score(
     t, m = _values(truth, members, scored)
     count = len(m)
     _require_pairs(count, antithetic)
-    valid = np.asarray(ocean, bool) & np.isfinite(truth).all(-1)
+    valid = _known(truth, ocean)
     if count == 1:
         variance, crps, covered = 0.0, float(np.abs(m[0] - t).mean()), math.nan
     elif antithetic and count == 2:
@@ -644,9 +921,7 @@ def summary(
     """
     kinds = {(f.members, f.antithetic) for f in frames}
     if len(kinds) != 1:
-        raise InputError(
-            f"{method}: a row needs frames of one kind of ensemble, got {sorted(kinds) or 'none'}"
-        )
+        raise InputError(f"{method}: a row needs frames of one kind of ensemble, got {sorted(kinds) or 'none'}")
     ((members, antithetic),) = kinds
     table = pd.DataFrame([vars(f) for f in frames])
     mean = table.mean(numeric_only=True)
@@ -718,8 +993,7 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
             width = max(map(len, (title, *cells)))
             align = str.ljust if title in ("method", "baseline") else str.rjust
             lines = [
-                line + "  " * bool(line) + align(cell, width)
-                for line, cell in zip(lines, (title, *cells), strict=True)
+                line + "  " * bool(line) + align(cell, width) for line, cell in zip(lines, (title, *cells), strict=True)
             ]
     frames = sorted({int(row["frames"]) for row in rows})
     lines.append(

@@ -45,7 +45,7 @@ class Observation:
     def apply(self, field: Field) -> Values:
         """A x: the field seen at the observed positions; 0 on padded rows."""
         corners = field.reshape(-1, field.shape[-1])[self.cells]
-        return jnp.einsum("mk,mkc->mc", self.weights, corners)
+        return jnp.einsum("mk,mkc->mc", self.weights, corners, precision=jax.lax.Precision.HIGHEST)
 
     def adjoint(self, values: Values, shape: tuple[int, int]) -> Field:
         """A^T v on a grid of `shape` (y, x)."""
@@ -118,7 +118,12 @@ def from_weights(
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values).all(-1))[0])
         raise InputError(f"observation {row} is not finite (u, v = {values[row][0]}, {values[row][1]})")
-    sigma = np.broadcast_to(np.asarray(sigma, float), values.shape)
+    sigma = np.asarray(sigma, float)
+    if sigma.shape not in ((), (2,), values.shape):
+        raise InputError(
+            f"observation error sigma must be one number or {values.shape}, one a component, got {sigma.shape}"
+        )
+    sigma = np.broadcast_to(sigma, values.shape)
     if not (np.isfinite(sigma).all() and (sigma > 0).all()):
         raise InputError(f"observation error sigma must be positive and finite, got {sigma.min()}")
     size = bucket(count) if size is None else size
@@ -149,7 +154,7 @@ def from_points(
     Args:
       lat, lon: (m,) degrees.
       velocity: (m, 2) u, v.
-      sigma: scalar or (m, 2).
+      sigma: scalar, (2,) or (m, 2).
       grid_lat, grid_lon: (y,), (x,) degrees, increasing.
       ocean: (y, x) bool.
       size: rows to pad to.
@@ -158,7 +163,10 @@ def from_points(
       InputError: a point lies outside the grid by more than half a cell, or on land, or is not finite.
     """
     lat, lon = np.atleast_1d(np.asarray(lat, float)), np.atleast_1d(np.asarray(lon, float))
-    velocity = np.asarray(velocity, float).reshape(-1, 2)
+    velocity = np.asarray(velocity, float)
+    velocity = velocity[None] if velocity.ndim == 1 else velocity
+    if velocity.ndim != 2 or velocity.shape[1] != 2:
+        raise InputError(f"velocities must be (m, 2), u and v of each point, got {velocity.shape}")
     if not lat.shape == lon.shape == velocity.shape[:1]:
         raise InputError(f"{lat.size} latitudes, {lon.size} longitudes and {len(velocity)} velocities were given")
     row, col = _fractional_index(lat, grid_lat), _fractional_index(lon, grid_lon)
@@ -240,6 +248,8 @@ def walk(ocean: np.ndarray, count: int, rng: np.random.Generator, turn: float = 
     """
     from scipy import ndimage
 
+    if count < 1:
+        raise InputError(f"a walk has at least one cell, got {count}")
     pieces, number = ndimage.label(ocean)
     if number == 0:
         raise InputError("no ocean cell to walk on")
@@ -286,17 +296,15 @@ def cells(ocean: np.ndarray, fraction: float, rng: np.random.Generator) -> np.nd
 
 
 def swath(ocean: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Ocean cells within width / 2 cells of a random straight line through the domain: an altimeter or an aircraft."""
+    """Ocean cells within width / 2 cells of a random straight line over an ocean cell: an altimeter or an aircraft."""
     if width < 1:
         raise InputError(f"width of a swath is at least one cell, got {width}")
-    y, x = np.mgrid[: ocean.shape[0], : ocean.shape[1]]
-    for _ in range(100):
-        centre, angle = rng.choice(np.argwhere(ocean)), rng.uniform(0, np.pi)
-        distance = np.abs((y - centre[0]) * np.cos(angle) - (x - centre[1]) * np.sin(angle))
-        observed = ocean & (distance <= width / 2)
-        if observed.any():
-            return observed
-    raise InputError("no swath over ocean found")
+    if not ocean.any():
+        raise InputError("no ocean cell to observe")
+    y, x = np.indices(ocean.shape)
+    centre, angle = rng.choice(np.argwhere(ocean)), rng.uniform(0, np.pi)
+    distance = np.abs((y - centre[0]) * np.cos(angle) - (x - centre[1]) * np.sin(angle))
+    return ocean & (distance <= width / 2)
 
 
 def parse(spec: str, ocean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -316,3 +324,13 @@ def parse(spec: str, ocean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     except ValueError:
         pass
     raise InputError(f"pattern {spec!r} is not one of line:ROW, walk:CELLS, cells:FRACTION, swath:WIDTH")
+
+
+def usual(ocean: np.ndarray) -> tuple[str, ...]:
+    """The three patterns that results are reported for: the middle row, a walk over 1/42 of the ocean, 2 % of cells.
+
+    Where the middle row is all land, the nearest one with ocean.
+    """
+    middle = ocean.shape[0] // 2
+    row = min(np.flatnonzero(ocean.any(1)), key=lambda y: abs(int(y) - middle))
+    return f"line:{row}", f"walk:{max(round(ocean.sum() / 42), 2)}", "cells:0.02"

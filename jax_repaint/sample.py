@@ -50,7 +50,7 @@ class Known(NamedTuple):
 
 @struct.dataclass
 class Repaint:
-    """Hyperparameters of one stage. Leaves are numbers of the formulas and can be batched; the rest changes the program.
+    """Hyperparameters of one stage. Leaves are numbers of the formulas; the rest changes the program.
 
     Attributes:
       noise_floor: noise weight where the prior is surest, 0..1; 1 turns adaptive noise off.

@@ -63,7 +63,8 @@ class Schedule:
         """beta_t from `min_beta` to `max_beta` in equal steps; the defaults end at alpha_bar 0.0797, sigma 3.40."""
         if steps < 2 or not 0 < min_beta <= max_beta < 1:
             raise InputError(
-                f"a linear schedule needs steps >= 2 and 0 < min_beta <= max_beta < 1, got {steps}, {min_beta}, {max_beta}"
+                "a linear schedule needs steps >= 2 and 0 < min_beta <= max_beta < 1, "
+                f"got {steps}, {min_beta}, {max_beta}"
             )
         return cls.create(np.linspace(min_beta, max_beta, steps))
 
@@ -85,9 +86,7 @@ def levels(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> 
       (count,) float64, decreasing.
     """
     if count < 2 or not 0 < sigma_min < sigma_max:
-        raise InputError(
-            f"levels need count >= 2 and 0 < sigma_min < sigma_max, got {count}, {sigma_min}, {sigma_max}"
-        )
+        raise InputError(f"levels need count >= 2 and 0 < sigma_min < sigma_max, got {count}, {sigma_min}, {sigma_max}")
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return np.linspace(*ends, count) ** rho
 

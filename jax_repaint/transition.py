@@ -25,7 +25,7 @@ def ancestral_mean(x_t: Array, x0: Array, beta: Level, alpha_bar: Level, alpha_b
 
 
 def renoise(x_s: Array, noise: Array, beta: Level) -> Array:
-    """One step back up, x_t = sqrt(alpha_t) x_s + sqrt(beta_t) n (Lugmayr et al. 2022, "RePaint", algorithm 1, line 10)."""
+    """One step back up, x_t = sqrt(alpha_t) x_s + sqrt(beta_t) n (Lugmayr et al. 2022, algorithm 1, line 10)."""
     return jnp.sqrt(1 - beta) * x_s + jnp.sqrt(beta) * noise
 
 

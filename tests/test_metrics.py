@@ -1,5 +1,6 @@
 """Scores against closed forms, scoringrules, scipy and the known behaviour of exchangeable draws."""
 
+import itertools
 import math
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_member_error_is_mean_error_plus_variance():
     assert scores.mse_member == pytest.approx(scores.mse_mean + members.var(0).mean())
 
 
-@pytest.mark.parametrize("function", [metrics.fair_crps, metrics.coverage])
+@pytest.mark.parametrize("function", [metrics.fair_crps, metrics.energy_score, metrics.coverage])
 def test_input_that_cannot_be_scored_is_named(function):
     truth, members, scored = gaussian_case(4)
     with pytest.raises(InputError, match="two members, got 1 member"):
@@ -100,6 +101,94 @@ def test_input_that_cannot_be_scored_is_named(function):
         function(truth, members, scored)
     scored[3, 5] = False
     assert np.isfinite(function(truth, members, scored))
+
+
+@pytest.mark.parametrize("degrees", [30, -30, 170])
+def test_direction_error_of_turned_vectors(degrees):
+    truth, _, scored = gaussian_case(1)
+    turn = np.exp(1j * np.radians(degrees))
+    turned = (truth[..., 0] + 1j * truth[..., 1]) * turn * np.random.default_rng(1).uniform(0.1, 9, SHAPE)
+    estimate = np.stack([turned.real, turned.imag], -1)
+    assert metrics.direction_error(estimate, truth, scored, 0.0) == pytest.approx(abs(degrees), rel=1e-12)
+
+
+def test_direction_error_of_fast_water_by_hand():
+    # Speeds 2, 3, 0.5, 1 and 4: off by 90, at rest, slow, on the threshold, not scored.
+    truth = np.array([[[2.0, 0], [0, 3], [0.5, 0], [1, 0], [4, 0]]])
+    estimate = np.array([[[0.0, -1], [0, 0], [-1, 0], [-1, 0], [-1, 0]]])
+    scored = np.array([[True, True, True, True, False]])
+    assert metrics.direction_error(estimate, truth, scored, 1.0) == pytest.approx(90)
+    assert metrics.direction_error(estimate, truth, scored, 0.9) == pytest.approx((90 + 90 + 180) / 3)
+    assert metrics.direction_error(estimate, truth, scored, 2.5) == 90
+    assert math.isnan(metrics.direction_error(estimate, truth, scored, 3.0))
+    assert metrics.direction_error(truth, truth, scored, 0.0) == 0
+    with pytest.raises(InputError, match=r"number of m/s from 0, got -1.0"):
+        metrics.direction_error(estimate, truth, scored, -1.0)
+    with pytest.raises(InputError, match="do not fit together"):
+        metrics.direction_error(estimate[:, 1:], truth, scored, 0.0)
+
+
+def test_errors_by_distance_by_hand():
+    # Columns are 50 m apart and rows 100 m; distances from the observed corner: 50 100 / 100 112 141.
+    truth = np.zeros((2, 3, 2))
+    mean, baseline = np.zeros((2, 2, 3, 2))
+    mean[..., 0] = [[99, 1, 2], [3, 4, 5]]
+    baseline[..., 1] = 2
+    observed = np.array([[True, False, False], [False, False, False]])
+    scored = ~observed
+    arguments = (mean, baseline, truth, scored, observed)
+    result = metrics.error_by_distance(*arguments, [60, 100, 110, 120, 1000], 50.0, 100.0)
+    np.testing.assert_array_equal(result.edges, [60, 100, 110, 120, 1000])
+    np.testing.assert_array_equal(result.counts, [0, 2, 1, 1])
+    np.testing.assert_array_equal(result.mean, [np.nan, (4 + 9) / 4, 8, 12.5])
+    np.testing.assert_array_equal(result.baseline, [np.nan, 2, 2, 2])
+    np.testing.assert_array_equal(result.ratio, [np.nan, 13 / 8, 4, 6.25])
+    # In cells: 1 and 1, the diagonal, 2 and sqrt 5.
+    result = metrics.error_by_distance(*arguments, [0, 1.2, 2, np.inf])
+    np.testing.assert_array_equal(result.counts, [2, 1, 2])
+    np.testing.assert_array_equal(result.mean, [(1 + 9) / 4, 8, (4 + 25) / 4])
+
+
+def test_errors_by_distance_from_all_pairs_of_cells():
+    rng = np.random.default_rng(0)
+    ocean, truth = coast(), rng.normal(size=(*SHAPE, 2))
+    truth[~ocean] = np.nan
+    mean, baseline = truth + rng.normal(size=(2, *truth.shape))
+    edges = np.array([0.0, 70, 130, 300, np.inf])
+    frames, pooled = [], []
+    for share in (0.05, 0.01):
+        observed = ocean & (rng.random(SHAPE) < share)
+        scored = metrics.scored_cells(truth, ocean, observed)
+        frames.append(metrics.error_by_distance(mean, baseline, truth, scored, observed, edges, 50.0, 80.0))
+        gaps = (np.argwhere(scored)[:, None] - np.argwhere(observed)) * [80.0, 50.0]
+        squares = [((field - truth)[scored] ** 2).mean(-1) for field in (mean, baseline)]
+        pooled.append(np.stack([np.sqrt((gaps**2).sum(-1)).min(1), *squares], 1))
+    whole = metrics.DistanceErrors.average(frames)
+    distance, *squares = np.concatenate(pooled).T
+    for i, (low, high) in enumerate(itertools.pairwise(edges)):
+        inside = (distance >= low) & (distance < high)
+        assert whole.counts[i] == inside.sum() > 0
+        assert (whole.mean[i], whole.baseline[i]) == pytest.approx([s[inside].mean() for s in squares], rel=1e-12)
+    assert whole.counts.sum() == sum(len(p) for p in pooled)
+    with pytest.raises(InputError, match="same edges"):
+        metrics.DistanceErrors.average([])
+
+
+def test_errors_by_distance_rejects_what_has_no_distance():
+    truth, members, scored = gaussian_case(2)
+    observed = np.zeros(SHAPE, bool)
+    observed[3, 4] = True
+    arguments = (*members, truth, scored)
+    with pytest.raises(InputError, match="edges of distance must rise"):
+        metrics.error_by_distance(*arguments, observed, [0, 5, 5])
+    with pytest.raises(InputError, match="without an observed cell"):
+        metrics.error_by_distance(*arguments, ~scored, [0, 5])
+    with pytest.raises(InputError, match="positive numbers of metres, got dx=0"):
+        metrics.error_by_distance(*arguments, observed, [0, 5], dx=0.0)
+    with pytest.raises(InputError, match=r"dy \(24, 40\) is neither one number"):
+        metrics.error_by_distance(*arguments, observed, [0, 5], dy=np.ones(SHAPE))
+    with pytest.raises(InputError, match="do not fit together"):
+        metrics.error_by_distance(members[0], members[1, 1:], truth, scored, observed, [0, 5])
 
 
 # --- CRPS ---------------------------------------------------------------------------------------------------
@@ -142,6 +231,68 @@ def test_crps_of_antithetic_draws_needs_partners_left_out():
     assert metrics.fair_crps(truth, ensemble, scored) < expected - 0.05
 
 
+def brute_energy_score(truth: np.ndarray, members: np.ndarray, pairs: list[tuple[int, int]]) -> float:
+    """Energy score of one vector from the definition, over the given ordered pairs of members."""
+    apart = [math.dist(members[i], members[j]) for i, j in pairs]
+    return np.mean([math.dist(m, truth) for m in members]) - np.mean(apart) / 2
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_energy_score_by_brute_force(antithetic):
+    truth, members, scored = gaussian_case(6, shape=(5, 7))
+    scored[::2] = False
+    t, m = truth[scored], members[:, scored]
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j and not (antithetic and i // 2 == j // 2)]
+    cells = [brute_energy_score(t[c], m[:, c], pairs) for c in range(len(t))]
+    score = metrics.energy_score(truth, members, scored, antithetic)
+    assert score == pytest.approx(np.mean(cells), rel=1e-12)
+    whole = brute_energy_score(t.reshape(-1), m.reshape(6, -1), pairs) / math.sqrt(len(t))
+    score = metrics.energy_score(truth, members, scored, antithetic, vector="field")
+    assert score == pytest.approx(whole, rel=1e-12)
+
+
+def test_energy_score_of_many_members_on_few_cells():
+    truth, members, scored = gaussian_case(260, shape=(2, 3))
+    t, m = truth.reshape(-1), members.reshape(260, -1)
+    apart = np.linalg.norm(m[:, None] - m, axis=-1).sum() / (260 * 259)
+    expected = (np.linalg.norm(m - t, axis=-1).mean() - apart / 2) / math.sqrt(6)
+    assert metrics.energy_score(truth, members, scored, vector="field") == pytest.approx(expected, rel=1e-12)
+
+
+def test_energy_score_of_one_component_is_the_crps():
+    truth, members, scored = gaussian_case(5)
+    truth[..., 1] = members[..., 1] = 0.3
+    assert metrics.energy_score(truth, members, scored) == pytest.approx(2 * metrics.fair_crps(truth, members, scored))
+
+
+def test_energy_score_of_antithetic_draws_is_that_of_independent_ones():
+    truth, members, scored = gaussian_case(8, shape=(60, 60))
+    independent = metrics.energy_score(truth, members, scored)
+    truth, members, scored = antithetic_case(4)
+    assert metrics.energy_score(truth, members, scored, antithetic=True) == pytest.approx(independent, rel=0.02)
+    assert metrics.energy_score(truth, members, scored) < 0.97 * independent
+
+
+def test_energy_score_of_the_field_sees_how_cells_vary_together():
+    rng = np.random.default_rng(0)
+    pattern = rng.normal(size=(4, 5, 2))
+    truths, members = rng.normal(size=(60, 1, 1, 1)) * pattern, rng.normal(size=(60, 8, 1, 1, 1)) * pattern
+    # Shuffling members cell by cell keeps every margin and tears the pattern apart.
+    torn = np.stack([rng.permuted(np.broadcast_to(m, (8, 4, 5, 2)), axis=0) for m in members])
+    scored = np.ones((4, 5), bool)
+    gain = []
+    for truth, whole, mixed in zip(truths, members, torn, strict=True):
+        gain.append([metrics.energy_score(truth, m, scored, vector="field") for m in (whole, mixed)])
+        assert metrics.fair_crps(truth, whole, scored) == pytest.approx(metrics.fair_crps(truth, mixed, scored))
+    whole, mixed = np.mean(gain, 0)
+    assert whole < 0.97 * mixed
+
+
+def test_energy_score_rejects_another_vector():
+    with pytest.raises(InputError, match="cell or field, got 'frame'"):
+        metrics.energy_score(*gaussian_case(4), vector="frame")
+
+
 # --- spread -------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +314,7 @@ def test_spread_skill_of_exchangeable_members_is_one(members):
 def test_spread_skill_of_antithetic_members_is_one():
     scores = [metrics.score(*antithetic_case(3, s), np.ones((60, 60), bool), True) for s in range(4)]
     table = pd.DataFrame([vars(s) for s in scores])
-    assert metrics.spread_skill(table.variance, table.mse_mean, 6, antithetic=True) == pytest.approx(
-        1, abs=0.03
-    )
+    assert metrics.spread_skill(table.variance, table.mse_mean, 6, antithetic=True) == pytest.approx(1, abs=0.03)
 
 
 def test_spread_skill_averages_before_the_root():
@@ -368,6 +517,147 @@ def test_derivative_scores_of_a_rotation_too_fast():
     lonely[0, 0] = True
     with pytest.raises(InputError, match="four ocean neighbours"):
         metrics.derivative_scores(rotation, members, lonely, ocean, 50.0, 50.0)
+
+
+# --- eddies -------------------------------------------------------------------------------------------------
+
+
+def vortex(row: float, column: float, radius: float = 300.0) -> np.ndarray:
+    """Currents of the stream function exp(-r^2 / (2 radius^2)) round a cell of a grid of 50 m."""
+    y, x = (np.mgrid[: SHAPE[0], : SHAPE[1]] - np.array([row, column])[:, None, None]) * 50.0
+    psi = 100 * np.exp(-(x**2 + y**2) / (2 * radius**2))
+    return np.stack([y * psi, -x * psi], -1) / radius**2
+
+
+def test_okubo_weiss_of_rotation_and_strain_is_exact():
+    ocean = coast()
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]] * np.array([80.0, 50.0])[:, None, None]
+    flows = {"rotation": (-y, x), "stretching": (x, -y), "shearing": (y, x), "shear": (y, 0 * x), "spreading": (x, y)}
+    # s_n, s_s and vorticity in units of the rate: a shear rotates as much as it strains.
+    expected = {"rotation": -4, "stretching": 4, "shearing": 4, "shear": 0, "spreading": 0}
+    fields = 1e-4 * np.stack([np.stack(flows[name], -1) for name in expected])
+    fields[:, ~ocean] = np.nan
+    w, interior = metrics.okubo_weiss(fields, ocean, 50.0, np.where(ocean, 80.0, np.nan))
+    for name, one in zip(expected, w, strict=True):
+        np.testing.assert_allclose(one[interior], expected[name] * 1e-8, rtol=1e-10, atol=1e-18, err_msg=name)
+    assert not w[:, ~interior].any()
+    np.testing.assert_array_equal(interior, metrics.divergence_vorticity(fields[0], ocean, 50.0, 80.0)[2])
+
+
+def test_okubo_weiss_of_a_vortex_changes_sign_at_its_radius():
+    w, interior = metrics.okubo_weiss(vortex(12, 20), np.ones(SHAPE, bool), 50.0, 50.0)
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    r = np.hypot(y - 12, x - 20) * 50
+    psi = 100 * np.exp(-(r**2) / (2 * 300**2))
+    exact = -4 * (psi / 300**2) ** 2 * (1 - (r / 300) ** 2)
+    np.testing.assert_allclose(w[interior], exact[interior], atol=0.06 * abs(exact).max())
+    assert (w[r < 280] < 0).all()
+    assert (w[interior & (r > 320)] > 0).all()
+
+
+def test_eddy_scores_of_a_vortex_that_is_there_gone_or_elsewhere():
+    everywhere = np.ones(SHAPE, bool)
+    # Far enough apart, five radii, to leave each other's cores alone.
+    truth, elsewhere = vortex(12, 10, 200.0), vortex(12, 30, 200.0)
+    members = np.stack([truth, 0 * truth, elsewhere, truth + elsewhere])
+    frame = metrics.eddy_scores(truth, members, everywhere, everywhere, 50.0, 50.0)
+    f = frame["truth"]
+    # The core, out to less than one radius of 4 cells, of 22 by 38 cells.
+    assert 0.5 < f * 22 * 38 / (np.pi * 4**2) < 1
+    # Half of the members see the vortex, and half see one where none is.
+    assert frame["hits"] == pytest.approx(f / 2)
+    assert frame["members"] == pytest.approx(f, rel=0.05)
+    assert frame["brier"] == pytest.approx(f / 2, rel=0.05)
+    # Two of four: mean |o_m - o| is 1/2 and half the mean square of pairs 1/3, in each of the two vortices.
+    assert frame["brier_fair"] == pytest.approx(2 * f * (1 / 2 - 1 / 3), rel=0.05)
+    row = metrics.eddy_summary([frame, frame])
+    assert row["hit_rate"] == pytest.approx(0.5)
+    assert row["false_alarm_ratio"] == pytest.approx(0.5, abs=0.03)
+    assert row["frequency"] == pytest.approx(f)
+    # Partners {seen, not}, {elsewhere, both}: strangers differ in half of their pairs in each vortex.
+    paired = metrics.eddy_scores(truth, members, everywhere, everywhere, 50.0, 50.0, antithetic=True)
+    seen, other = 1 / 2 - 1 / 4, 1 / 2 - 1 / 2
+    assert paired["brier_fair"] == pytest.approx(f * (seen + other), rel=0.06)
+    assert paired["brier"] == frame["brier"]
+
+
+def test_eddy_scores_of_certain_members():
+    everywhere, truth = np.ones(SHAPE, bool), vortex(12, 11)
+    right = metrics.eddy_scores(truth, truth[None], everywhere, everywhere, 50.0, 50.0)
+    assert right["brier"] == 0
+    assert math.isnan(right["brier_fair"])
+    assert metrics.eddy_summary([right])["hit_rate"] == 1
+    assert metrics.eddy_summary([right])["false_alarm_ratio"] == 0
+    rest = metrics.eddy_scores(truth, 0 * truth[None], everywhere, everywhere, 50.0, 50.0)
+    # Never saying yes has the frequency as its Brier score.
+    assert rest["brier"] == rest["truth"] == right["truth"] > 0
+    assert metrics.eddy_summary([rest])["hit_rate"] == 0
+    assert math.isnan(metrics.eddy_summary([rest])["false_alarm_ratio"])
+    # A hit on one frame in three, the other frames without eddies of the truth or the members.
+    calm = metrics.eddy_scores(0 * truth, truth[None], everywhere, everywhere, 50.0, 50.0)
+    row = metrics.eddy_summary([right, rest, calm])
+    assert row["hit_rate"] == pytest.approx(0.5)
+    assert calm["members"] > right["members"]
+    assert row["false_alarm_ratio"] == pytest.approx(calm["members"] / (calm["members"] + right["truth"]))
+
+
+def test_fair_brier_score_of_exchangeable_members_does_not_depend_on_their_number():
+    rng = np.random.default_rng(0)
+    everywhere, scores = np.ones(SHAPE, bool), {2: [], 16: []}
+    for _ in range(30):
+        fields = np.stack([smooth_field(rng, 2.0) for _ in range(17)])
+        for count in scores:
+            scores[count].append(
+                metrics.eddy_scores(fields[0], fields[1 : count + 1], everywhere, everywhere, 50.0, 50.0)
+            )
+    few, many = (metrics.eddy_summary(scores[count]) for count in (2, 16))
+    assert few["brier_fair"] == pytest.approx(many["brier_fair"], rel=0.05)
+    assert few["brier"] > 1.2 * many["brier"]
+    # Independent of the truth: what is right is right by chance.
+    assert many["hit_rate"] == pytest.approx(many["frequency"], rel=0.15)
+    assert many["brier_fair"] == pytest.approx(many["frequency"] * (1 - many["frequency"]), rel=0.05)
+
+
+def test_eddy_scores_count_scored_stencils_only():
+    ocean, truth = coast(), vortex(5, 11)
+    members = np.stack([truth, vortex(14, 33)])
+    scored = ocean & (np.arange(SHAPE[1]) < 25)
+    frame = metrics.eddy_scores(truth, members, scored, ocean, 50.0, 50.0)
+    w, interior = metrics.okubo_weiss(np.stack([truth, *members]), ocean, 50.0, 50.0)
+    t, *m = (w < -0.2 * w[0, interior].std())[:, interior & scored]
+    assert frame["truth"] == t.mean() > 0.03
+    assert frame["members"] == pytest.approx((m[0].mean() + m[1].mean()) / 2)
+    assert frame["brier"] == pytest.approx(np.mean(((m[0] * 1.0 + m[1]) / 2 - t) ** 2))
+    deep = metrics.eddy_scores(truth, members, scored, ocean, 50.0, 50.0, threshold=1.0)
+    assert deep["truth"] < frame["truth"]
+
+
+def test_eddies_reject_what_they_cannot_see():
+    ocean, truth = coast(), vortex(5, 11)
+    arguments = (truth, truth[None], ocean, ocean)
+    lonely = np.zeros(SHAPE, bool)
+    lonely[0, 0] = True
+    with pytest.raises(InputError, match="no eddy can be seen"):
+        metrics.eddy_scores(truth, truth[None], lonely, ocean, 50.0, 50.0)
+    with pytest.raises(InputError, match="come in pairs, got 1"):
+        metrics.eddy_scores(*arguments, 50.0, 50.0, antithetic=True)
+    with pytest.raises(InputError, match=r"standard deviations from 0, got -0.2"):
+        metrics.eddy_scores(*arguments, 50.0, 50.0, threshold=-0.2)
+    with pytest.raises(InputError, match="positive numbers of metres"):
+        metrics.eddy_scores(*arguments, 50.0, -50.0)
+    with pytest.raises(InputError, match="got dx=nan"):
+        metrics.eddy_scores(*arguments, math.nan, 50.0)
+    with pytest.raises(InputError, match="different grids"):
+        metrics.eddy_scores(truth, truth[None], ocean, ocean[1:], 50.0, 50.0)
+    with pytest.raises(InputError, match="different grids"):
+        metrics.okubo_weiss(truth, ocean.T, 50.0, 50.0)
+    with pytest.raises(InputError, match="at least one frame"):
+        metrics.eddy_summary([])
+    # A hole beside a scored cell would make a stencil of NaN, which no comparison notices.
+    scored, holed = ocean.copy(), truth.copy()
+    scored[5, 11], holed[5, 11] = False, np.nan
+    with pytest.raises(InputError, match="a member is not finite"):
+        metrics.eddy_scores(truth, holed[None], scored, ocean, 50.0, 50.0)
 
 
 # --- comparison ---------------------------------------------------------------------------------------------

@@ -77,16 +77,12 @@ class Fields:
         halves = present[..., 0] ^ present[..., 1]
         present = present.all(-1)
         if halves.any():
-            logging.warning(
-                "%s: %d values have one component only; they count as missing", name, int(halves.sum())
-            )
+            logging.warning("%s: %d values have one component only; they count as missing", name, int(halves.sum()))
         ocean = present.any(0) if ocean is None else np.array(ocean, bool)
         if ocean.shape != velocity.shape[1:3]:
             raise InputError(f"{name}: ocean is {ocean.shape} but the grid is {velocity.shape[1:3]}")
         if not ocean.any():
-            raise InputError(
-                f"{name}: no ocean cell, every value is missing; is the mask or the fill value wrong?"
-            )
+            raise InputError(f"{name}: no ocean cell, every value is missing; is the mask or the fill value wrong?")
         present &= ocean
         velocity[~present] = np.nan
         fields = cls(velocity, ocean, lat, lon, time, name)
@@ -157,6 +153,10 @@ class Fields:
         stretch = np.where(sine > 0, angle / np.where(sine > 0, sine, 1), 1)
         return EARTH_RADIUS * np.stack([stretch * north, stretch * east], -1)
 
+    def places(self) -> np.ndarray:
+        """Cell centres (y, x, 2), as `metres`, in units of the distance between neighbours to the north."""
+        return self.metres() / self.spacing[0]
+
     def hash(self) -> str:
         """Fingerprint of the content (everything but the name), equal on every machine; 32 hex digits."""
         digest = hashlib.blake2b(repr(self.velocity.shape).encode(), digest_size=16)
@@ -187,9 +187,7 @@ def _as_time(time: np.ndarray, name: str) -> np.ndarray:
         raise InputError(f"{name}: time must hold dates (datetime64), got {time.dtype}")
     exact = time.astype("datetime64[ns]")
     if (exact.astype(time.dtype) != time)[~np.isnat(time)].any():
-        raise InputError(
-            f"{name}: times from {time.min()} to {time.max()} are not all in the years 1678..2261"
-        )
+        raise InputError(f"{name}: times from {time.min()} to {time.max()} are not all in the years 1678..2261")
     return exact
 
 
@@ -202,9 +200,7 @@ def _check_shapes(velocity, lat, lon, time, name) -> None:
         raise InputError(f"{name}: velocity must be (time, y, x, 2), got {velocity.shape}")
     frames, y, x = velocity.shape[:3]
     if (lat.shape, lon.shape) not in (((y,), (x,)), ((y, x), (y, x))):
-        raise InputError(
-            f"{name}: latitude {lat.shape} and longitude {lon.shape} do not fit a grid of {(y, x)}"
-        )
+        raise InputError(f"{name}: latitude {lat.shape} and longitude {lon.shape} do not fit a grid of {(y, x)}")
     if time.shape != (frames,):
         raise InputError(f"{name}: {time.size} times for {frames} frames")
     if not frames:
@@ -217,9 +213,7 @@ def _check_axes(lat, lon, time, name) -> None:
     if not (np.isfinite(lat).all() and np.isfinite(lon).all()):
         raise InputError(f"{name}: latitude or longitude is missing in some cells")
     if np.abs(lat).max() > 90:
-        raise InputError(
-            f"{name}: latitude {lat.flat[np.abs(lat).argmax()]} is beyond the pole; degrees are expected"
-        )
+        raise InputError(f"{name}: latitude {lat.flat[np.abs(lat).argmax()]} is beyond the pole; degrees are expected")
     for what, axis in (("latitude", lat), ("longitude", lon)):
         if axis.ndim == 1 and not (np.diff(axis) > 0).all():
             raise InputError(f"{name}: {what} must increase along its axis; row 0 is the southernmost")
@@ -383,6 +377,23 @@ def split(
     return Split(**index, gap=smallest, decorrelation=decorrelation)
 
 
+def carve(fields: Fields, train: str, share: float = 0.2) -> tuple[str, str]:
+    """A range of training frames as two: its first part to train on, its last `share` to validate on, with a gap.
+
+    Raises:
+      InputError: the range is empty, unreadable or too short for the decorrelation time.
+    """
+    index = _range(fields, "train", train)
+    gap = math.ceil(decorrelation_time(fields))
+    count = round(share * (index.size - gap))
+    if count < 1 or index.size - gap - count < 2:
+        raise InputError(
+            f"train range {train!r} holds {index.size} frames, too few for training, a gap of {gap} and validation"
+        )
+    first, end = int(index[0]), int(index[-1]) + 1
+    return f"{first}:{end - count - gap}", f"{end - count}:{end}"
+
+
 def block_split(fields: Fields) -> Split:
     """Repeated blocks of 130 h: 70 train, 10 unused, 15 validation, 10 unused, 15 test, 10 unused.
 
@@ -461,9 +472,7 @@ def _fractions(fields: Fields, parts: Mapping[str, float], gap: int) -> dict[str
         begin, share = round(share * usable), share + fraction
         count = round(share * usable) - begin
         if usable <= 0 or count <= 0:
-            raise InputError(
-                f"{fields.name}: {len(fields)} frames with two gaps of {gap} frames leave none for {name}"
-            )
+            raise InputError(f"{fields.name}: {len(fields)} frames with two gaps of {gap} frames leave none for {name}")
         index[name] = np.arange(start, start + count)
         start += count + gap
     return index
@@ -581,9 +590,7 @@ class Standardiser:
         except (KeyError, TypeError, ValueError) as e:
             if isinstance(e, InputError):
                 raise
-            raise InputError(
-                f"a standardiser needs mean, std and land_value of two numbers each, got {content}"
-            ) from e
+            raise InputError(f"a standardiser needs mean, std and land_value of two numbers each, got {content}") from e
 
 
 def _last(pair: np.ndarray, like) -> np.ndarray:

@@ -8,6 +8,8 @@ open is refused rather than guessed.
 """
 
 import contextlib
+import io
+import itertools
 import os
 import pickle
 import re
@@ -16,13 +18,16 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from time import sleep
 
+import h5netcdf
 import h5py
 import numpy as np
 import pandas as pd
 import scipy.io
 import xarray as xr
 from absl import logging
+from xarray.backends import H5NetCDFStore
 
 from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
@@ -33,6 +38,7 @@ TOO_FAST = 50.0  # m/s; no current, but an undeclared fill value
 MATLAB_EPOCH = 719529  # datenum of 1970-01-01
 MATLAB_DATES = (600_000, 800_000)  # the years 1642 to 2190; other numbers are not datenums
 RAM_HEAD = Path(__file__).with_name("ramhead_grid.npz")
+ASSUMED_GRID = "%s has no lat and lon; its grid of 44 x 94 cells is taken to be Ram Head's"
 
 PAIRS = (
     ("u", "v"),
@@ -54,24 +60,13 @@ PAIRS = (
 )
 NORTHWARD = {"eastward": "northward", "x_velocity": "y_velocity", "x_sea_water": "y_sea_water"}
 
-METRES_PER_SECOND = {
-    "m/s": 1.0,
-    "dm/s": 0.1,
-    "cm/s": 0.01,
-    "mm/s": 0.001,
-    "km/h": 1 / 3.6,
-    "knot": 1852 / 3600,
-}
-UNIT_WORDS = {
-    "m": ("m", "meter", "meters", "metre", "metres"),
-    "dm": ("dm", "decimeter", "decimeters", "decimetre", "decimetres"),
-    "cm": ("cm", "centimeter", "centimeters", "centimetre", "centimetres"),
-    "mm": ("mm", "millimeter", "millimeters", "millimetre", "millimetres"),
-    "km": ("km", "kilometer", "kilometers", "kilometre", "kilometres"),
-    "s": ("s", "sec", "second", "seconds"),
-    "h": ("h", "hr", "hour", "hours"),
-    "knot": ("knot", "knots", "kn", "kt", "kts"),
-}
+PREFIXES = {"": 1.0, "k": 1000.0, "d": 0.1, "c": 0.01, "m": 0.001}
+TIME = r"(s|sec|seconds?|h|hr|hours?)"
+SPEED = re.compile(
+    r"([kdcm]??|kilo|deci|centi|milli)(?:m|met(?:er|re)s?)"
+    rf"(?:\s*(?:/|\bper\b)\s*{TIME}|[\s.*·]*{TIME}\s*(?:\*\*|\^)?\s*[({{]?[-⁻][1¹][)}}]?)"
+)
+KNOT = r"kn|kts?|knots?"
 
 # Standard name: units, usual variable names.
 AXES = {
@@ -81,9 +76,7 @@ AXES = {
 }
 
 
-def read(
-    path: str | os.PathLike, *, u: str | None = None, v: str | None = None, name: str | None = None
-) -> Fields:
+def read(path: str | os.PathLike, *, u: str | None = None, v: str | None = None, name: str | None = None) -> Fields:
     """The velocity fields of a file, in m/s, (time, y, x), row 0 in the south.
 
     Args:
@@ -118,11 +111,7 @@ def write(fields: Fields, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     if path.suffix == ".nc":
-        dataset = to_dataset(fields)
-        for component in ("u", "v"):
-            dataset[component].encoding |= {"zlib": True, "complevel": 1, "shuffle": True}
-        with whole_file(path) as temporary:
-            dataset.to_netcdf(temporary, engine="h5netcdf")
+        write_netcdf(to_dataset(fields), path)
     elif path.suffix == ".zarr":
         _write_zarr(to_dataset(fields), path)
     elif path.suffix == ".npz":
@@ -131,6 +120,23 @@ def write(fields: Fields, path: str | os.PathLike) -> None:
             np.savez_compressed(temporary, **content, lat=fields.lat, lon=fields.lon, time=fields.time)
     else:
         raise InputError(f"cannot write {path}: the suffix must be .nc, .zarr or .npz")
+
+
+def write_netcdf(dataset: xr.Dataset, path: str | os.PathLike) -> None:
+    """A data set as compressed NetCDF 4, whole or not at all.
+
+    Raises:
+      InputError: the path cannot be written or the disk is full.
+    """
+    for variable in dataset.data_vars.values():
+        if variable.dtype.kind == "f" and variable.ndim > 1:
+            variable.encoding |= {"zlib": True, "complevel": 1, "shuffle": True}
+    # On a full disk HDF5 can end the process, so that it writes to memory.
+    content = io.BytesIO()
+    with h5netcdf.File(content, "w") as file:
+        dataset.dump_to_store(H5NetCDFStore(file))
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def to_dataset(fields: Fields) -> xr.Dataset:
@@ -191,14 +197,24 @@ def _write_zarr(dataset: xr.Dataset, path: Path) -> None:
     try:
         new, old = folder / "new.zarr", folder / "old.zarr"
         dataset.to_zarr(new, mode="w", zarr_format=2, consolidated=True)
-        # A folder cannot be replaced in one step; the old one stays until the new one stands.
+        # A folder cannot be replaced in one step; the old one comes back if the new one does not arrive.
         if path.exists():
             os.replace(path, old)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
     except OSError as e:
         raise InputError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # Where one of Zarr's threads fails, the others write on for a moment, and make the folder again.
+        for _ in range(20):
+            shutil.rmtree(folder, ignore_errors=True)
+            sleep(0.02)
+            if not folder.exists():
+                break
 
 
 def _is_zarr(path: Path) -> bool:
@@ -210,7 +226,8 @@ def _door(path: Path) -> Iterator[None]:
     """Where libraries meet a file: whatever they raise becomes one sentence."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            # Several fill values and vague reference dates: xarray decodes both as they are meant.
+            warnings.simplefilter("ignore", xr.SerializationWarning)
             yield
     except InputError:
         raise
@@ -221,13 +238,11 @@ def _door(path: Path) -> Iterator[None]:
 
 def _kind(path: Path) -> str:
     """What the content is; the suffix decides only where two kinds look alike."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    if path.is_dir():
-        if _is_zarr(path):
-            return "zarr"
-        raise InputError(f"{path} is a folder, but not a Zarr store")
     try:
+        if path.is_dir():
+            if _is_zarr(path):
+                return "zarr"
+            raise InputError(f"{path} is a folder, but not a Zarr store")
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as e:
@@ -265,27 +280,36 @@ def _read_cf(path: Path, kind: str, u: str | None, v: str | None, name: str) -> 
         time = _decode_time(axes["time"], name)
         lat, lon = axes["latitude"], axes["longitude"]
         grid = lat.dims + lon.dims if lat.ndim == 1 else tuple(d for d in u.dims if d in lat.dims)
-        if lat.ndim == 2 and not _eastward(u):
-            raise InputError(
-                f"{name}: {u.name} and {v.name} run along a curvilinear grid, not to the east and north; "
-                "rotate them first"
-            )
         order = (*axes["time"].dims, *grid)
         velocities = [_to_frames(component, order, name) for component in (u, v)]
         ocean = _ocean(dataset, grid)
         if lat.ndim == 2:
             lat, lon = lat.transpose(*grid), lon.transpose(*grid)
         lat, lon = lat.values, lon.values
+        if lat.ndim == 2 and not _eastward(u):
+            lat, lon = _regular(lat, lon)
+            if lat.ndim == 2:
+                raise InputError(
+                    f"{name}: {u.name} and {v.name} run along a curvilinear grid, not to the east and north; "
+                    "rotate them first"
+                )
     return _assemble(*velocities, lat, lon, time, ocean, name)
 
 
-def _open(path: Path, kind: str) -> xr.Dataset:
+@contextlib.contextmanager
+def _open(path: Path, kind: str) -> Iterator[xr.Dataset]:
     """The file as it is, without any decoding."""
     if kind == "zarr":
-        return xr.open_zarr(path, decode_cf=False, consolidated=False, chunks=None)
+        with xr.open_zarr(path, decode_cf=False, consolidated=False, chunks=None) as dataset:
+            yield dataset
+        return
     with path.open("rb") as file:
-        engine = "scipy" if file.read(3) == b"CDF" else "h5netcdf"
-    return xr.open_dataset(path, engine=engine, decode_cf=False)
+        classic = file.read(3) == b"CDF"
+        file.seek(0)
+        # Given its path, SciPy maps the file into memory and cannot close it where it is damaged.
+        source, engine = (file, "scipy") if classic else (path, "h5netcdf")
+        with xr.open_dataset(source, engine=engine, decode_cf=False) as dataset:
+            yield dataset
 
 
 def _mend_attributes(variable: xr.Variable) -> None:
@@ -328,12 +352,10 @@ def _pairs(dataset: xr.Dataset) -> list[tuple[str, str]]:
         if "sea_water" not in standard or "velocity" not in standard:
             continue
         if _northward(standard):
-            pairs += zip(eastward, by_standard.get(_northward(standard), []), strict=False)
+            pairs += itertools.product(eastward, by_standard.get(_northward(standard), []))
     unnamed = {n.lower(): n for n in by_standard.get("", [])}
     described = [(n, _northward(n)) for n in unnamed if re.search("velocity|current", n)]
-    return pairs + [
-        (unnamed[a], unnamed[b]) for a, b in [*PAIRS, *described] if a in unnamed and b in unnamed
-    ]
+    return pairs + [(unnamed[a], unnamed[b]) for a, b in [*PAIRS, *described] if a in unnamed and b in unnamed]
 
 
 def _northward(eastward: str) -> str:
@@ -348,14 +370,18 @@ def _eastward(u: xr.DataArray) -> bool:
     return "eastward" in _text(u, "standard_name") or "eastward" in str(u.name).lower()
 
 
+def _regular(lat: np.ndarray, lon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(y,) and (x,) of (y, x) coordinates that are a regular grid; others as they are."""
+    regular = lat.ndim == lon.ndim == 2 and (lat == lat[:, :1]).all() and (lon == lon[:1]).all()
+    return (lat[:, 0], lon[0]) if regular else (lat, lon)
+
+
 def _refuse_staggered(u: xr.DataArray, v: xr.DataArray, name: str) -> None:
     if u.dims != v.dims:
         raise InputError(
             f"{name}: {u.name} lies on {_dims(u)} and {v.name} on {_dims(v)}; a staggered grid must be "
             "interpolated to common points first"
         )
-    if u.shape != v.shape:
-        raise InputError(f"{name}: {u.name} is {u.shape} and {v.name} is {v.shape}; they must be equal")
 
 
 def _dims(variable: xr.DataArray) -> str:
@@ -383,7 +409,7 @@ def _axes(dataset: xr.Dataset, u: xr.DataArray, v: xr.DataArray, name: str) -> d
 
 
 def _find(dataset: xr.Dataset, axis: str, dims: tuple) -> xr.DataArray | None:
-    """The coordinate on some of `dims` that is `axis` by standard name, else by units, else by its own name."""
+    """The coordinate on some of `dims` that is `axis` by standard name, by units or by its own name."""
     units, names = AXES[axis]
     ranks = (0, 1) if axis == "time" else (1, 2)
 
@@ -415,15 +441,16 @@ def _decode_time(time: xr.DataArray, name: str) -> np.ndarray:
             f"{name}: the times in {time.name} cannot be decoded, their units are {units!r}; "
             "expected such as 'hours since 2000-01-01'"
         )
+    undecodable = (
+        f"{name}: the times in {time.name} cannot be decoded from {units!r}, calendar "
+        f"{_text(time, 'calendar') or 'standard'}; expected the civil calendar and the years 1678..2261"
+    )
     try:
         decoded = xr.decode_cf(xr.Dataset({"time": time.variable}))["time"].values
     except Exception as e:
-        raise InputError(f"{name}: the times in {time.name} cannot be decoded from {units!r}") from e
+        raise InputError(undecodable) from e
     if decoded.dtype.kind != "M":
-        raise InputError(
-            f"{name}: {time.name} has the calendar {_text(time, 'calendar')!r}, not the civil one, or years "
-            "outside 1678..2262; convert the times first"
-        )
+        raise InputError(undecodable)
     return np.atleast_1d(decoded)
 
 
@@ -437,19 +464,16 @@ def _to_frames(component: xr.DataArray, order: tuple, name: str) -> np.ndarray:
 
 def _factor(units: str, what: str) -> float:
     """Metres per second in one of `units`."""
-    words = {word: unit for unit, known in UNIT_WORDS.items() for word in known}
-    text = re.sub(r"\s*(/|\bper\b)\s*", " / ", units.strip().lower())
-    text = re.sub(r"(?<=[a-z])\s*[.*·]\s*(?=[a-z])", " ", text)
-    text = re.sub(r"\s*(\*\*|\^)?\s*[({]?[-⁻][1¹][)}]?", "-1", text)
-    text = re.sub(r"^(c|k|m|d)?ms-1$", r"\1m s-1", text)
-    parts = text.split()
-    if len(parts) == 3 and parts[1] == "/":
-        parts = [parts[0], parts[2] + "-1"]
-    known = [words.get(part.removesuffix("-1")) for part in parts]
-    unit = "/".join(map(str, known)) if len(parts) < 2 or parts[1].endswith("-1") else ""
-    if unit not in METRES_PER_SECOND:
-        raise InputError(f"{what} has the units {units!r}; expected m s-1, cm s-1, km/h or knots")
-    factor = METRES_PER_SECOND[unit]
+    text = units.strip().lower()
+    speed = SPEED.fullmatch(text)
+    if speed:
+        prefix, per, inverse = speed.groups()
+        factor = PREFIXES[prefix[:1]] / (3600 if (per or inverse).startswith("h") else 1)
+    elif re.fullmatch(KNOT, text):
+        factor = 1852 / 3600
+    else:
+        has = f"the units {units!r}" if units else "no units"
+        raise InputError(f"{what} has {has}; expected m s-1, cm s-1, km/h or knots")
     if factor != 1:
         logging.warning("%s is converted from %s to m/s", what, units)
     return factor
@@ -466,15 +490,17 @@ def _ocean(dataset: xr.Dataset, grid: tuple) -> np.ndarray | None:
 
 
 def _read_npz(path: Path, u: str, v: str, name: str) -> Fields:
-    with _door(path), np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
-    needed = [key for key in (u, v, "lat", "lon", "time") if key not in arrays]
-    if needed:
-        raise InputError(f"{name} has no {', '.join(needed)}; it has {', '.join(arrays) or 'nothing'}")
+    with _door(path), path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        missing = [key for key in (u, v, "lat", "lon", "time") if key not in file.files]
+        if missing:
+            raise InputError(f"{name} has no {', '.join(missing)}; it has {', '.join(file.files) or 'nothing'}")
+        used = (u, v, "lat", "lon", "time", "ocean", "land")
+        arrays = {key: np.asarray(file[key]) for key in used if key in file.files}
     time = _parse_time(arrays["time"], name)
     ocean = arrays.get("ocean")
     if ocean is None and "land" in arrays:
-        ocean = ~arrays["land"].astype(bool)
+        ocean = arrays["land"] == 0
+    ocean = None if ocean is None else np.atleast_2d(ocean)
     return _assemble(arrays[u], arrays[v], arrays["lat"], arrays["lon"], time, ocean, name)
 
 
@@ -513,16 +539,14 @@ class _ArraysOnly(pickle.Unpickler):
         if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
             allowed = {
                 "ndarray": np.ndarray,
-                "dtype": np.dtype,
+                "dtype": lambda kind, *flags: np.dtype(kind, *map(bool, flags)),  # Python 2 wrote flags as numbers
                 "_reconstruct": np._core.multiarray._reconstruct,
                 "scalar": np._core.multiarray.scalar,
             }
             if name in allowed:
                 return allowed[name]
         if (module.removeprefix("numpy.").lstrip("_"), name) == ("core.numeric", "_frombuffer"):
-            return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(
-                shape, order=order
-            )
+            return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
         if module in ("builtins", "__builtin__") and name in ("bytes", "bytearray"):
             return {"bytes": bytes, "bytearray": bytearray}[name]
         raise InputError(f"it refers to {module}.{name}; only NumPy arrays in dict, list and tuple are read")
@@ -536,9 +560,7 @@ def _unpickle(path: Path) -> dict[str, np.ndarray] | list[np.ndarray]:
         except InputError as e:
             raise InputError(f"cannot read {path}: {e}") from None
     if isinstance(content, Mapping):
-        return {
-            str(k): x for k, x in content.items() if isinstance(x, np.ndarray) and x.dtype.kind in "fiubMUS"
-        }
+        return {str(k): x for k, x in content.items() if isinstance(x, np.ndarray) and x.dtype.kind in "fiubMUS"}
     arrays = [content] if isinstance(content, np.ndarray) else content
     if not isinstance(arrays, list | tuple) or not all(
         isinstance(x, np.ndarray) and x.dtype.kind in "fiubMUS" for x in arrays
@@ -546,7 +568,10 @@ def _unpickle(path: Path) -> dict[str, np.ndarray] | list[np.ndarray]:
         raise InputError(f"{path} holds no NumPy arrays in a dict, list or tuple")
     if arrays and all(x.ndim == 4 for x in arrays):
         return list(arrays)
-    return dict(zip(("u", "v", "ocean_time", "lat", "lon"), arrays, strict=False))
+    names = ("u", "v", "ocean_time", "lat", "lon")
+    if len(arrays) > len(names):
+        raise InputError(f"{path} holds {len(arrays)} arrays; expected {', '.join(names)}, or frames of four axes")
+    return dict(zip(names, arrays, strict=False))
 
 
 def _from_matlab_order(arrays: Mapping[str, np.ndarray], u: str, v: str, name: str) -> Fields:
@@ -564,15 +589,21 @@ def _from_matlab_order(arrays: Mapping[str, np.ndarray], u: str, v: str, name: s
     shape = arrays[u].shape[1::-1]
     lat, lon = (_coordinate(arrays, names, shape) for names in (("lat", "latitude"), ("lon", "longitude")))
     if lat is None or lon is None:
-        lat, lon = _ram_head(shape, name)
-    elif lat.ndim == lon.ndim == 2 and (lat == lat[:, :1]).all() and (lon == lon[:1]).all():
-        lat, lon = lat[:, 0], lon[0]
+        lat, lon = _ram_head()
+        if shape != (lat.size, lon.size):
+            raise InputError(f"{name} has no lat and lon, and its grid of {shape[0]} x {shape[1]} cells is not known")
+        logging.warning(ASSUMED_GRID, name)
+    else:
+        # The shape of a square grid does not tell rows from columns, but latitude varies along y.
+        if lat.ndim == lon.ndim == 2 and shape[0] == shape[1] and np.ptp(lat, 1).mean() > np.ptp(lat, 0).mean():
+            lat, lon = lat.T, lon.T
+        lat, lon = _regular(lat, lon)
     return _assemble(arrays[u].T, arrays[v].T, lat, lon, time, None, name)
 
 
 def _coordinate(arrays: Mapping[str, np.ndarray], names: tuple[str, ...], shape: tuple[int, int]):
     """(n,) or (y, x), from whatever of (n, 1), (1, n), (x, y) and (y, x) the file has."""
-    found = next((arrays[key] for key in names if key in arrays), None)
+    found = next((np.atleast_1d(arrays[key]) for key in names if key in arrays), None)
     if found is None:
         return None
     if found.size == max(found.shape):
@@ -580,15 +611,9 @@ def _coordinate(arrays: Mapping[str, np.ndarray], names: tuple[str, ...], shape:
     return found if found.shape == shape else found.T
 
 
-def _ram_head(shape: tuple[int, int], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _ram_head() -> tuple[np.ndarray, np.ndarray]:
     with np.load(RAM_HEAD) as grid:
-        lat, lon = grid["lat"], grid["lon"]
-    if shape != (lat.size, lon.size):
-        raise InputError(
-            f"{name} has no lat and lon, and its grid of {shape[0]} x {shape[1]} cells is not known"
-        )
-    logging.warning("%s has no lat and lon; its grid of 44 x 94 cells is taken to be Ram Head's", name)
-    return lat, lon
+        return grid["lat"], grid["lon"]
 
 
 def _from_datenum(days: np.ndarray, name: str) -> np.ndarray:
@@ -605,20 +630,20 @@ def _from_datenum(days: np.ndarray, name: str) -> np.ndarray:
 
 def _from_stacks(arrays: list[np.ndarray], name: str) -> Fields:
     """Fields of unnamed velocity stacks, one after the other; they carry no times, so hours are counted."""
+    lat, lon = _ram_head()
+    layouts = {"(time, y, x, 2)": (0, 1, 2, 3), "(x, y, 2, time)": (3, 1, 0, 2), "(time, 2, y, x)": (0, 2, 3, 1)}
     frames = []
     for x in arrays:
-        if x.shape[-1] == 2:
-            frames.append(x)
-        elif x.shape[2] == 2:
-            frames.append(x.transpose(3, 1, 0, 2))
-        elif x.shape[1] == 2:
-            frames.append(x.transpose(0, 2, 3, 1))
-        else:
-            raise InputError(f"{name}: an array of {x.shape} has no axis for two components")
-    if len({x.shape[1:] for x in frames}) > 1:
-        raise InputError(f"{name}: its arrays have different grids, {[x.shape for x in arrays]}")
+        turned = [x.transpose(axes) for axes in layouts.values()]
+        fitting = [f for f in turned if f.shape[1:] == (lat.size, lon.size, 2)]
+        if not fitting:
+            raise InputError(
+                f"{name}: an array of {x.shape} without lat and lon; expected {' or '.join(layouts)} "
+                f"on the grid of {lat.size} x {lon.size} cells"
+            )
+        frames.append(fitting[0])
     velocity = np.concatenate(frames)
-    lat, lon = _ram_head(velocity.shape[1:3], name)
+    logging.warning(ASSUMED_GRID, name)
     logging.warning(
         "%s has no times; its %s frames are taken as hourly from 2000-01-01, in the order of the file",
         name,
@@ -634,28 +659,30 @@ def _assemble(u, v, lat, lon, time, ocean, name: str) -> Fields:
         raise InputError(f"{name}: u is {u.shape} and v is {v.shape}; they must be equal")
     if u.ndim != 3:
         raise InputError(f"{name}: u has {u.ndim} dimensions {u.shape}; expected (time, latitude, longitude)")
-    velocity = np.stack([u, v], -1).astype(np.float32)
-    lat, lon = np.asarray(lat, float), np.asarray(lon, float)
-    fastest = np.abs(velocity[np.isfinite(velocity)]).max(initial=0)
+    lat, lon = np.atleast_1d(lat), np.atleast_1d(lon)
+    for what, x in (("u", u), ("v", v), ("lat", lat), ("lon", lon)):
+        if x.dtype.kind not in "fiu":
+            raise InputError(f"{name}: {what} must hold numbers, got {x.dtype}")
+    with np.errstate(over="ignore"):
+        velocity = np.stack([u, v], -1).astype(np.float32)
+    lat, lon = lat.astype(float), lon.astype(float)
+    fastest = np.abs(velocity[~np.isnan(velocity)]).max(initial=0)
     if fastest > TOO_FAST:
-        raise InputError(
-            f"{name}: velocities reach {fastest:.4g} m/s; is a fill value undeclared or a unit wrong?"
-        )
+        raise InputError(f"{name}: velocities reach {fastest:.4g} m/s; is a fill value undeclared or a unit wrong?")
     if ocean is None and not np.isnan(velocity).any():
         still = (velocity == 0).all((0, 3))
         if still.any() and not still.all():
-            logging.warning(
-                "%s: %d cells that are exactly zero in every frame count as land", name, still.sum()
-            )
+            logging.warning("%s: %d cells that are exactly zero in every frame count as land", name, still.sum())
             ocean = ~still
     if lon.ndim == 1:
         lon = np.unwrap(lon, period=360)
-    # South and west ends by the means of rows and columns, so that curvilinear grids turn like regular ones.
-    if lat.size and lat.reshape(len(lat), -1).mean(1)[0] > lat.reshape(len(lat), -1).mean(1)[-1]:
+    # By the mean step, so that curvilinear grids turn like regular ones; the date line is no step.
+    if np.diff(lat, axis=0).sum() < 0:
         velocity, lat = velocity[:, ::-1], lat[::-1]
         lon = lon[::-1] if lon.ndim == 2 else lon
         ocean = None if ocean is None else ocean[::-1]
-    if lon.ndim == 1 and lon.size and lon[0] > lon[-1]:
-        velocity, lon = velocity[:, :, ::-1], lon[::-1]
+    if ((np.diff(lon) + 180) % 360 - 180).sum() < 0:
+        velocity, lon = velocity[:, :, ::-1], lon[..., ::-1]
+        lat = lat[:, ::-1] if lat.ndim == 2 else lat
         ocean = None if ocean is None else ocean[:, ::-1]
     return Fields.create(velocity, lat, lon, time, ocean, name)

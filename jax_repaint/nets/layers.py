@@ -57,12 +57,6 @@ def conv_up(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.
     )  # fmt: skip
 
 
-def zero_(layer: nnx.Module) -> nnx.Module:
-    """Sets the kernel of a layer to zero, so that its branch starts silent."""
-    layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
-    return layer
-
-
 class Block(nnx.Module):
     """GroupNorm, SiLU, 3x3; AdaGN of the noise embedding, SiLU, dropout, 3x3; plus the input where `residual`.
 
@@ -70,7 +64,14 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, embedding: int, residual: bool, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        residual: bool,
+        dropout: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.norm1 = GroupNorm(inputs)
         self.conv1 = conv(inputs, outputs, 3, 1, dtype, rngs)
@@ -109,7 +110,9 @@ class Attention(nnx.Module):
         b, ny, nx, c = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, ny * nx, 3, self.heads, c // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        h = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        # The library itself mixes bfloat16 and float32, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            h = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
         return x + self.project(h.reshape(b, ny, nx, c))
 
 

@@ -35,7 +35,8 @@ class Analysis:
 
     def update(self, field: Field, values: Values) -> Field:
         """field + G (values - A field)."""
-        innovation = (values - self.observation.apply(field)) * self.observation.valid[:, None]
+        misfit = values - self.observation.apply(field)
+        innovation = jax.numpy.where(self.observation.valid[:, None], misfit, 0.0)
         # The only product in float32 whose error shows (TPU and TF32 round its inputs to ten bits or fewer).
         precision = jax.lax.Precision.HIGHEST
         return field + jax.numpy.einsum("yxcmd,md->yxc", self.gain, innovation, precision=precision)
