@@ -1,0 +1,257 @@
+"""The twin: its solver against plain numpy, its series and cache, and the statistics of the real place."""
+
+import concurrent.futures
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from jax_repaint.data import twin
+from jax_repaint.data.twin import Forcing, State, Twin
+from jax_repaint.errors import InputError
+from jax_repaint.metrics import divergence_vorticity
+
+SMALL = Twin(eddies=4)
+Y, X = twin.GRID
+FACES = (0, 1), (1, 0)  # of u and v
+run = jax.jit(
+    lambda parameters, sea, state, forcing, count: jax.lax.fori_loop(
+        0, count, lambda _, s: twin.step(parameters, sea, s, forcing), state
+    ),
+    static_argnums=0,
+)
+
+
+def still(sea):
+    return State(*(jnp.zeros(sea.ocean.shape) for _ in range(3)))
+
+
+def forced(u, v):
+    """Prescribed velocity without body forces."""
+    return Forcing((u, v), (jnp.zeros(u.shape), jnp.zeros(v.shape)))
+
+
+def noise(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(0, 0.2, shape) for shape in shapes]
+
+
+def divergence(u, v):
+    return np.diff(u, axis=-1) + np.diff(v, axis=-2)
+
+
+@pytest.fixture(scope="module")
+def driven():
+    """The sea after 40 steps under modes and eddies, and the velocity outside."""
+    g, sea = twin.geometry(SMALL), twin.sea(SMALL)
+    outside = twin.eddies(SMALL, window=3, hours=1)
+    modes = twin.flatten(g.modes_u, "edge"), twin.flatten(g.modes_v, "edge")
+    external = tuple(0.3 * jnp.asarray(e[0]) + 0.2 * jnp.asarray(m[0]) for e, m in zip(outside, modes, strict=False))
+    return run(SMALL, sea, still(sea), forced(*external), 40), external
+
+
+def test_nothing_flows_through_the_coast(driven):
+    g, (after, _) = twin.geometry(SMALL), driven
+    for q, faces, is_open in zip(after[:2], FACES, (g.open_u, g.open_v), strict=True):
+        q = np.asarray(twin.unflatten(q, faces))
+        np.testing.assert_array_equal(q[is_open == 0], 0)
+        assert np.abs(q[is_open == 1]).mean() > 0.01
+    np.testing.assert_array_equal(twin.unflatten(after.eta)[~g.ocean], 0)
+
+
+@pytest.mark.parametrize("side", ["west", "south", "east"])
+def test_the_rim_follows_the_outside(driven, side):
+    g, (after, external) = twin.geometry(SMALL), driven
+    k, where = {"west": (0, np.s_[:, 0]), "east": (0, np.s_[:-1, -1]), "south": (1, 0)}[side]
+    q, given = (np.asarray(twin.unflatten(x[k], FACES[k]))[where] for x in (after, external))
+    is_open = (g.open_u, g.open_v)[k][where] == 1
+    assert np.abs(given[is_open]).mean() > 0.01
+    np.testing.assert_array_equal(q[is_open], given[is_open])
+
+
+def test_the_north_rim_is_a_wall(driven):
+    after, _ = driven
+    np.testing.assert_array_equal(np.asarray(twin.unflatten(after.v, FACES[1]))[-1], 0)
+
+
+def test_a_gravity_step_is_the_one_of_two_dimensional_arrays():
+    g, sea, dt = twin.geometry(SMALL), twin.sea(SMALL), 7.5
+    shapes = (Y, X + 1), (Y + 1, X)
+    u, v, push_u, push_v, outer_u, outer_v, eta = noise(0, *shapes, *shapes, *shapes, (Y, X))
+    push_u, push_v, eta = push_u / 100, push_v / 100, eta * g.ocean
+    u, v = u * g.open_u, v * g.open_v
+    slow = tuple(twin.flatten(p)[twin.INNER : -twin.INNER] for p in (push_u, push_v))
+    state = State(*(jnp.asarray(twin.flatten(q)) for q in (u, v, eta)))
+    forcing = forced(*(jnp.asarray(twin.flatten(q)) for q in (outer_u, outer_v)))
+    after = jax.jit(twin.gravity_waves, static_argnums=0)(SMALL, sea, state, slow, forcing, dt, 1)
+
+    # Pressure g' eta - nu_d div u, nu_d = damping dx^2 / dt.
+    p = 9 / g.depth.max() * eta - 0.1 * 50**2 / dt * divergence(u, v) / 50 * g.ocean
+    new_u, new_v = (np.asarray(twin.unflatten(q, f), np.float64) for q, f in zip(after[:2], FACES, strict=True))
+    expected_u = g.open_u[:, 1:-1] * (u[:, 1:-1] + dt * (push_u[:, 1:-1] - np.diff(p, axis=1) / 50))
+    expected_v = g.open_v[1:-1] * (v[1:-1] + dt * (push_v[1:-1] - np.diff(p, axis=0) / 50))
+    np.testing.assert_allclose(new_u[:, 1:-1], expected_u, atol=1e-6)
+    np.testing.assert_allclose(new_v[1:-1], expected_v, atol=1e-6)
+
+    moved = np.asarray(twin.unflatten(after.eta), np.float64) - np.float32(eta)
+    free = g.ocean & (g.sponge == 0)
+    outflow = divergence(g.depth_u * new_u, g.depth_v * new_v) / 50
+    assert np.abs(moved[free]).mean() > 0.1
+    np.testing.assert_allclose(moved[free], -dt * outflow[free], atol=1e-5)
+    relaxed = -dt * (outflow + 0.2 * g.sponge * eta)
+    np.testing.assert_allclose(moved[g.ocean], relaxed[g.ocean], atol=1e-5)
+
+
+def test_a_closed_basin_keeps_its_volume():
+    # Without a flow from outside the rim is a wall; only the sponge adds or takes water.
+    sea = twin.sea(SMALL)
+    sea = sea._replace(sponge=(0 * sea.sponge[0], 0 * sea.sponge[1]), sponge_cells=0 * sea.sponge_cells, open=sea.free)
+    ocean = twin.geometry(SMALL).ocean
+    y, x = np.mgrid[:Y, :X]
+    eta = 0.2 * np.exp(-((y - 25) ** 2 + (x - 80) ** 2) / 60) * ocean
+    start = still(sea)._replace(eta=jnp.asarray(twin.flatten(eta)))
+    after = run(SMALL, sea, start, forced(start.u, start.v), 40)
+    end = np.asarray(twin.unflatten(after.eta), np.float64)
+    assert np.abs(end - eta).sum() > eta.sum() / 2
+    assert abs(end.sum() - eta.sum()) < 1e-5 * eta.sum()
+
+
+def test_through_flows_are_free_of_divergence_and_curl_and_about_one_metre_a_second():
+    g = twin.geometry(SMALL)
+    outflow = divergence(g.depth_u * g.modes_u, g.depth_v * g.modes_v)
+    pieces, count = ndimage.label(~g.ocean)
+    island = ~g.ocean & (pieces != pieces[-1, 0])
+    near = ndimage.binary_dilation(island)
+    transport = np.abs(g.depth_u * g.modes_u).max((1, 2))
+    assert count > 1
+    assert (np.abs(outflow[:, g.ocean & ~near]).max(-1) < 1e-9 * transport).all()
+    # Islands are shallow to a mode, so some would flow through them; that part is cut off.
+    assert (np.abs(outflow[:, g.ocean & near]).max(-1) < 0.1 * transport).all()
+    curl = np.diff(g.modes_v[:, 1:-1], axis=-1) - np.diff(g.modes_u[:, :, 1:-1], axis=-2)
+    open_water = ~ndimage.maximum_filter(~g.ocean, 2)[1:, 1:]
+    assert np.abs(curl[:, open_water]).max() < 1e-9
+    speed = np.hypot((g.modes_u[..., 1:] + g.modes_u[..., :-1]) / 2, (g.modes_v[:, 1:] + g.modes_v[:, :-1]) / 2)
+    np.testing.assert_allclose(np.median(speed[:, g.ocean], axis=-1), 1)
+    across = (g.depth_u * g.modes_u).sum(1)  # the transport through every meridian
+    np.testing.assert_allclose(across[0], across[0, 0], rtol=0.01)
+
+
+def test_a_longer_forcing_begins_with_the_shorter_one():
+    short, long = twin.through_flow(SMALL, 50), twin.through_flow(SMALL, 400)
+    np.testing.assert_array_equal(short, long[:50])
+    other = twin.through_flow(Twin(seed=1), 50)
+    assert (np.abs(other - short).mean(0) > 0.001).all()
+
+
+def test_windows_and_seeds_differ_in_their_eddies():
+    first, again, second, other = (
+        twin.eddies(parameters, window, 30)
+        for parameters, window in ((SMALL, 0), (SMALL, 0), (SMALL, 1), (Twin(seed=1, eddies=4), 0))
+    )
+    for same, new, seed in zip(first, second, other, strict=False):
+        assert abs(np.corrcoef(same.ravel(), new.ravel())[0, 1]) < 0.5
+        assert abs(np.corrcoef(same.ravel(), seed.ravel())[0, 1]) < 0.5
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+@pytest.fixture(scope="module")
+def six_hours():
+    return twin.simulate(SMALL, 0, 6)
+
+
+def test_simulation_is_deterministic_and_has_values_in_the_ocean_alone(six_hours):
+    ocean = twin.grid()[0]
+    assert six_hours.shape == (6, 44, 94, 2)
+    assert six_hours.dtype == np.float32
+    np.testing.assert_array_equal(np.isnan(six_hours), np.broadcast_to(~ocean[None, ..., None], six_hours.shape))
+    np.testing.assert_array_equal(six_hours, twin.simulate(SMALL, 0, 6))
+
+
+def test_a_longer_simulation_begins_with_the_shorter_one(six_hours):
+    np.testing.assert_allclose(twin.simulate(SMALL, 0, 8)[:6], six_hours, atol=1e-5)
+
+
+def test_generate_names_place_and_time(six_hours):
+    fields = twin.generate(6, SMALL, cache=False, progress=False)
+    ocean, lat, lon = twin.grid()
+    np.testing.assert_array_equal(fields.velocity[:, ocean], six_hours[:, ocean])
+    np.testing.assert_array_equal(fields.ocean, ocean)
+    np.testing.assert_array_equal((fields.lat, fields.lon[:44]), (lat, lon[:44]))
+    assert fields.time[0] == np.datetime64("2020-01-01T00")
+    assert fields.step == np.timedelta64(1, "h")
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Windows asked of a stand-in for `simulate`, in a cache of their own; frame k of a series is filled with k."""
+    seen = []
+
+    def stand_in(_, window, hours):
+        seen.append((window, hours))
+        frame = twin.WINDOW * window + np.arange(hours, dtype=np.float32)
+        velocity = np.full((hours, 44, 94, 2), np.nan, np.float32)
+        velocity[:, twin.grid()[0]] = frame[:, None, None]
+        return velocity
+
+    monkeypatch.setattr(twin, "simulate", stand_in)
+    monkeypatch.setenv("JAX_REPAINT_CACHE", str(tmp_path))
+    return seen
+
+
+def frames(count, parameters=SMALL, **options):
+    velocity = twin.generate(count, parameters, progress=False, **options).velocity
+    ocean = twin.grid()[0]
+    assert velocity.shape == (count, 44, 94, 2)
+    np.testing.assert_array_equal(velocity[:, ocean].mean((1, 2)), np.arange(count))
+
+
+def test_windows_are_cached(calls, tmp_path):
+    frames(3)
+    files = list(tmp_path.rglob("*"))
+    assert [f.name for f in files if f.is_file()] == ["0000.npy"]
+    frames(3)
+    frames(2)
+    assert calls == [(0, 3)]
+    frames(5)
+    frames(5)
+    assert calls == [(0, 3), (0, 5)]
+    frames(4, Twin(seed=1))
+    frames(4, SMALL, cache=False)
+    assert calls[2:] == [(0, 4), (0, 4)]
+
+
+def test_windows_come_in_order_and_the_last_is_cut(calls):
+    frames(2 * twin.WINDOW + 3)
+    assert sorted(calls) == [(0, twin.WINDOW), (1, twin.WINDOW), (2, 3)]
+    frames(2 * twin.WINDOW - 1)
+    assert len(calls) == 3
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(InputError, match="at least one frame"):
+        twin.generate(0)
+    with pytest.raises(InputError, match="unstable"):
+        twin.simulate(Twin(dt=120.0, eddies=4), 0, 1)
+    for hours in (0, twin.WINDOW + 1):
+        with pytest.raises(InputError, match="1 to 240 hours"):
+            twin.simulate(SMALL, 0, hours)
+
+
+@pytest.mark.slow
+def test_statistics_of_a_sample_are_those_of_the_real_place():
+    """Of 17,040 frames: u -0.0633 +- 0.1280, v -0.0299 +- 0.1026 m/s, speed 0.1443, div / curl 0.41.
+
+    Ten windows of two days are ten draws of a weather that decorrelates in 60 h, hence the wide bounds of the means.
+    """
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        velocity = np.concatenate(list(pool.map(lambda window: twin.simulate(Twin(), window, 48), range(0, 70, 7))))
+    ocean = twin.grid()[0]
+    sea = velocity[:, ocean].astype(np.float64)
+    np.testing.assert_allclose(sea.mean((0, 1)), (-0.0633, -0.0299), rtol=0.35)
+    np.testing.assert_allclose(sea.std((0, 1)), (0.1280, 0.1026), rtol=0.2)
+    np.testing.assert_allclose(np.hypot(sea[..., 0], sea[..., 1]).mean(), 0.1443, rtol=0.2)
+    spread, curl, inside = divergence_vorticity(velocity, ocean, 50.0, 50.0)
+    ratio = np.sqrt(np.mean(spread[:, inside] ** 2) / np.mean(curl[:, inside] ** 2))
+    np.testing.assert_allclose(ratio, 0.41, rtol=0.2)
