@@ -1,0 +1,281 @@
+"""Corrections of the x0 estimate: from E[x0 | x] to E[x0 | x, y] for observations y = A x0 + e, e ~ N(0, R).
+
+x = x0 + sigma n in standardised units, one field. By Bayes' rule and Tweedie's formula
+
+    E[x0 | x, y] = x0 + sigma^2 grad_x log p(y | x),    p(y | x) ~= N(y; A x0, S),    S = A V A^T + R
+
+so that a correction is a choice of V ~= Cov[x0 | x], and of sigma^2 J^T, J = dx0/dx, or V itself in front of A^T:
+
+    paste      V = c I, R -> 0             observed cells take their values
+    kalman     V = C_t                     x0 + C_t A^T S^-1 (y - A x0)              no gradient
+    cov_pigdm  V = C_t                     x0 + sigma^2 J^T A^T S^-1 (y - A x0)
+    pigdm      V = sigma^2 / (1 + sigma^2) I, otherwise cov_pigdm
+    mmps       V = sigma^2 J               the same, S^-1 by conjugate gradients
+    dps        a step of constant length along the gradient of |y - A x0|
+
+C_t = (Sigma^-1 + I / sigma^2)^-1 is exact for a Gaussian prior. For Sigma = sum lambda_i e_i e_i^T + rest (I - E E^T)
+it has the same directions and c = v sigma^2 / (v + sigma^2) for each variance v. Every correction is called as
+`correction(denoise, x, sigma, sigma_next, evidence)` with `denoise` the denoiser at sigma; vmap outside.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from flax import struct
+
+from jax_repaint.array_types import Array, Field, Float, Key, Level, Values
+from jax_repaint.denoise import PrincipalGaussian
+from jax_repaint.errors import InputError
+from jax_repaint.observe import Observation
+
+# Rounded factors (TPU, TF32) would leave more misfit at the observations than their noise.
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@struct.dataclass
+class Gain:
+    """C_t A^T S^-1 in two thin factors, c_rest A^T inverse + sum_i e_i along_i; a leading axis runs over levels.
+
+    Attributes:
+      inverse: (m, c, m, c), S^-1.
+      along: (r, m, c), (c_i - c_rest) e_i^T A^T S^-1. Kept beside `inverse` because in float32 the product of its
+        factors would lose what S^-1 (up to 1 / sigma_obs^2) magnifies.
+    """
+
+    inverse: Float[Array, "*n m c m c"]
+    along: Float[Array, "*n r m c"]
+
+
+@struct.dataclass
+class Evidence:
+    """What is known of one field beside the denoiser.
+
+    Attributes:
+      ocean: (y, x, 1), 1 on ocean.
+      observation: y and A; None for samples of the prior.
+      noise: (m, c, c), R of each position; errors of different positions are independent.
+      gaussian: the prior of `gain`.
+      gain: of every level of the sampler, or of one level where a correction sees it.
+    """
+
+    ocean: Float[Array, "y x 1"]
+    observation: Observation | None = None
+    noise: Float[Array, "m c c"] | None = None
+    gaussian: PrincipalGaussian | None = None
+    gain: Gain | None = None
+
+    def misfit(self, x0: Field) -> Values:
+        """y - A x0; 0 on padded rows."""
+        return jnp.where(self.observation.valid[:, None], self.observation.values - self.observation.apply(x0), 0.0)
+
+    def spread(self, values: Values) -> Field:
+        """A^T v."""
+        return self.ocean * self.observation.adjoint(values, self.ocean.shape[:2])
+
+
+Denoise = Callable[[Field], Field]
+Correction = Callable[[Denoise, Field, Level, Level, Evidence], Field]
+
+
+def noise_covariance(observation: Observation, correlation: float | np.ndarray = 0.0) -> Float[Array, "m c c"]:
+    """R of each position, R_cd = sigma_c sigma_d (1 if c = d else correlation).
+
+    Args:
+      correlation: of the errors of u and v, scalar or (m,), in (-1, 1).
+
+    Raises:
+      InputError: a correlation outside (-1, 1), or not one a row.
+    """
+    correlation = np.asarray(correlation, np.float32)
+    if not (np.abs(correlation) < 1).all():
+        raise InputError(f"correlation of the errors of u and v must be in (-1, 1), got {correlation}")
+    if correlation.shape not in ((), (observation.size,)):
+        raise InputError(f"correlation must be one number or one a row ({observation.size}), got {correlation.shape}")
+    rows = jnp.asarray(np.broadcast_to(correlation, (observation.size,)))[:, None, None]
+    same = jnp.eye(observation.sigma.shape[-1], dtype=jnp.float32)[None]
+    return observation.sigma[:, :, None] * observation.sigma[:, None, :] * (rows + (1 - rows) * same)
+
+
+def white(ocean: Float[Array, "y x 1"], components: int = 2) -> PrincipalGaussian:
+    """The Gaussian of independent values of variance 1 on the ocean."""
+    field = (*ocean.shape[:2], components)
+    return PrincipalGaussian(
+        jnp.zeros(field), jnp.zeros((0, *field)), jnp.zeros(0), jnp.ones(()), jnp.asarray(ocean, jnp.float32)
+    )
+
+
+def conditional_variance(variance: Array, sigma: Level) -> Array:
+    """Variance of x0 given x in a direction of prior variance v: v sigma^2 / (v + sigma^2), and v at sigma = inf."""
+    return variance / (1 + variance / sigma**2)
+
+
+def kalman_gains(
+    gaussian: PrincipalGaussian,
+    observation: Observation,
+    sigma: np.ndarray,
+    correlation: float | np.ndarray = 0.0,
+) -> Gain:
+    """Gains of one pattern at every level, to be made once, outside of jit and vmap.
+
+    S = c_rest A A^T + sum_i (c_i - c_rest) (A e_i) (A e_i)^T + R is solved on the host in float64: with precise
+    observations its condition number is beyond float32. The same gains serve every frame with this pattern; they take
+    (2m + r) 2m numbers a level, where C_t A^T S^-1 itself would take 2m a value of the field.
+
+    Args:
+      gaussian: prior in the units of the observation.
+      observation: the pattern; its values are not used.
+      sigma: (n,) levels; inf gives the gain of the linear analysis itself.
+      correlation: see `noise_covariance`.
+
+    Returns:
+      Gain with leading axis n, float32.
+
+    Raises:
+      InputError: a level is not positive.
+    """
+    sigma = np.atleast_1d(np.asarray(sigma, np.float64))
+    variance, rest, direction, ocean, weights, noise = (
+        np.asarray(a, np.float64)
+        for a in (gaussian.variance, gaussian.rest, gaussian.direction, gaussian.ocean, observation.weights,
+                  noise_covariance(observation, correlation))
+    )  # fmt: skip
+    if not (sigma > 0).all():
+        raise InputError(f"noise levels must be positive, got {sigma.min()}")
+    rows, components = observation.size, direction.shape[-1]
+    size = rows * components
+    seen = np.zeros((rows, ocean.size))
+    np.add.at(seen, (np.arange(rows)[:, None], np.asarray(observation.cells)), weights)
+    seen *= ocean.reshape(1, -1)
+    leading = np.einsum("mk,rkc->mcr", seen, direction.reshape(variance.size, ocean.size, components), optimize=True)
+    leading = leading.reshape(size, variance.size)
+    same = np.eye(components)
+    overlap = np.einsum("mn,cd->mcnd", seen @ seen.T, same).reshape(size, size)
+    errors = np.einsum("mn,mcd->mcnd", np.eye(rows), noise).reshape(size, size)
+
+    inverses, alongs = [], []
+    for level in sigma:
+        left = conditional_variance(rest, level)
+        excess = conditional_variance(variance, level) - left
+        s = left * overlap + (leading * excess) @ leading.T + errors
+        inverse = scipy.linalg.cho_solve(scipy.linalg.cho_factor(s, lower=True), np.eye(size))
+        inverses.append(inverse.reshape(rows, components, rows, components))
+        alongs.append((excess[:, None] * (leading.T @ inverse)).reshape(variance.size, rows, components))
+    return Gain(jnp.asarray(np.stack(inverses), jnp.float32), jnp.asarray(np.stack(alongs), jnp.float32))
+
+
+def prior_draw(gaussian: PrincipalGaussian, key: Key, draw: Callable[..., Array] = jax.random.normal) -> Field:
+    """A draw of N(mean, Sigma), mean + Sigma^(1/2) n, zero on land apart from the mean; (y, x, c)."""
+    n = gaussian.ocean * draw(key, gaussian.mean.shape, gaussian.mean.dtype)
+    along = jnp.einsum("ryxc,yxc->r", gaussian.direction, n, precision=HIGHEST)
+    excess = (jnp.sqrt(gaussian.variance) - jnp.sqrt(gaussian.rest)) * along
+    leading = jnp.einsum("r,ryxc->yxc", excess, gaussian.direction, precision=HIGHEST)
+    return gaussian.mean + jnp.sqrt(gaussian.rest) * n + leading
+
+
+def none(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence) -> Field:
+    """x0 itself: samples of the prior that the denoiser has learnt."""
+    return denoise(x)
+
+
+def paste(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence) -> Field:
+    """x0 with the values of the observed cells, A^+ y + (I - A^+ A) x0.
+
+    Wang et al. 2023 ("Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model"), algorithm 1. Points
+    between cells count for their heaviest cell; observation errors are not used.
+    """
+    observed, value = evidence.observation.on_grid(evidence.ocean.shape[:2])
+    return jnp.where(observed[..., None], value, denoise(x))
+
+
+def kalman(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence) -> Field:
+    """x0 + C_t A^T (A C_t A^T + R)^-1 (y - A x0): the Kalman analysis of the estimate, exact for a Gaussian prior.
+
+    The moment matching of Rozet et al. 2024 (see `mmps`) with the conditional covariance of the Gaussian prior in the
+    place of the network's Jacobian; no gradients.
+    """
+    x0 = denoise(x)
+    gaussian, misfit = evidence.gaussian, evidence.misfit(x0)
+    along = jnp.einsum("rmc,mc->r", evidence.gain.along, misfit, precision=HIGHEST)
+    leading = jnp.einsum("r,ryxc->yxc", along, gaussian.direction, precision=HIGHEST)
+    left = conditional_variance(gaussian.rest, sigma)
+    return x0 + leading + left * evidence.spread(_weigh(evidence.gain, misfit))
+
+
+def cov_pigdm(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence) -> Field:
+    """x0 + sigma^2 J^T A^T (A C_t A^T + R)^-1 (y - A x0).
+
+    Song et al. 2023 ("Pseudoinverse-Guided Diffusion Models for Inverse Problems"), with C_t in the place of their
+    r_t^2 I, r_t^2 = sigma^2 / (1 + sigma^2). The gains of `white` have that very C_t: `pigdm`.
+    """
+    x0, pull = jax.vjp(denoise, x)
+    return x0 + sigma**2 * pull(evidence.spread(_weigh(evidence.gain, evidence.misfit(x0))))[0]
+
+
+def mmps(
+    denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, cg_steps: int = 1
+) -> Field:
+    """x0 + sigma^2 J^T A^T v, (sigma^2 A J^T A^T + R) v = y - A x0, v by conjugate gradients from 0.
+
+    Moment matching posterior sampling (Rozet et al. 2024, "Learning Diffusion Priors from Observations by Expectation
+    Maximization"). The Jacobian of a network is not symmetric: more than 3 steps may make it worse.
+    """
+    x0, pull = jax.vjp(denoise, x)
+
+    def covary(v: Values) -> Field:
+        return sigma**2 * pull(evidence.spread(v))[0]
+
+    def operator(v: Values) -> Values:
+        return jnp.einsum("mcd,md->mc", evidence.noise, v, precision=HIGHEST) + evidence.observation.apply(covary(v))
+
+    return x0 + covary(conjugate_gradients(operator, evidence.misfit(x0), cg_steps))
+
+
+def dps(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, step: Level = 0.3) -> Field:
+    """x0 - step sqrt((1 + sigma^2)(1 + sigma'^2)) / (1 - sigma'^2 / sigma^2) grad_x |y - A x0(x)|.
+
+    Under ancestral steps (eta = 1) to sigma' = `sigma_next` this moves the variance-preserving x_t by
+    -step grad_{x_t} |y - A x0|, as Chung et al. 2023 ("Diffusion Posterior Sampling for General Noisy Inverse
+    Problems", algorithm 1 with its normalised step). `step` is a length in standardised units (standard deviations
+    of the field), taken once a level: it has to be tuned again for another number of levels. Implementations that
+    differentiate the square and divide by the norm take twice the step.
+    """
+    x0, pull = jax.vjp(denoise, x)
+    misfit = evidence.misfit(x0)
+    length = jnp.sqrt(jnp.sum(misfit**2))
+    downhill = pull(evidence.spread(misfit / jnp.maximum(length, jnp.finfo(x.dtype).tiny)))[0]
+    scale = jnp.sqrt((1 + sigma**2) * (1 + sigma_next**2)) / (1 - (sigma_next / sigma) ** 2)
+    return x0 + step * scale * downhill
+
+
+CORRECTIONS: dict[str, Correction] = {
+    "none": none, "paste": paste, "kalman": kalman, "cov_pigdm": cov_pigdm, "pigdm": cov_pigdm, "mmps": mmps, "dps": dps
+}  # fmt: skip
+
+
+def conjugate_gradients(operator: Callable[[Array], Array], right: Array, steps: int) -> Array:
+    """v after `steps` steps from 0 of operator(v) = right (Hestenes and Stiefel 1952, section 3).
+
+    Stays where it is once the residual has reached rounding, or where a direction has no positive curvature (the
+    Jacobian of a network is not a covariance).
+    """
+    enough = (jnp.finfo(right.dtype).eps ** 2) * jnp.sum(right**2)
+
+    def step(state: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
+        v, residual, direction = state
+        image = operator(direction)
+        square, curvature = jnp.sum(residual**2), jnp.sum(direction * image)
+        usable = (curvature > 0) & (square > enough)
+        length = jnp.where(usable, square / jnp.where(usable, curvature, 1.0), 0.0)
+        left = residual - length * image
+        turn = jnp.where(usable, jnp.sum(left**2) / jnp.where(usable, square, 1.0), 0.0)
+        return (v + length * direction, left, left + turn * direction), None
+
+    return jax.lax.scan(step, (jnp.zeros_like(right), right, right), length=steps)[0][0]
+
+
+def _weigh(gain: Gain, misfit: Values) -> Values:
+    """S^-1 (y - A x0)."""
+    return jnp.einsum("mcnd,nd->mc", gain.inverse, misfit, precision=HIGHEST)

@@ -1,0 +1,349 @@
+"""Corrections and posterior samplers against dense algebra, where prior and posterior are Gaussian and known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_repaint import guide, observe, transition
+from jax_repaint.denoise import PrincipalGaussian
+from jax_repaint.errors import InputError
+from jax_repaint.posterior import Posterior, antithetic, evidence_for, linear_sample, posterior
+from jax_repaint.prior.analysis import Analysis
+
+SHAPE = (16, 24)
+NOISE = 0.05
+
+
+@pytest.fixture(scope="module")
+def ocean():
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    return ~((y < 5) & (x > 17)) & ~((y - 11) ** 2 + (x - 6) ** 2 < 5)
+
+
+@pytest.fixture(scope="module")
+def gaussian(ocean):
+    """30 leading directions of a smooth random covariance of mean variance 1; the first has a third of it."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    waves = rng.normal(size=(400, 2)) * 0.35
+    phases = waves[:, :1, None] * y + waves[:, 1:, None] * x + rng.uniform(0, 2 * np.pi, (400, 1, 1))
+    fields = np.cos(phases)[..., None] * rng.normal(size=(400, 1, 1, 2)) * ocean[..., None]
+    _, scale, direction = np.linalg.svd(fields.reshape(400, -1), full_matrices=False)
+    variance, count = scale**2, 2 * ocean.sum()
+    variance[0] += 0.4 * variance.sum()
+    variance *= count / variance.sum()
+    rest = variance[30:].sum() / (count - 30)
+    mean = 0.3 * rng.normal(size=(*SHAPE, 2)) * ocean[..., None]
+    fields = (mean, direction[:30].reshape(30, *SHAPE, 2), variance[:30], rest, ocean[..., None])
+    return PrincipalGaussian(*(jnp.asarray(a, jnp.float32) for a in fields))
+
+
+@pytest.fixture(scope="module")
+def observation(ocean, gaussian):
+    """24 walked cells and 3 points between cells of one random truth."""
+    rng = np.random.default_rng(1)
+    truth = np.asarray(guide.prior_draw(gaussian, jax.random.key(5)))
+    walked = observe.from_cells(observe.walk(ocean, 24, rng), truth, NOISE, ocean, size=28)
+    lat, lon = np.array([8.3, 8.6, 12.5]), np.array([12.2, 12.9, 20.5])
+    points = observe.from_points(lat, lon, np.zeros((3, 2)), NOISE, *map(np.arange, SHAPE), ocean, size=4)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), walked, points)
+    return both.replace(values=jnp.where(both.valid[:, None], both.apply(jnp.asarray(truth)), 0.0))
+
+
+@pytest.fixture(scope="module")
+def dense(gaussian, observation, ocean):
+    """Sigma, A (with rows of padding left out) and y in float64, on the ocean."""
+    sea = np.flatnonzero(np.repeat(ocean.reshape(-1), 2))
+    e = np.asarray(gaussian.direction, float).reshape(30, -1)[:, sea]
+    covariance = (e.T * (np.asarray(gaussian.variance, float) - float(gaussian.rest))) @ e
+    covariance += float(gaussian.rest) * np.eye(sea.size)
+    unit = jnp.eye(2 * ocean.size).reshape(-1, *SHAPE, 2)
+    valid = np.asarray(observation.valid)
+    operator = np.asarray(jax.jit(jax.vmap(observation.apply))(unit), float)[sea][:, valid].reshape(sea.size, -1).T
+    values = np.asarray(observation.values, float)[valid].reshape(-1)
+    return sea, covariance, operator, values
+
+
+@pytest.fixture(scope="module")
+def linear(dense, gaussian, observation, ocean):
+    """The exact posterior as an Analysis, and its covariance."""
+    sea, covariance, a, _ = dense
+    gain = np.linalg.solve(a @ covariance @ a.T + NOISE**2 * np.eye(len(a)), a @ covariance).T
+    left = covariance - gain @ a @ covariance
+    full = np.zeros((2 * ocean.size, observation.size, 2))
+    full[np.ix_(sea, np.flatnonzero(observation.valid))] = gain.reshape(sea.size, -1, 2)
+    variance = np.zeros(2 * ocean.size)
+    variance[sea] = np.diag(left)
+    arrays = full.reshape(*SHAPE, 2, -1, 2), variance.reshape(*SHAPE, 2)
+    # Analysis multiplies by `valid`, which strict promotion forbids for booleans.
+    rows = observation.replace(valid=observation.valid.astype(jnp.float32))
+    return Analysis(rows, gaussian.mean, *(jnp.asarray(v, jnp.float32) for v in arrays)), left
+
+
+def conditional(dense, x, sigma, mean, noise):
+    """E[x0 | x, y] by stacking both observations of x0, float64 on the ocean."""
+    sea, covariance, a, y = dense
+    stacked = np.concatenate([np.eye(sea.size), a])
+    errors = np.diag(np.concatenate([np.full(sea.size, sigma**2), np.full(len(a), noise**2)]))
+    gain = np.linalg.solve(stacked @ covariance @ stacked.T + errors, stacked @ covariance).T
+    return mean + gain @ (np.concatenate([x, y]) - stacked @ mean)
+
+
+def run(gaussian, evidence, hyper, members, analysis=None, paired=True, seed=0):
+    """Members of a jitted sampler from a corrected start (without an analysis: from noise about the prior mean)."""
+
+    def member(key, sign):
+        keys = jax.random.split(key, 3)
+        start = gaussian.mean
+        if analysis is not None:
+            prior = guide.prior_draw(gaussian, keys[0])
+            start = linear_sample(keys[1], analysis, prior, evidence, sign)
+        return posterior(keys[2], gaussian, evidence, hyper, start, sign)
+
+    keys, signs = antithetic(jax.random.key(seed), members)
+    if not paired:
+        keys, signs = jax.random.split(jax.random.key(seed), members), jnp.ones(members)
+    return np.asarray(jax.jit(jax.vmap(member))(keys, signs), float)
+
+
+def on_sea(fields, dense):
+    return np.asarray(fields, float).reshape(*np.shape(fields)[:-3], -1)[..., dense[0]]
+
+
+@pytest.mark.parametrize("sigma", [0.02, 1.0, 50.0])
+def test_conditional_covariance_is_the_dense_inverse(gaussian, dense, sigma):
+    covariance = dense[1]
+    exact = np.linalg.inv(np.linalg.inv(covariance) + np.eye(len(covariance)) / sigma**2)
+    e = on_sea(gaussian.direction, dense)
+    variance, rest = np.asarray(gaussian.variance, float), float(gaussian.rest)
+    left = guide.conditional_variance(rest, sigma)
+    mine = (e.T * (guide.conditional_variance(variance, sigma) - left)) @ e + left * np.eye(e.shape[1])
+    np.testing.assert_allclose(mine, exact, atol=1e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("correction", ["kalman", "cov_pigdm", "mmps"])
+@pytest.mark.parametrize("sigma", [0.03, 0.8, 20.0])
+def test_corrections_of_the_exact_denoiser_are_exact(gaussian, observation, dense, correction, sigma):
+    """The Jacobian of the exact denoiser is C_t / sigma^2, so all three are the conditional mean."""
+    hyper = Posterior.create(sigma, 0.01, 2, correction=correction)
+    evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+    if evidence.gain is not None:
+        evidence = evidence.replace(gain=jax.tree.map(lambda g: g[0], evidence.gain))
+    options = {"cg_steps": 150} if correction == "mmps" else {}
+    x = guide.prior_draw(gaussian, jax.random.key(1)) + sigma * jax.random.normal(jax.random.key(2), (*SHAPE, 2))
+
+    @jax.jit
+    def correct(x):
+        return guide.CORRECTIONS[correction](lambda x: gaussian(x, sigma), x, sigma, 0.0, evidence, **options)
+
+    exact = conditional(dense, on_sea(x, dense), sigma, on_sea(gaussian.mean, dense), NOISE)
+    np.testing.assert_allclose(on_sea(correct(x), dense), exact, atol=2e-3 if sigma > 1 else 3e-4)
+
+
+def test_correlated_errors_weigh_as_in_dense_algebra(gaussian, observation, dense):
+    gain = guide.kalman_gains(gaussian, observation, np.array([0.5, np.inf]), correlation=0.7)
+    sea, covariance, a, _ = dense
+    noise = NOISE**2 * np.kron(np.eye(len(a) // 2), [[1, 0.7], [0.7, 1]])
+    valid = np.asarray(observation.valid)
+    for level, c in enumerate([np.linalg.inv(np.linalg.inv(covariance) + 4 * np.eye(sea.size)), covariance]):
+        exact = np.linalg.inv(a @ c @ a.T + noise)
+        mine = np.asarray(gain.inverse[level])[valid][:, :, valid].reshape(len(a), -1)
+        np.testing.assert_allclose(mine, exact, atol=1e-4 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("correction", ["paste", "pigdm"])
+def test_corrections_without_a_covariance(gaussian, ocean, correction):
+    """Both are Kalman corrections of a white prior: with exact observations, and with its own denoiser."""
+    sigma, blank, white = 0.7, np.zeros((*SHAPE, 2)), guide.white(gaussian.ocean)
+    noise = 1e-4 if correction == "paste" else 0.3
+    cells = observe.cells(ocean, 0.1, np.random.default_rng(2))
+    observation = observe.from_cells(cells, blank + 1.5, noise, ocean)
+    x = 2 * jax.random.normal(jax.random.key(0), (*SHAPE, 2))
+    fields = []
+    for name in ("kalman", correction):
+        evidence = evidence_for(Posterior.create(sigma, correction=name), gaussian.ocean, observation, white)
+        if evidence.gain is not None:
+            evidence = evidence.replace(gain=jax.tree.map(lambda g: g[0], evidence.gain))
+        correct = jax.jit(lambda x, e, name=name: guide.CORRECTIONS[name](lambda x: white(x, sigma), x, sigma, 0.0, e))
+        fields.append(np.asarray(correct(x, evidence)))
+    np.testing.assert_allclose(fields[0], fields[1], atol=1e-5)
+    gain = sigma**2 / (1 + sigma**2) / (sigma**2 / (1 + sigma**2) + noise**2)
+    x0 = np.asarray(x) / (1 + sigma**2)
+    np.testing.assert_allclose(fields[1][cells], (x0 + gain * (1.5 - x0))[cells], atol=1e-5)
+
+
+def test_dps_is_the_variance_preserving_step(gaussian, observation):
+    """An ancestral step from the corrected x0 is Chung's: the ancestral step less step grad |y - A x0|."""
+    before, after, zeta = 0.3, 0.45, 0.4
+    alpha = before / after
+    sigma, following = (np.sqrt((1 - a) / a) for a in (before, after))
+    evidence = evidence_for(Posterior.create(3.0, correction="dps"), gaussian.ocean, observation)
+    x_t = jax.random.normal(jax.random.key(3), (*SHAPE, 2))
+
+    def x0_of(x_t):
+        return gaussian(x_t / np.float32(np.sqrt(before)), sigma)
+
+    def distance(x_t):
+        misfit = (observation.values - observation.apply(x0_of(x_t)))[observation.valid]
+        return jnp.linalg.norm(misfit.reshape(-1))
+
+    mean = transition.ancestral_mean(x_t, x0_of(x_t), 1 - alpha, before, after)
+    expected = mean - zeta * jax.grad(distance)(x_t)
+    x = x_t / np.float32(np.sqrt(before))
+    x0 = guide.dps(lambda x: gaussian(x, sigma), x, sigma, following, evidence, step=zeta)
+    stepped = np.float32(np.sqrt(after)) * transition.ddim(x, x0, jnp.zeros_like(x), sigma, following, 1.0)
+    np.testing.assert_allclose(stepped, expected, atol=2e-5)
+
+
+def test_conjugate_gradients_halt_where_the_operator_is_not_positive():
+    matrix = jnp.asarray(np.diag([2.0, 1.0, 0.5]), jnp.float32)
+    right = jnp.asarray([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(guide.conjugate_gradients(lambda v: matrix @ v, right, 9), [0.5, 2.0, 6.0], rtol=1e-5)
+    np.testing.assert_array_equal(guide.conjugate_gradients(lambda v: -v, right, 3), jnp.zeros(3))
+
+
+def test_kalman_members_are_exact_posterior_samples(gaussian, observation, linear, dense):
+    analysis, left = linear
+    hyper = Posterior.create(3.4, 0.01, 31)
+    evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+    members = on_sea(run(gaussian, evidence, hyper, 128, analysis, paired=False), dense)
+    best, exact = np.trace(left), on_sea(analysis.mean(observation.values), dense)
+    variance = members.var(0, ddof=1).sum()
+    squared = best + ((members.mean(0) - exact) ** 2).sum()
+    assert (squared - variance / len(members)) / best == pytest.approx(1, abs=0.02)
+    assert np.sqrt(variance / best) == pytest.approx(0.97, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"eta": 0.0, "second_order": True}, {"stop_sigma": 1.5}, {"correction": "cov_pigdm"}]
+)
+def test_mean_of_one_antithetic_pair_is_the_linear_estimate(gaussian, observation, linear, options):
+    hyper = Posterior.create(3.4, **options)
+    evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+    pair = run(gaussian, evidence, hyper, 2, linear[0])
+    assert np.abs(pair[0] - pair[1]).max() > 0.3
+    np.testing.assert_allclose(pair.mean(0), linear[0].mean(observation.values), atol=1e-3)
+
+
+def test_stopping_early_runs_fewer_levels():
+    assert Posterior.create(80.0, 0.01, 31).calls == 31
+    early = Posterior.create(80.0, 0.01, 31, stop_sigma=1.5)
+    assert early.calls < 20
+    assert 1.5 <= float(early.sigma[-1]) < 3
+    assert Posterior.create(3.4, stop_sigma=3.4).calls == 1
+
+
+def test_linear_samples_have_the_posterior_covariance(gaussian, observation, linear, dense):
+    analysis, left = linear
+    evidence = evidence_for(Posterior.create(3.4, correction="mmps"), gaussian.ocean, observation)
+
+    def sample(key):
+        one, two = jax.random.split(key)
+        return linear_sample(two, analysis, guide.prior_draw(gaussian, one), evidence)
+
+    samples = on_sea(jax.jit(jax.vmap(sample))(jax.random.split(jax.random.key(0), 2000)), dense)
+    values, directions = np.linalg.eigh(left)
+    anomaly = samples - on_sea(analysis.mean(observation.values), dense)
+    np.testing.assert_allclose((anomaly @ directions[:, -20:]).var(0), values[-20:], rtol=0.15)
+
+
+def test_prior_draws_and_unguided_samples_have_the_prior_covariance(gaussian, dense):
+    variance, rest = np.asarray(gaussian.variance), float(gaussian.rest)
+    draws = jax.jit(jax.vmap(lambda key: guide.prior_draw(gaussian, key)))(jax.random.split(jax.random.key(1), 1500))
+    hyper = Posterior.create(80.0, 0.01, 256, correction="none")
+    samples = run(gaussian, evidence_for(hyper, gaussian.ocean), hyper, 500, paired=False)
+    e = on_sea(gaussian.direction, dense)
+    for fields in (np.asarray(draws, float), samples):
+        anomaly = on_sea(fields - np.asarray(gaussian.mean), dense)
+        along = anomaly @ e.T
+        # 500 members: 6 % standard error a direction; 256 steps: 2.5 % too little, as x0 is used for a draw given x.
+        np.testing.assert_allclose(along.var(0) / variance, 1, atol=0.2)
+        assert np.mean(along.var(0) / variance) == pytest.approx(1, abs=0.05)
+        assert (anomaly - along @ e).var() == pytest.approx(rest * (1 - 30 / e.shape[1]), rel=0.1)
+        correlation = np.corrcoef(along.T) - np.eye(30)
+        assert np.abs(correlation).max() < 0.2
+
+
+def test_a_start_from_noise_loses_the_large_scale(gaussian, dense):
+    """From N(0, I) in the variance-preserving x_T, white noise in place of a prior draw, variances are 24 / lambda."""
+    sigma = 3.4
+    hyper = Posterior.create(sigma, 0.01, 120, correction="none")
+    evidence = evidence_for(hyper, gaussian.ocean)
+
+    def member(key):
+        one, two = jax.random.split(key)
+        starts = (guide.prior_draw(prior, one) for prior in (guide.white(gaussian.ocean), gaussian))
+        return [posterior(two, gaussian, evidence, hyper, start) for start in starts]
+
+    white, corrected = jax.jit(jax.vmap(member))(jax.random.split(jax.random.key(0), 400))
+    e, variance = on_sea(gaussian.direction, dense)[0], float(gaussian.variance[0])
+    # Var E[x0 | x] + Var[x0 | x] over the variance of x0, for x of variance 1 + sigma^2.
+    total = variance + sigma**2
+    kept = variance * (1 + sigma**2) / total**2 + sigma**2 / total
+    assert kept == pytest.approx(24 / variance, rel=0.1)
+    assert (on_sea(white, dense) @ e).var() / variance == pytest.approx(kept, rel=0.2)
+    assert (on_sea(corrected, dense) @ e).var() / variance == pytest.approx(1, abs=0.15)
+
+
+def test_second_order_steps_are_of_second_order(gaussian, dense):
+    """Errors against the exact flow, on which a direction's anomaly is proportional to sqrt(variance + sigma^2)."""
+    x = guide.prior_draw(gaussian, jax.random.key(3)) + 20 * jax.random.normal(jax.random.key(4), (*SHAPE, 2))
+    variance = np.asarray(gaussian.variance, float)
+    anomaly = on_sea(x - gaussian.mean, dense) @ on_sea(gaussian.direction, dense).T
+    exact = anomaly * np.sqrt((variance + 0.1**2) / (variance + 20**2)) * variance / (variance + 0.1**2)
+    errors = {}
+    for second_order in (False, True):
+        for count in (16, 64):
+            hyper = Posterior.create(20.0, 0.1, count, correction="none", eta=0.0, second_order=second_order)
+            evidence = evidence_for(hyper, gaussian.ocean)
+            # Without its start noise: x is already at the first level.
+            sample = jax.jit(lambda x, h=hyper, e=evidence: posterior(jax.random.key(0), gaussian, e, h, x, 0.0))
+            found = on_sea(sample(x) - gaussian.mean, dense) @ on_sea(gaussian.direction, dense).T
+            errors[second_order, count] = np.abs(found - exact).max()
+    assert np.log2(errors[False, 16] / errors[False, 64]) / 2 == pytest.approx(1, abs=0.25)
+    assert np.log2(errors[True, 16] / errors[True, 64]) / 2 == pytest.approx(2, abs=0.35)
+    assert errors[True, 16] < errors[False, 16] / 4
+
+
+def test_land_keeps_the_start_and_pairs_mirror_every_draw(gaussian, observation, ocean):
+    hyper = Posterior.create(3.4, count=4)
+    evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+    start = jnp.where(gaussian.ocean > 0, gaussian.mean, -0.7)
+    draws = (1.0, jax.random.normal), (-1.0, lambda *shape: -jax.random.normal(*shape))
+
+    @jax.jit
+    def both():
+        return [posterior(jax.random.key(0), gaussian, evidence, hyper, start, *options) for options in draws]
+
+    field, mirrored = map(np.asarray, both())
+    assert (field[~ocean] == np.float32(-0.7)).all()
+    np.testing.assert_allclose(field, mirrored, atol=1e-6)
+
+
+def test_mistakes_are_named(gaussian, observation):
+    for options in (
+        {"correction": "magic"},
+        {"eta": 1.5},
+        {"second_order": True},
+        {"dps_step": 0.0},
+        {"cg_steps": 0},
+        {"stop_sigma": 9.0},
+        {"sigma_min": 5.0},
+    ):
+        with pytest.raises(InputError):
+            Posterior.create(3.4, **options)
+    hyper = Posterior.create(3.4)
+    with pytest.raises(InputError, match="needs an observation"):
+        evidence_for(hyper, gaussian.ocean)
+    with pytest.raises(InputError, match="needs a Gaussian"):
+        evidence_for(hyper, gaussian.ocean, observation)
+    with pytest.raises(InputError, match="positive"):
+        guide.kalman_gains(gaussian, observation, np.zeros(1))
+    with pytest.raises(InputError, match="correlation"):
+        evidence_for(hyper, gaussian.ocean, observation, gaussian, 1.0)
+    evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+    with pytest.raises(InputError, match="16 levels"):
+        posterior(jax.random.key(0), gaussian, evidence, Posterior.create(3.4, count=8), gaussian.mean)
+    with pytest.raises(InputError, match="member"):
+        antithetic(jax.random.key(0), 0)
