@@ -1,0 +1,152 @@
+"""Training state on disk: plain arrays through orbax, and what they belong to.
+
+WORKDIR/config.json         resolved configuration and fingerprint of the data; a run with others is refused
+WORKDIR/checkpoints/last    the latest states, to continue from
+WORKDIR/checkpoints/best    the state with the lowest held-out loss
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from jax_repaint.errors import InputError
+from jax_repaint.files import whole_file
+
+CONFIG = "config.json"
+FREE = ("reset_best", "train.keep", "train.save_minutes")  # settings that a continued run may change
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}, with sequences as lists."""
+    flat = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = list(value) if isinstance(value, tuple | list) else value
+    return flat
+
+
+def holds_run(workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
+    """Whether `workdir` holds states of this run to continue from; writes nothing.
+
+    Raises:
+      InputError: the folder belongs to a run with another configuration or other data, or to something else.
+    """
+    workdir = Path(workdir)
+    path = workdir / CONFIG
+    if path.exists():
+        try:
+            theirs = flatten(json.loads(path.read_text()))
+        except (OSError, ValueError, AttributeError) as e:
+            raise InputError(f"{path} cannot be read ({e})") from e
+        # As JSON, because a float that JSON wrote is equal to itself when read.
+        ours = flatten(json.loads(json.dumps({"config": config, "data": data})))
+        free = {f"config.{name}" for name in FREE}
+        names = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n) and n not in free)
+        if names:
+            lines = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names)
+            raise InputError(
+                f"{workdir} holds a run of another kind ({lines}); choose another workdir, or start one from its "
+                "weights with --config.init_from="
+            )
+        # A run that was killed before its first checkpoint has nothing to continue from.
+        return any(state.name.isdigit() for state in workdir.glob("checkpoints/last/*"))
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"{workdir} is a file; choose another workdir")
+    if workdir.exists() and any(workdir.iterdir()):
+        raise InputError(f"{workdir} is not empty and holds no run; choose another workdir")
+    return False
+
+
+def claim(workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Makes `workdir` this run's.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    with whole_file(Path(workdir) / CONFIG) as temporary:
+        temporary.write_text(json.dumps({"config": config, "data": data}, indent=1, sort_keys=True) + "\n")
+    logging.info("new run in %s", workdir)
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """The two orbax managers of a workdir."""
+
+    last: ocp.CheckpointManager
+    best: ocp.CheckpointManager
+
+    @classmethod
+    def open(cls, workdir: str | os.PathLike, keep: int) -> "Checkpoints":
+        """Opens or makes the folders; the latest `keep` states are kept."""
+        root = Path(workdir).resolve() / "checkpoints"
+
+        def manager(name: str, count: int) -> ocp.CheckpointManager:
+            options = ocp.CheckpointManagerOptions(max_to_keep=count, enable_async_checkpointing=False)
+            return ocp.CheckpointManager(root / name, options=options)
+
+        try:
+            return cls(manager("last", keep), manager("best", 1))
+        except OSError as e:
+            raise InputError(f"cannot write checkpoints to {root}: {e.strerror or e}") from e
+
+    def save(self, step: int, state: Any, best: bool) -> None:
+        """Writes the state whole; as the best one too if it is.
+
+        Raises:
+          InputError: the disk is full or cannot be written; older states stay.
+        """
+        tree = pack(state)
+        for manager, wanted in ((self.last, True), (self.best, best)):
+            if wanted and step not in manager.all_steps():
+                try:
+                    manager.save(step, args=ocp.args.StandardSave(tree))
+                except (OSError, ValueError) as e:
+                    # orbax reports a full disk as ValueError from its storage layer.
+                    raise InputError(f"cannot write the checkpoint of step {step}: {e}") from e
+
+    def restore(self, like: Any) -> Any | None:
+        """The latest state, or None before the first; `like` gives structure, shapes and types.
+
+        Raises:
+          InputError: the checkpoint is damaged or of another network.
+        """
+        step = self.last.latest_step()
+        if step is None:
+            return None
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), pack(like))
+        try:
+            tree = self.last.restore(step, args=ocp.args.StandardRestore(template))
+        except Exception as e:
+            # Whatever orbax and tensorstore raise on damaged files; their messages run over pages.
+            first = str(e).strip().split("\n")[0][:200]
+            raise InputError(
+                f"the checkpoint of step {step} in {self.last.directory} cannot be read ({first}); "
+                "remove that folder to continue from the one before"
+            ) from e
+        return unpack(like, tree)
+
+    def close(self) -> None:
+        """Waits for writing to end."""
+        for manager in (self.last, self.best):
+            manager.close()
+
+
+def pack(state: Any) -> dict[str, np.ndarray]:
+    """The leaves of any state as a flat dictionary of arrays, numbered in order."""
+    return {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def unpack(like: Any, tree: Mapping[str, Any]) -> Any:
+    """The inverse of `pack`, with the structure of `like`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])

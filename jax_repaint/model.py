@@ -1,0 +1,257 @@
+"""A trained model: a network with everything that is needed to use it, as one folder on disk.
+
+    weights.safetensors    network parameters and the linear prior
+    model.json             network, form of the denoiser, schedule, standardiser, grid, GP, how it was trained
+
+Loading reads numbers and text only; nothing is unpickled or run.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jax_repaint.data.fields import Fields, Standardiser, padded_shape
+from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDenoiser, PrincipalGaussian
+from jax_repaint.errors import InputError
+from jax_repaint.nets import unet
+from jax_repaint.prior.gp import Kernel
+from jax_repaint.schedule import Schedule
+
+WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
+FORMAT = 1
+FORMS = ("eps", "edm", "anchored")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Everything between m/s on a grid and samples of the field.
+
+    Attributes:
+      network: configuration of the UNet.
+      form: "eps" (steps of the schedule), "edm" (continuous noise level) or "anchored" (on the linear prior).
+      params: float32 parameters of the network.
+      standardiser: between m/s and the units of the network.
+      ocean: (y, x) bool, of the grid itself.
+      lat, lon: degrees, of the grid itself.
+      gaussian: linear prior on the padded grid, standardised.
+      kernel: fitted GP in m/s, or None.
+      schedule: steps, min_beta and max_beta of the linear schedule that the RePaint family runs on.
+      sigma: smallest and largest noise level of training.
+      training: how it was made: data, fingerprint, configuration, steps, losses, versions.
+    """
+
+    network: unet.UNetConfig
+    form: str
+    params: dict
+    standardiser: Standardiser
+    ocean: np.ndarray
+    lat: np.ndarray
+    lon: np.ndarray
+    gaussian: PrincipalGaussian
+    kernel: Kernel | None
+    schedule: dict[str, float]
+    sigma: tuple[float, float]
+    training: dict[str, Any]
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(Y, X), the grid of the network."""
+        return padded_shape(self.ocean.shape, self.network.multiple)
+
+    @property
+    def steps(self) -> Schedule:
+        """The variance-preserving schedule."""
+        return make_schedule(self.schedule)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """D(x; sigma) on the padded grid."""
+        return make_denoiser(self.form, unet.structure(self.network)[0], self.params, self.gaussian, self.steps)
+
+    def check_grid(self, fields: Fields) -> None:
+        """Raises InputError unless the fields are on this model's grid."""
+        same = (
+            fields.ocean.shape == self.ocean.shape
+            and (fields.ocean == self.ocean).all()
+            # Ten metres: coordinates in float32 are off by less.
+            and np.allclose(_places(fields.lat, fields.lon), _places(self.lat, self.lon), rtol=0, atol=1e-4)
+        )
+        if not same:
+            raise InputError(
+                f"the model was trained on another grid: {self.ocean.shape} with {self.ocean.sum()} ocean cells from "
+                f"{self.lat.min():.4f} N {self.lon.min():.4f} E; {fields.name} is {fields.ocean.shape} with "
+                f"{fields.ocean.sum()} ocean cells from {fields.lat.min():.4f} N {fields.lon.min():.4f} E"
+            )
+
+
+def _places(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+    """(2, y, x) degrees, also of a regular grid."""
+    return np.stack(np.meshgrid(lat, lon, indexing="ij") if lat.ndim == 1 else (lat, lon))
+
+
+def make_schedule(numbers: dict[str, float]) -> Schedule:
+    """The linear schedule of {"steps", "min_beta", "max_beta"}."""
+    return Schedule.linear(int(numbers["steps"]), float(numbers["min_beta"]), float(numbers["max_beta"]))
+
+
+def make_denoiser(
+    form: str, graphdef: Any, params: dict, gaussian: PrincipalGaussian, schedule: Schedule
+) -> EpsDenoiser | EdmDenoiser | AnchoredDenoiser:
+    """The denoiser of a form; the linear prior gives it the ocean, and an anchored one more than that."""
+    if form == "eps":
+        return EpsDenoiser(params, schedule, graphdef)
+    if form == "edm":
+        return EdmDenoiser(params, gaussian.ocean, graphdef)
+    return AnchoredDenoiser(params, gaussian, graphdef)
+
+
+def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> None:
+    """Writes a model, whole or not at all; an older model in `folder` is replaced.
+
+    Args:
+      dtype: of network weights and EOFs on disk: "float32", or "bfloat16" for half the size.
+
+    Raises:
+      InputError: `folder` holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"cannot write a model to {folder}: it is a file")
+    if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
+        raise InputError(f"cannot write a model to {folder}: it is not empty and holds no model")
+    kept = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    tensors = {
+        "/".join(("params", *name)): np.asarray(leaf, kept)
+        for name, leaf in traverse_util.flatten_dict(model.params).items()
+    }
+    wet = np.asarray(model.gaussian.ocean)[..., 0] > 0
+    tensors["gaussian/direction"] = np.asarray(np.asarray(model.gaussian.direction)[:, wet], kept)
+    tensors["gaussian/mean"] = np.asarray(model.gaussian.mean)[wet]
+    tensors["gaussian/variance"] = np.asarray(model.gaussian.variance)
+    tensors["gaussian/rest"] = np.asarray(model.gaussian.rest).reshape(1)
+    tensors["ocean"] = model.ocean.astype(np.uint8)
+    tensors["lat"], tensors["lon"] = np.asarray(model.lat, np.float64), np.asarray(model.lon, np.float64)
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    description = {
+        "format": FORMAT,
+        "network": dataclasses.asdict(model.network),
+        "form": model.form,
+        "standardiser": model.standardiser.to_json(),
+        "kernel": model.kernel and model.kernel.to_json(),
+        "schedule": model.schedule,
+        "sigma": list(model.sigma),
+        "training": model.training,
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            save_file(tensors, new / WEIGHTS)
+            (new / WEIGHTS).chmod(0o644)
+            (new / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+            new.chmod(0o755)
+            if folder.exists():
+                # A folder cannot be replaced in one step; the old one stands until the new one does.
+                old = new / "old"
+                os.replace(folder, old)
+            os.replace(new, folder)
+            shutil.rmtree(folder / "old", ignore_errors=True)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except OSError as e:
+        raise InputError(f"cannot write the model to {folder}: {e.strerror or e}") from e
+
+
+def load(folder: str | os.PathLike) -> Model:
+    """Reads what `save` wrote.
+
+    Raises:
+      InputError: no model there, of a newer format, truncated, or weights that do not fit its description.
+    """
+    folder = Path(folder)
+    if not (folder / DESCRIPTION).is_file():
+        raise InputError(f"no model in {folder}: {DESCRIPTION} is missing")
+    try:
+        text = json.loads((folder / DESCRIPTION).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise InputError(f"the model in {folder} cannot be read ({e}); is it truncated?") from e
+    try:
+        if text["format"] != FORMAT:
+            raise InputError(f"the model in {folder} has format {text['format']}; this version reads {FORMAT}")
+        network = unet.UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in text["network"].items()})
+        if text["form"] not in FORMS:
+            raise InputError(f"the model in {folder} has form {text['form']!r}; this version knows {', '.join(FORMS)}")
+        make_schedule(text["schedule"])
+        params = _params(network, tensors, folder)
+        ocean = tensors["ocean"].astype(bool)
+        return Model(
+            network=network,
+            form=text["form"],
+            params=params,
+            standardiser=Standardiser.from_json(text["standardiser"]),
+            ocean=ocean,
+            lat=tensors["lat"],
+            lon=tensors["lon"],
+            gaussian=_gaussian(tensors, ocean, network.multiple),
+            kernel=text["kernel"] and Kernel.from_json(text["kernel"]),
+            schedule=text["schedule"],
+            sigma=tuple(text["sigma"]),
+            training=text["training"],
+        )
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"the model in {folder} is not complete: {type(e).__name__} {e}") from e
+
+
+def _params(network: unet.UNetConfig, tensors: dict[str, np.ndarray], folder: Path) -> dict:
+    expected = traverse_util.flatten_dict(unet.structure(network)[1])
+    params = {}
+    for name, shape in expected.items():
+        tensor = tensors.get("/".join(("params", *map(str, name))))
+        if tensor is None or tensor.shape != shape.shape:
+            found = "missing" if tensor is None else f"of shape {tensor.shape}"
+            raise InputError(f"{folder}: weight {'/'.join(map(str, name))} of {shape.shape} is {found}")
+        params[name] = jnp.asarray(tensor, jnp.float32)
+    return traverse_util.unflatten_dict(params)
+
+
+def _gaussian(tensors: dict[str, np.ndarray], ocean: np.ndarray, multiple: int) -> PrincipalGaussian:
+    shape = padded_shape(ocean.shape, multiple)
+    wet = np.pad(ocean, [(0, to - side) for side, to in zip(ocean.shape, shape, strict=True)])
+
+    def on_grid(values: np.ndarray) -> jax.Array:
+        field = np.zeros((*values.shape[:-2], *shape, values.shape[-1]), np.float32)
+        field[..., wet, :] = values.astype(np.float32)
+        return jnp.asarray(field)
+
+    return PrincipalGaussian(
+        on_grid(tensors["gaussian/mean"]),
+        on_grid(tensors["gaussian/direction"]),
+        jnp.asarray(tensors["gaussian/variance"], jnp.float32),
+        jnp.asarray(tensors["gaussian/rest"][0], jnp.float32),
+        jnp.asarray(wet[..., None], jnp.float32),
+    )
+
+
+def fingerprint(model: Model) -> str:
+    """16 hex digits that name these weights and this description."""
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in jax.tree.leaves((model.params, model.gaussian)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    digest.update(json.dumps([model.form, model.standardiser.to_json(), dataclasses.asdict(model.network)]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,667 @@
+"""Trains a network to remove noise from velocity fields.
+
+    loss = mean over frames of weight(sigma) |D(x0 + sigma n; sigma) - x0|^2,   averaged over ocean cells and components
+
+    form       sigma                                       weight
+    eps        of a step t drawn uniformly                 1 / sigma^2: the usual |eps_theta - eps|^2
+    edm        log-uniform in sigma_min..sigma_max         (1 + sigma^2) / sigma^2 (Karras et al. 2022, section 5)
+    anchored   log-uniform in sigma_min..sigma_max         1 / mean square error of the exact Gaussian denoiser
+
+    python -m jax_repaint.train --config=configs/attn.py --workdir=runs/attn
+
+Starting it again on the same workdir continues the run, bit for bit as if it had never stopped.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+import tqdm
+from absl import flags, logging
+from flax import nnx
+from ml_collections import ConfigDict, config_flags
+
+from jax_repaint import command, files, model, observe, plots
+from jax_repaint.array_types import Array, Field, Float, Key, Level
+from jax_repaint.checkpoint import Checkpoints, claim, holds_run
+from jax_repaint.data import fields as fields_lib
+from jax_repaint.data import readers, twin
+from jax_repaint.data.fields import Fields, Split, Standardiser
+from jax_repaint.denoise import PrincipalGaussian
+from jax_repaint.errors import InputError
+from jax_repaint.model import Model
+from jax_repaint.nets import unet
+from jax_repaint.prior import gp, linear
+
+# Keys are folded from (seed, purpose, ...), so that no two purposes share a number.
+ORDER, NOISE, HELD_OUT = range(3)
+
+
+class Diverged(Exception):
+    """The loss is not finite."""
+
+
+def default_config() -> ConfigDict:
+    """Every setting with its default; the files in configs/ change what is theirs."""
+    return ConfigDict(
+        {
+            "data": {
+                "fields": "",  # a file; empty for the Ram Head twin
+                "frames": 17040,  # of the twin
+                "twin_seed": 0,
+                # Fractions, or ranges of frames or dates as text: "0:250", "2002-01-01/2002-09-07".
+                "train": "0.7",
+                "validation": "0.15",
+                "test": "0.15",
+                "allow_short_gap": False,
+                "block_split": False,  # 130-hour blocks with 10-hour gaps, which leak
+                "shared_scale": False,  # one standard deviation for u and v
+            },
+            "model": {
+                "network": "standard_attn",
+                "form": "eps",
+                "dtype": "float32",
+                "rank": 256,  # most EOFs of the linear prior
+                "gp_steps": 200,  # of fitting the GP that stands in tables beside the network
+            },
+            "noise": {
+                "steps": 250,
+                "min_beta": 1e-4,
+                "max_beta": 0.02,
+                "sigma_min": 0.01,
+                "sigma_max": 130.0,
+            },
+            "train": {
+                "seed": 0,
+                "epochs": 200,
+                "batch": 16,
+                "accumulate": 1,  # batches a step
+                "learning_rate": 3e-4,
+                "warmup_epochs": 10.0,
+                "weight_decay": 1e-4,
+                "clip": 1.0,
+                "ema": 0.9999,
+                "ocean_only": True,  # loss over ocean cells; False: over land and padding too
+                # Mirrored currents past a real coast are no currents of that coast.
+                "flips": False,
+                "dispatch": 25,  # steps a call of the device
+                "held_out": 0,  # validation frames for the held-out loss; 0: all
+                "keep": 2,
+                "save_minutes": 10.0,
+            },
+            "init_from": "",  # folder of a model, whose weights to start from
+            "reset_best": False,
+            "tensorboard": False,
+        }
+    )
+
+
+def smoke(config: ConfigDict, arg: str) -> ConfigDict:
+    """The same experiment in less than a minute on two cores for `smoke`; unchanged for an empty `arg`.
+
+    Raises:
+      InputError: another `arg`.
+    """
+    if arg == "smoke":
+        config.data.frames = 48
+        # Two days of tides are not long enough to wait for them to decorrelate.
+        config.data.allow_short_gap = True
+        config.model.rank = 16
+        config.model.gp_steps = 10
+        config.train.epochs = 2
+        config.train.warmup_epochs = 1.0
+        config.train.batch = 2
+        config.train.dispatch = 4
+        config.train.held_out = 8
+    elif arg:
+        raise InputError(f"the argument of a configuration is smoke or nothing, got {arg!r}")
+    return config
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises InputError at a value that cannot work."""
+    t, m, n = config.train, config.model, config.noise
+    if m.network not in unet.NETWORKS:
+        raise InputError(f"model.network {m.network!r} is not one of {', '.join(unet.NETWORKS)}")
+    if m.form not in model.FORMS:
+        raise InputError(f"model.form {m.form!r} is not one of {', '.join(model.FORMS)}")
+    for name in ("epochs", "batch", "accumulate", "dispatch", "keep"):
+        if t[name] < 1:
+            raise InputError(f"train.{name} must be at least 1, got {t[name]}")
+    for name in ("learning_rate", "clip"):
+        if not t[name] > 0:
+            raise InputError(f"train.{name} must be positive, got {t[name]}")
+    for name in ("weight_decay", "warmup_epochs", "held_out", "save_minutes"):
+        if not t[name] >= 0:
+            raise InputError(f"train.{name} must not be negative, got {t[name]}")
+    if not 0 <= t.ema < 1:
+        raise InputError(f"train.ema must be in [0, 1), got {t.ema}")
+    if t.warmup_epochs >= t.epochs:
+        raise InputError(f"train.warmup_epochs ({t.warmup_epochs}) must be less than train.epochs ({t.epochs})")
+    if not 0 < n.sigma_min < n.sigma_max:
+        raise InputError(f"noise levels must be 0 < sigma_min < sigma_max, got {n.sigma_min}, {n.sigma_max}")
+    if m.rank < 1:
+        raise InputError(f"model.rank must be at least 1, got {m.rank}")
+    model.make_schedule(dict(n))
+    network_config(config)
+    if config.tensorboard:
+        _tensorboard()
+
+
+def _tensorboard() -> type:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as e:
+        raise InputError("tensorboard=True needs the extra: pip install 'jax-repaint[tensorboard]'") from e
+    return SummaryWriter
+
+
+def _part(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def load_fields(path: str, frames: int, seed: int = 0) -> Fields:
+    """A file, or the twin if `path` is empty."""
+    return readers.read(path) if path else twin.generate(frames, twin.Twin(seed=seed))
+
+
+def split_fields(fields: Fields, data: ConfigDict) -> Split:
+    """The split that `config.data` describes."""
+    if data.block_split:
+        return fields_lib.block_split(fields)
+    parts = (_part(data[name]) for name in ("train", "validation", "test"))
+    return fields_lib.split(fields, *parts, allow_short_gap=data.allow_short_gap)
+
+
+class Prepared(NamedTuple):
+    """Data as the device sees it, and the priors fitted to the training part.
+
+    Attributes:
+      train, validation: (n, Y, X, 2) standardised and padded.
+      split, standardiser, gaussian, kernel, choice: see Model and prior/linear.py.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    split: Split
+    standardiser: Standardiser
+    gaussian: PrincipalGaussian
+    kernel: gp.Kernel
+    choice: linear.Choice
+
+
+def prepare(fields: Fields, config: ConfigDict) -> Prepared:
+    """Splits, standardises and pads; fits the linear prior and the GP."""
+    split = split_fields(fields, config.data)
+    logging.info("%s", split.describe())
+    if split.train.size < config.train.batch * config.train.accumulate:
+        raise InputError(
+            f"{split.train.size} training frames are fewer than a batch of "
+            f"{config.train.batch} x {config.train.accumulate}"
+        )
+    standardiser = Standardiser.from_fields(fields, split.train, config.data.shared_scale)
+    multiple = unet.NETWORKS[config.model.network].multiple
+    train, ocean = fields_lib.prepare(fields.select(split.train), standardiser, multiple)
+    validation, _ = fields_lib.prepare(fields.select(split.validation), standardiser, multiple)
+    gaussian, kernel, choice = fit_priors(
+        fields.select(split.train), train, validation, ocean, config.model.rank, config.model.gp_steps
+    )
+    return Prepared(train, validation, split, standardiser, gaussian, kernel, choice)
+
+
+def fit_priors(
+    fields: Fields, train: np.ndarray, validation: np.ndarray, ocean: np.ndarray, rank: int, gp_steps: int
+) -> tuple[PrincipalGaussian, gp.Kernel, linear.Choice]:
+    """The linear prior, chosen on validation frames, and the GP by marginal likelihood of training frames."""
+    gaussian = linear.fit(train, ocean, rank)
+    frames = validation[np.unique(np.linspace(0, len(validation) - 1, 48).astype(int))]
+    patterns = []
+    for spec in observe.usual(fields.ocean):
+        for draw in range(1 if spec.startswith("line") else 2):
+            seen = observe.parse(spec, fields.ocean, observe.pattern_rng(0, draw))
+            pattern = observe.from_cells(seen, np.zeros((*seen.shape, 2)), 0.01, fields.ocean)
+            patterns.append(observe.pad_grid(pattern, seen.shape, ocean.shape))
+    gaussian, choice = linear.select(gaussian, frames, patterns)
+    logging.info("linear prior: %s", choice)
+    climatology = gp.background("climatology", fields.velocity, fields.ocean)
+    kernel, _ = gp.fit("matern32", fields.velocity, fields.ocean, fields.places(), climatology, gp_steps)
+    return gaussian, kernel, choice
+
+
+class State(NamedTuple):
+    """What a run is: `sums` adds up loss and gradient norm since the epoch began, `best` is the lowest loss so far."""
+
+    params: dict
+    ema: dict
+    optimiser: Any
+    step: Array
+    sums: Array
+    best: Array
+
+
+class Plan(NamedTuple):
+    """Numbers of steps: in an epoch (a multiple of a dispatch), in a dispatch, in all."""
+
+    epoch: int
+    dispatch: int
+    total: int
+
+
+def plan(frames: int, config: ConfigDict) -> Plan:
+    """An epoch sees every frame once, apart from a remainder of less than one dispatch."""
+    steps = frames // (config.train.batch * config.train.accumulate)
+    dispatch = min(config.train.dispatch, steps)
+    epoch = steps // dispatch * dispatch
+    return Plan(epoch, dispatch, epoch * config.train.epochs)
+
+
+def make_optimiser(config: ConfigDict, steps: Plan) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW under a clipped gradient; linear warm-up from 1e-3 of the rate, then a cosine to 0."""
+    t = config.train
+    rate = optax.warmup_cosine_decay_schedule(
+        1e-3 * t.learning_rate, t.learning_rate, max(round(t.warmup_epochs * steps.epoch), 1), max(steps.total, 2)
+    )
+    return optax.chain(optax.clip_by_global_norm(t.clip), optax.adamw(rate, weight_decay=t.weight_decay)), rate
+
+
+def network_config(config: ConfigDict) -> unet.UNetConfig:
+    """The named network for a form: an anchored denoiser shows it four channels."""
+    named = unet.NETWORKS[config.model.network]
+    anchored = config.model.form == "anchored"
+    return dataclasses.replace(
+        named,
+        dtype=config.model.dtype,
+        inputs=4 if anchored else 2,
+        zero_output=named.zero_output or anchored,
+    )
+
+
+Loss = Callable[[dict, Field, Key, Level, bool], Level]
+
+
+def make_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.GraphDef | None) -> Loss:
+    """loss(params, x0, key, place, training) of one frame; `place` in 0..1 says where on the range its noise lies.
+
+    Without a network (graphdef None) the loss of the exact Gaussian denoiser, which a network has to beat.
+    """
+    schedule = model.make_schedule(dict(config.noise))
+    low, high = math.log(config.noise.sigma_min), math.log(config.noise.sigma_max)
+    ocean = gaussian.ocean
+    cells = ocean if config.train.ocean_only else jnp.ones_like(ocean)
+    form = config.model.form
+
+    def loss(params: dict, x0: Field, key: Key, place: Level, training: bool) -> Level:
+        if form == "eps":
+            t = jnp.minimum((place * schedule.steps).astype(jnp.int32), schedule.steps - 1)
+            sigma = schedule.sigma[t]
+            weight = 1 / sigma**2
+        else:
+            sigma = jnp.exp(low + (high - low) * place)
+            weight = (1 + sigma**2) / sigma**2 if form == "edm" else 1 / gaussian.residual_variance(sigma)
+        noise, dropout = jax.random.split(key)
+        x = x0 + sigma * jax.random.normal(noise, x0.shape)
+        if graphdef is None:
+            estimate = gaussian(x, sigma)
+        else:
+            denoiser = model.make_denoiser(form, graphdef, params, gaussian, schedule)
+            estimate = denoiser(x, sigma, dropout if training else None)
+        error = estimate - x0
+        return weight * jnp.sum(cells * error**2) / (cells.sum() * x0.shape[-1])
+
+    return loss
+
+
+def make_places(key: Key, count: int, stratified: bool) -> Float[Array, "b"]:
+    """Places on the noise range: uniform, or one in each of `count` equal parts of it."""
+    u = jax.random.uniform(key, (count,))
+    return (jnp.arange(count, dtype=u.dtype) + u) / count if stratified else u
+
+
+def make_steps(
+    config: ConfigDict,
+    loss: Loss,
+    optimiser: optax.GradientTransformation,
+    steps: Plan,
+    ocean: Array,
+    grid: tuple[int, int] | None = None,
+) -> Callable[[State, Array], tuple[State, Array]]:
+    """dispatch(state, data) -> state, losses: `steps.dispatch` training steps in one call of the device.
+
+    `ocean` is (Y, X, 1); `grid` (y, x) is what it was before it was padded, which mirrors leave where it is.
+    """
+    t = config.train
+    key = jax.random.key(t.seed)
+    # XLA on CPUs runs the gradients of convolutions more than ten times slower inside a loop.
+    on_cpu = jax.default_backend() == "cpu"
+    stratified = config.model.form != "eps"
+    rows, columns = (
+        np.r_[np.arange(inner)[::-1], np.arange(inner, side)]
+        for inner, side in zip(grid or ocean.shape[:2], ocean.shape[:2], strict=True)
+    )
+
+    def batch_loss(params: dict, x0: Array, key: Key) -> Level:
+        where, noise, mirror = jax.random.split(key, 3)
+        if t.flips:
+            # East-west mirrors turn u round, north-south mirrors v; the coast stays, which is why this is off.
+            turned = jax.random.bernoulli(mirror, 0.5, (2, len(x0), 1, 1, 1))
+            x0 = jnp.where(turned[0], x0[:, :, columns] * jnp.array([-1.0, 1.0])[None, None, None], x0)
+            x0 = jnp.where(turned[1], x0[:, rows] * jnp.array([1.0, -1.0])[None, None, None], x0)
+            x0 = x0 * ocean[None]
+        places = make_places(where, len(x0), stratified)
+        keys = jax.random.split(noise, len(x0))
+        return jnp.mean(jax.vmap(loss, (None, 0, 0, 0, None))(params, x0, keys, places, True))
+
+    def one(state: State, order: Array, data: Array) -> tuple[State, Array]:
+        count = t.batch * t.accumulate
+        begin = (state.step % steps.epoch) * count
+        index = jax.lax.dynamic_slice(order, (begin,), (count,)).reshape(t.accumulate, t.batch)
+        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, NOISE), state.step), t.accumulate)
+
+        def add(total: tuple, part: tuple) -> tuple[tuple, None]:
+            rows, part_key = part
+            new = jax.value_and_grad(batch_loss)(state.params, data[rows], part_key)
+            return jax.tree.map(jnp.add, total, new), None
+
+        total = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        if on_cpu:
+            for part in range(t.accumulate):
+                total, _ = add(total, (index[part], keys[part]))
+        else:
+            total, _ = jax.lax.scan(add, total, (index, keys))
+        value, gradient = total
+        value, gradient = jax.tree.map(lambda x: x / t.accumulate, (value, gradient))
+        # optax mixes whole numbers and fractions, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
+            params = optax.apply_updates(state.params, updates)
+        n = state.step.astype(jnp.float32)
+        decay = jnp.minimum(t.ema, (1 + n) / (10 + n))
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
+        sums = state.sums + jnp.stack([value, norm])
+        # A gradient that is not finite ruins the parameters before the loss shows it.
+        value = jnp.where(jnp.isfinite(norm), value, norm)
+        return State(params, ema, optimiser_state, state.step + 1, sums, state.best), value
+
+    @partial(jax.jit, donate_argnums=0, static_argnums=2)
+    def run(state: State, data: Array, count: int) -> tuple[State, Array]:
+        epoch = state.step // steps.epoch
+        order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch), len(data))
+        if count == 1:
+            return one(state, order, data)
+        return jax.lax.scan(lambda s, _: one(s, order, data), state, length=count)
+
+    def dispatch(state: State, data: Array) -> tuple[State, Array]:
+        if not on_cpu:
+            return run(state, data, steps.dispatch)
+        losses = []
+        for _ in range(steps.dispatch):
+            state, loss = run(state, data, 1)
+            losses.append(loss)
+        return state, jnp.stack(losses)
+
+    return dispatch
+
+
+def make_held_out(config: ConfigDict, loss: Loss, data: np.ndarray) -> Callable[[dict], Level]:
+    """held_out(params): loss of validation frames, each with noise and level of its own that never change."""
+    count = min(config.train.held_out or len(data), len(data))
+    index = np.linspace(0, len(data) - 1, count).astype(int)
+    batch = min(config.train.batch, count)
+    padding = -count % batch
+    rows = np.pad(index, (0, padding), mode="edge").reshape(-1, batch)
+    counted = (np.arange(count + padding) < count).reshape(-1, batch)
+    # Levels cover the range evenly and have nothing to do with the order in time.
+    places = np.random.default_rng(0).permutation((np.arange(count) + 0.5) / count)
+    places = np.pad(places, (0, padding), mode="edge").reshape(-1, batch).astype(np.float32)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), HELD_OUT)
+    kept, rows = jnp.asarray(data[np.unique(index)]), np.searchsorted(np.unique(index), rows)
+
+    @jax.jit
+    def held_out(params: dict, kept: Array) -> Level:
+        def part(total: Level, now: tuple) -> tuple[Level, None]:
+            rows, places, counted = now
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+            losses = jax.vmap(loss, (None, 0, 0, 0, None))(params, kept[rows], keys, places, False)
+            return total + jnp.sum(jnp.where(counted, losses, 0.0)), None
+
+        inputs = (jnp.asarray(rows, jnp.int32), jnp.asarray(places), jnp.asarray(counted))
+        return jax.lax.scan(part, jnp.zeros(()), inputs)[0] / count
+
+    return lambda params: held_out(params, kept)
+
+
+class Stop:
+    """Remembers SIGTERM, which is taken up between two dispatches."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Stop":
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+
+def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progress: bool = True) -> Model | None:
+    """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM stopped it.
+
+    Raises:
+      InputError: configuration, data or workdir cannot be used.
+      Diverged: the loss is not finite; the last good checkpoint stays.
+    """
+    workdir = Path(workdir)
+    check_config(config)
+    if fields is None:
+        fields = load_fields(config.data.fields, config.data.frames, config.data.twin_seed)
+    run = (workdir, config.to_dict(), {"fields": fields.hash(), "name": fields.name})
+    resuming = holds_run(*run)
+    network = network_config(config)
+    graphdef, params = unet.create(network, config.train.seed)
+    if config.init_from and not resuming:
+        params = _weights_of(config.init_from, network)
+    data = prepare(fields, config)
+    steps = plan(len(data.train), config)
+    # Only now: a run that is refused leaves a workdir that the corrected command can have.
+    if not resuming:
+        claim(*run)
+    optimiser, rate = make_optimiser(config, steps)
+    # A copy: the state is donated, and two names must not share one buffer.
+    ema = jax.tree.map(jnp.copy, params)
+    state = State(params, ema, optimiser.init(params), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
+    checkpoints = Checkpoints.open(workdir, config.train.keep)
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        state = jax.tree.map(jnp.asarray, restored)
+        if config.reset_best:
+            state = state._replace(best=jnp.float32(jnp.inf))
+    loss = make_loss(config, data.gaussian, graphdef)
+    dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape)
+    held_out = make_held_out(config, loss, data.validation)
+    linear_loss = float(make_held_out(config, make_loss(config, data.gaussian, None), data.validation)({}))
+    logging.info("held-out loss of the exact Gaussian denoiser: %.5g", linear_loss)
+    log = Log(workdir, int(state.step) // steps.epoch, config.tensorboard)
+
+    def export(state: State) -> Model:
+        trained = Model(
+            network=network,
+            form=config.model.form,
+            params=jax.tree.map(np.asarray, state.ema),
+            standardiser=data.standardiser,
+            ocean=fields.ocean,
+            lat=fields.lat,
+            lon=fields.lon,
+            gaussian=data.gaussian,
+            kernel=data.kernel,
+            schedule={k: float(config.noise[k]) for k in ("steps", "min_beta", "max_beta")},
+            sigma=sigma_range(config),
+            training={
+                "data": fields.name,
+                "fingerprint": fields.hash(),
+                "split": data.split.describe(),
+                "parts": {
+                    name: [int(part[0]), int(part[-1]) + 1]
+                    for name in ("train", "validation", "test")
+                    for part in [getattr(data.split, name)]
+                },
+                "decorrelation": data.split.decorrelation,
+                "step": int(state.step),
+                "held_out_loss": float(state.best),
+                "held_out_loss_of_linear": linear_loss,
+                "linear_prior": dataclasses.asdict(data.choice),
+                "config": config.to_dict(),
+                "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+            },
+        )
+        model.save(trained, workdir / "model")
+        return trained
+
+    frames = jnp.asarray(data.train)
+    trained = None
+    done = int(state.step)
+    saved, began, begun = time.monotonic(), time.monotonic(), done
+    with (
+        Stop() as stop,
+        tqdm.tqdm(
+            total=steps.total, initial=done, unit="step", desc="train", disable=None if progress else True
+        ) as bar,
+    ):
+        while done < steps.total:
+            state, losses = dispatch(state, frames)
+            losses = np.asarray(losses)
+            if not np.isfinite(losses).all():
+                at = done + int(np.flatnonzero(~np.isfinite(losses))[0])
+                last = checkpoints.last.latest_step()
+                kept = f"the state of step {last} is in {workdir}" if last else "no state was saved before"
+                raise Diverged(
+                    f"the loss or its gradient is not finite at step {at}; {kept}. "
+                    "A lower learning rate helps most often"
+                )
+            done += steps.dispatch
+            bar.update(steps.dispatch)
+            bar.set_postfix(loss=f"{losses.mean():.4g}")
+            if done % steps.epoch == 0:
+                plain, averaged = float(held_out(state.params)), float(held_out(state.ema))
+                if not math.isfinite(averaged):
+                    raise Diverged(f"the held-out loss is not finite at step {done}")
+                sums = np.asarray(state.sums) / steps.epoch
+                seconds = time.monotonic() - began
+                log.add(
+                    {
+                        "epoch": done // steps.epoch,
+                        "step": done,
+                        "train_loss": float(sums[0]),
+                        "held_out_loss": plain,
+                        "ema_held_out_loss": averaged,
+                        "learning_rate": float(rate(float(done - 1))),
+                        "gradient_norm": float(sums[1]),
+                        "seconds": seconds,
+                        "frames_per_second": (done - begun) * config.train.batch * config.train.accumulate / seconds,
+                    }
+                )
+                better = averaged < float(state.best)
+                state = state._replace(sums=jnp.zeros(2), best=jnp.float32(averaged) if better else state.best)
+                # The model first: a run killed in between repeats the epoch and writes both.
+                if better:
+                    trained = export(state)
+                checkpoints.save(done, state, better)
+                saved = began = time.monotonic()
+                begun = done
+            elif stop.asked or time.monotonic() - saved > 60 * config.train.save_minutes:
+                checkpoints.save(done, state, False)
+                saved = time.monotonic()
+            if stop.asked:
+                checkpoints.close()
+                return None
+    checkpoints.close()
+    return trained or model.load(workdir / "model")
+
+
+def sigma_range(config: ConfigDict) -> tuple[float, float]:
+    """Smallest and largest noise level that the network has seen."""
+    if config.model.form == "eps":
+        sigma = model.make_schedule(dict(config.noise)).sigma
+        return float(sigma[0]), float(sigma[-1])
+    return float(config.noise.sigma_min), float(config.noise.sigma_max)
+
+
+def _weights_of(folder: str, network: unet.UNetConfig) -> dict:
+    source = Path(folder)
+    loaded = model.load(source / "model" if (source / "model").is_dir() else source)
+    # Dropout and the number type change no weight.
+    alike = dataclasses.replace(loaded.network, dropout=network.dropout, dtype=network.dtype)
+    if alike != network:
+        raise InputError(f"init_from: the network of {folder} is another one: {loaded.network}")
+    return loaded.params
+
+
+class Log:
+    """log.csv, loss.png and TensorBoard events of a run, one row an epoch."""
+
+    def __init__(self, workdir: Path, epochs: int, tensorboard: bool):
+        self.path = workdir / "log.csv"
+        rows = pd.read_csv(self.path).to_dict("records") if self.path.exists() else []
+        # Epochs after the checkpoint are run again.
+        self.rows = [row for row in rows if row["epoch"] <= epochs]
+        self.events = _tensorboard()(str(workdir / "tensorboard")) if tensorboard else None
+
+    def add(self, row: dict[str, float]) -> None:
+        """Appends a row to the table and draws the curves anew."""
+        self.rows.append(row)
+        table = pd.DataFrame(self.rows)
+        with files.whole_file(self.path) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g")
+        columns = ("epoch", "train_loss", "held_out_loss", "ema_held_out_loss", "learning_rate")
+        plots.loss_curve(self.path.with_name("loss.png"), *(table[name].to_numpy() for name in columns))
+        if self.events:
+            for name, value in row.items():
+                self.events.add_scalar(name, value, int(row["step"]))
+            self.events.flush()
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/attn.py or configs/attn.py:smoke.")
+    flags.DEFINE_string("workdir", None, "Folder of the run; an existing run in it is continued.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(_) -> None:
+    """Trains, and says where the model is."""
+    try:
+        trained = train(FLAGS.config, Path(FLAGS.workdir))
+    except Diverged as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    if trained is None:
+        print(f"stopped; the same command continues from {FLAGS.workdir}")
+        sys.exit(143)
+    loss = trained.training["held_out_loss"]
+    print(f"lowest held-out loss {loss:.5g}; the model is in {Path(FLAGS.workdir) / 'model'}")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    command.run(main)

@@ -1,0 +1,555 @@
+"""Losses, steps and schedules of training against formulas; whole tiny runs that are killed, stopped and refused."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pandas as pd
+import pytest
+import tiny
+
+from jax_repaint import model, train
+from jax_repaint.data import fields as fields_lib
+from jax_repaint.errors import InputError
+from jax_repaint.nets import unet
+from jax_repaint.prior import linear
+from jax_repaint.schedule import Schedule
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    tiny.compile_once(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.register(patch)
+        yield folder
+    tiny.compile_as_usual()
+
+
+@pytest.fixture(scope="module")
+def standardised():
+    """Frames as the network sees them, and their ocean."""
+    data = tiny.fields()
+    return fields_lib.prepare(data, fields_lib.Standardiser.from_fields(data), tiny.NETWORK.multiple)
+
+
+@pytest.fixture(scope="module")
+def gaussian(standardised):
+    return linear.fit(*standardised, rank=8)
+
+
+# Losses
+
+
+def make_network(config):
+    return unet.create(train.network_config(config), 0)
+
+
+def make_predict(graphdef, params):
+    return jax.jit(lambda x, position: unet.apply(graphdef, params, x[None], position[None], None)[0])
+
+
+def noisy(x0, key, sigma):
+    return x0 + sigma * jax.random.normal(jax.random.split(key)[0], x0.shape)
+
+
+@pytest.mark.parametrize("ocean_only", [True, False])
+def test_eps_loss_is_the_error_of_the_predicted_noise(standardised, gaussian, ocean_only):
+    config = tiny.config("eps", ocean_only=ocean_only)
+    graphdef, params = make_network(config)
+    x0, key = jnp.asarray(standardised[0][3]), jax.random.key(5)
+    cells = standardised[1] if ocean_only else np.ones_like(standardised[1])
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 250))
+    loss = jax.jit(train.make_loss(config, gaussian, graphdef), static_argnums=4)
+    predict = make_predict(graphdef, params)
+    for place, t in ((0.0, 0), (0.5001, 125), (1.0, 249)):
+        eps = np.asarray(noisy(jnp.zeros_like(x0), key, 1.0))
+        x_t = np.sqrt(alpha_bar[t]) * x0 + np.sqrt(1 - alpha_bar[t]) * eps
+        error = np.asarray(predict(jnp.asarray(x_t, jnp.float32), jnp.float32(t))) - eps
+        got = loss(params, x0, key, jnp.float32(place), False)
+        np.testing.assert_allclose(got, np.mean(error[cells] ** 2), rtol=2e-3)
+
+
+def test_edm_loss_is_that_of_a_network_of_unit_target(standardised, gaussian):
+    # lambda c_out^2 = 1: the loss is |F - (x0 - c_skip x) / c_out|^2 (Karras et al. 2022, eq. 8).
+    config = tiny.config("edm")
+    graphdef, params = make_network(config)
+    x0, key, ocean = jnp.asarray(standardised[0][3]), jax.random.key(5), standardised[1]
+    loss = jax.jit(train.make_loss(config, gaussian, graphdef), static_argnums=4)
+    predict = make_predict(graphdef, params)
+    for place in (0.1, 0.5, 0.9):
+        sigma = 0.01 * (130 / 0.01) ** place
+        x = np.asarray(noisy(x0, key, sigma)) * ocean[..., None]
+        position = 1000 * (np.log(sigma) - np.log(1e-3)) / np.log(1e6)
+        f = predict(jnp.asarray(x / np.sqrt(1 + sigma**2), jnp.float32), jnp.float32(position))
+        target = (np.asarray(x0) - x / (1 + sigma**2)) / (sigma / np.sqrt(1 + sigma**2))
+        expected = np.mean((np.asarray(f) - target)[ocean] ** 2)
+        np.testing.assert_allclose(loss(params, x0, key, jnp.float32(place), False), expected, rtol=2e-3)
+
+
+def test_anchored_loss_of_an_untrained_network_is_one_on_its_own_gaussian(standardised, gaussian):
+    config = tiny.config("anchored")
+    graphdef, params = make_network(config)
+    n, ocean = 400, standardised[1]
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((n, *ocean.shape, 2)) * ocean[..., None]
+    gaussian = gaussian.replace(mean=gaussian.mean + 1.0 * gaussian.ocean)
+    along = np.einsum("ryxc,nyxc->nr", gaussian.direction, z)
+    excess = np.sqrt(gaussian.variance) - np.sqrt(gaussian.rest)
+    x0 = float(jnp.sqrt(gaussian.rest)) * z + np.einsum("nr,r,ryxc->nyxc", along, excess, gaussian.direction)
+    x0 = jnp.asarray(x0 + np.asarray(gaussian.mean), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), n)
+    places = train.make_places(jax.random.key(1), n, True)
+
+    def losses(graphdef):
+        loss = train.make_loss(config, gaussian, graphdef)
+        # A loop instead of a batch keeps the convolutions of 400 frames small.
+        return jax.jit(lambda: jax.lax.map(lambda a: loss(params, *a, False), (x0, keys, places), batch_size=100))()
+
+    got = losses(graphdef)
+    np.testing.assert_allclose(got.mean(), 1, atol=4 * float(got.std()) / np.sqrt(n))
+    assert got.std() / np.sqrt(n) < 0.02
+    np.testing.assert_allclose(losses(None), got, rtol=1e-4)
+
+
+def test_places_are_stratified_or_uniform():
+    places = np.sort(train.make_places(jax.random.key(0), 64, True))
+    assert (np.floor(places * 64) == np.arange(64)).all()
+    assert train.make_places(jax.random.key(0), 64, False).min() >= 0
+
+
+# Steps, with a loss simple enough to follow by hand
+
+
+def run_steps(config, loss, params, data, optimiser, dispatches, ocean=None):
+    """States after every dispatch."""
+    steps = train.plan(len(data), config)
+    state = train.State(
+        params, params, optimiser.init(params), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf)
+    )  # fmt: skip
+    state = jax.tree.map(jnp.array, state)
+    ocean = jnp.ones((*data.shape[1:3], 1)) if ocean is None else ocean
+    dispatch = train.make_steps(config, loss, optimiser, steps, ocean)
+    states = []
+    for _ in range(dispatches):
+        state, losses = dispatch(state, jnp.asarray(data))
+        states.append(jax.tree.map(np.array, (state, losses)))
+    return states
+
+
+def count_frames(params, x0, key, place, training):
+    assert training
+    return params[x0[0, 0, 0].astype(jnp.int32)]
+
+
+def test_an_epoch_sees_every_frame_once_in_an_order_of_its_own():
+    config = tiny.config(batch=4, accumulate=1, dispatch=3)
+    data = np.zeros((41, 1, 1, 2), np.float32) + np.arange(41, dtype=np.float32)[:, None, None, None]
+    assert train.plan(41, config) == (9, 3, 27)
+    states = run_steps(config, count_frames, jnp.zeros(41), data, optax.sgd(1.0), 6)
+    first, both = (-4 * states[i][0].params for i in (2, 5))
+    assert sorted(first) == [0] * 5 + [1] * 36
+    assert sorted(both - first) == [0] * 5 + [1] * 36
+    assert not np.array_equal(first, both - first)
+
+
+def noisy_loss(params, x0, key, place, training):
+    target = x0 + place * jax.random.normal(key, x0.shape)
+    return jnp.mean((params["w"] - target) ** 2) + jnp.sum(params["b"] ** 4)
+
+
+WEIGHTS = {"w": np.ones((2, 3, 2), np.float32), "b": np.ones(2, np.float32)}
+
+
+@pytest.fixture(scope="module")
+def noise_frames():
+    return np.random.default_rng(0).standard_normal((41, 2, 3, 2)).astype(np.float32)
+
+
+def test_accumulated_batches_step_as_one_large_batch(noise_frames):
+    def still(params, x0, key, place, training):
+        return jnp.mean((params["w"] - x0) ** 2)
+
+    large, parts = tiny.config(batch=8, dispatch=2), tiny.config(batch=4, accumulate=2, dispatch=2)
+    optimiser, _ = train.make_optimiser(large, train.plan(41, large))
+    one = run_steps(large, still, WEIGHTS, noise_frames, optimiser, 3)[-1]
+    two = run_steps(parts, still, WEIGHTS, noise_frames, optimiser, 3)[-1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), one, two)
+    assert not np.allclose(one[0].params["w"], WEIGHTS["w"], atol=1e-4)
+
+
+def test_one_loop_on_the_device_equals_steps_from_python(noise_frames, monkeypatch):
+    config = tiny.config("edm", batch=4, accumulate=2, dispatch=4)
+    optimiser, _ = train.make_optimiser(config, train.plan(41, config))
+    loop = run_steps(config, noisy_loss, WEIGHTS, noise_frames, optimiser, 3)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    scan = run_steps(config, noisy_loss, WEIGHTS, noise_frames, optimiser, 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), loop, scan)
+
+
+def test_ema_follows_with_a_growing_memory(noise_frames):
+    config = tiny.config(dispatch=1, ema=0.3)
+    states = [s for s, _ in run_steps(config, noisy_loss, WEIGHTS, noise_frames, optax.sgd(0.1), 6)]
+    expected = WEIGHTS["w"]
+    for n, state in enumerate(states):
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * state.params["w"]
+        np.testing.assert_allclose(state.ema["w"], expected, rtol=1e-6)
+    # 0.1, 2/11, 3/12, then the limit of 0.3 from the fourth step on.
+    assert (1 + 3) / (10 + 3) > 0.3 > (1 + 2) / (10 + 2)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = tiny.config(epochs=10, warmup_epochs=2.5, learning_rate=4e-4)
+    _, rate = train.make_optimiser(config, train.Plan(100, 10, 1000))
+    at = [float(rate(float(n))) for n in (0, 125, 250, 625, 1000)]
+    np.testing.assert_allclose(at, [4e-7, (4e-7 + 4e-4) / 2, 4e-4, 2e-4, 0], rtol=1e-5, atol=1e-12)
+
+
+def test_first_step_is_clipped_adam_with_decoupled_decay():
+    config = tiny.config(epochs=10, learning_rate=1.0, weight_decay=0.5, clip=1e-3)
+    optimiser, _ = train.make_optimiser(config, train.Plan(100, 10, 1000))
+    params, gradient = jnp.array([2.0, -3.0]), jnp.array([3.0, -4.0])
+    with jax.numpy_dtype_promotion("standard"):
+        update, _ = optimiser.update(gradient, optimiser.init(params), params)
+    clipped = np.array([3e-3, -4e-3]) / 5
+    np.testing.assert_allclose(update, -1e-3 * (clipped / (abs(clipped) + 1e-8) + 0.5 * params), rtol=1e-4)
+
+
+def test_flips_mirror_the_component_across_and_keep_land(standardised):
+    x0, ocean = standardised[0][:1], standardised[1][..., None]
+
+    def show(params, x0, key, place, training):
+        return jnp.sum(params * x0)
+
+    config = tiny.config(batch=1, dispatch=1, flips=True)
+    zero = jnp.zeros(x0.shape[1:])
+    states = [
+        zero,
+        *(s.params for s, _ in run_steps(config, show, zero, x0, optax.sgd(1.0), 24, jnp.asarray(ocean * 1.0))),
+    ]
+    shown = -np.diff(np.stack(states), axis=0)
+    u, v = x0[0, ..., :1], x0[0, ..., 1:]
+    east, north = (np.concatenate(pair, -1) for pair in ((-u[:, ::-1], v[:, ::-1]), (u[::-1], -v[::-1])))
+    both = np.concatenate((-u[::-1, ::-1], -v[::-1, ::-1]), -1)
+    variants = np.stack([x0[0], east, north, both]) * ocean
+    near = np.abs(shown[:, None] - variants).max((2, 3, 4)) < 1e-4
+    assert (near.sum(1) == 1).all()
+    assert near.any(0).all()
+    assert (shown[:, ~ocean[..., 0]] == 0).all()
+
+
+@pytest.mark.parametrize("frames", [0, 5])
+def test_held_out_loss_is_fixed_and_knows_no_batches(noise_frames, frames):
+    def loss(params, x0, key, place, training):
+        assert not training
+        return noisy_loss(params, x0, key, place, training)
+
+    by_batch = []
+    for batch in (1, 4, 7, 100):
+        held_out = train.make_held_out(tiny.config(batch=batch, held_out=frames), loss, noise_frames[:11])
+        by_batch.append(float(held_out(WEIGHTS)))
+        assert by_batch[-1] == float(held_out(WEIGHTS))
+    np.testing.assert_allclose(by_batch, by_batch[0], rtol=1e-6)
+    other = train.make_held_out(tiny.config(seed=1, held_out=frames), loss, noise_frames[:11])
+    assert float(other(WEIGHTS)) != by_batch[0]
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model.network", "unet", "not one of"),
+        ("model.form", "v", "not one of"),
+        ("model.dtype", "float64", "float32 or bfloat16"),
+        ("model.rank", 0, "rank"),
+        ("train.batch", 0, "at least 1"),
+        ("train.learning_rate", 0.0, "positive"),
+        ("train.learning_rate", float("nan"), "positive"),
+        ("train.weight_decay", -1.0, "negative"),
+        ("train.ema", 1.0, "ema"),
+        ("train.warmup_epochs", 3.0, "less than train.epochs"),
+        ("noise.sigma_min", 200.0, "sigma_min < sigma_max"),
+        ("noise.max_beta", 1.5, "beta"),
+        ("noise.steps", 0, "beta"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(name, value, words):
+    config = tiny.config()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(InputError, match=words):
+        train.check_config(config)
+
+
+def test_sigma_range_is_that_of_the_steps_or_of_the_settings():
+    schedule = Schedule.linear(250, 1e-4, 0.02)
+    np.testing.assert_allclose(train.sigma_range(tiny.config("eps")), (schedule.sigma[0], schedule.sigma[-1]))
+    assert train.sigma_range(tiny.config("edm")) == (0.01, 130.0)
+
+
+# Whole runs
+
+
+class Halt(Exception):
+    """Ends a run from within."""
+
+
+def hook(patch, before):
+    """Calls before(number, state, data) in front of every dispatch; what it returns takes the place of the data."""
+    make_steps = train.make_steps
+
+    def hooked(*args):
+        dispatch, number = make_steps(*args), iter(range(10**6))
+
+        def run(state, data):
+            given = before(next(number), state, data)
+            return dispatch(state, data if given is None else given)
+
+        return run
+
+    patch.setattr(train, "make_steps", hooked)
+
+
+def run(workdir, fields=None, **settings):
+    return train.train(tiny.config(**settings), workdir, fields or tiny.fields(), progress=False)
+
+
+def states(workdir, step=None):
+    """Every array of a checkpoint, by default the latest."""
+    with ocp.CheckpointManager(Path(workdir) / "checkpoints" / "last") as manager:
+        step = manager.latest_step() if step is None else step
+        tree = ocp.StandardCheckpointer().restore(Path(workdir) / "checkpoints" / "last" / str(step) / "default")
+    return step, jax.tree.map(np.asarray, tree)
+
+
+def assert_same_run(workdir, other):
+    (step, mine), (other_step, theirs) = states(workdir), states(other)
+    assert step == other_step
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 100
+    for name in mine:
+        assert np.array_equal(mine[name], theirs[name]), name
+    first, second = (
+        pd.read_csv(Path(w) / "log.csv").drop(columns=["seconds", "frames_per_second"]) for w in (workdir, other)
+    )
+    pd.testing.assert_frame_equal(first, second)
+    pairs = zip(*(jax.tree.leaves(model.load(Path(w) / "model").params) for w in (workdir, other)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    """A run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    run(workdir)
+    return workdir
+
+
+def test_a_run_writes_its_log_and_its_best_model(finished):
+    log = pd.read_csv(finished / "log.csv")
+    assert log.step.tolist() == [9, 18, 27]
+    assert (finished / "loss.png").stat().st_size > 1000
+    trained = model.load(finished / "model")
+    np.testing.assert_allclose(trained.training["held_out_loss"], log.ema_held_out_loss.min(), rtol=1e-5)
+    assert trained.training["step"] == log.step[log.ema_held_out_loss.idxmin()]
+    assert trained.training["fingerprint"] == tiny.fields().hash()
+    assert run(finished).training == trained.training
+
+
+KILLED = """
+import os, pathlib, signal, sys
+sys.path.insert(0, sys.argv[1])
+import pytest, jax, conftest, test_train, tiny
+from jax_repaint import train
+tiny.compile_once(pathlib.Path(sys.argv[2]))
+patch = pytest.MonkeyPatch()
+tiny.register(patch)
+steps = train.make_steps
+def make_steps(*args):
+    dispatch, calls = steps(*args), []
+    def run(state, data):
+        state = dispatch(state, data)
+        calls.append(0)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return state
+    return run
+train.make_steps = make_steps
+test_train.run(sys.argv[3], save_minutes=0.0)
+"""
+
+
+def test_a_killed_run_continues_bit_for_bit(finished, cache, tmp_path):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(cache), str(workdir)]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # Four of five dispatches were saved, the last of them in the middle of the second epoch.
+    assert states(workdir)[0] == 12
+    run(workdir)
+    assert_same_run(workdir, finished)
+
+
+def test_sigterm_saves_and_says_so(finished, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    monkeypatch.setattr(train, "FLAGS", SimpleNamespace(config=tiny.config(), workdir=str(workdir)))
+    monkeypatch.setattr(train, "load_fields", lambda *_: tiny.fields())
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        hook(patch, lambda number, *_: signal.raise_signal(signal.SIGTERM) if number == 4 else None)
+        with pytest.raises(SystemExit) as stopped:
+            train.main(None)
+    assert stopped.value.code == 143
+    assert "the same command continues" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert states(workdir)[0] == 15
+    train.main(None)
+    assert "lowest held-out loss" in capsys.readouterr().out
+    assert_same_run(workdir, finished)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state_before(finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        hook(patch, lambda number, state, data: data * np.nan if number == 4 else None)
+        with pytest.raises(train.Diverged, match="at step 12; the state of step 9 is in"):
+            run(workdir)
+    assert states(workdir)[0] == 9
+    run(workdir)
+    assert_same_run(workdir, finished)
+
+
+def test_a_huge_learning_rate_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    flags = SimpleNamespace(config=tiny.config(learning_rate=1e20), workdir=str(tmp_path / "run"))
+    monkeypatch.setattr(train, "FLAGS", flags)
+    monkeypatch.setattr(train, "load_fields", lambda *_: tiny.fields())
+    with pytest.raises(SystemExit) as ended:
+        train.main(None)
+    assert ended.value.code == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert "no state was saved before" in error[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "values"),
+    [
+        ({"learning_rate": 2e-3}, "config.train.learning_rate", "0.001 there, 0.002 here"),
+        ({"form": "edm"}, "config.model.form", "'eps' there, 'edm' here"),
+        ({"fields": tiny.fields(seed=1)}, "data.fields", "there"),
+    ],
+)
+def test_another_run_in_the_same_workdir_is_refused(finished, settings, name, values):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(InputError, match=f"{name}: .*{values}"):
+        run(finished, **settings)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_what_is_kept_may_change(finished):
+    assert run(finished, keep=5, save_minutes=1.0) is not None
+
+
+def test_a_workdir_of_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        run(tmp_path)
+    with pytest.raises(InputError, match="is a file"):
+        run(tmp_path / "notes.txt")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="cannot be read"):
+        run(tmp_path)
+
+
+def test_a_refused_run_leaves_its_workdir_to_the_corrected_one(tmp_path):
+    with pytest.raises(InputError, match="fewer than a batch"):
+        run(tmp_path / "run", batch=64)
+    with pytest.raises(InputError, match="no model in"):
+        train.train(init_from(tiny.config(), tmp_path / "nowhere"), tmp_path / "run", tiny.fields())
+    assert not (tmp_path / "run").exists()
+
+
+def init_from(config, folder):
+    config.init_from = str(folder)
+    return config
+
+
+def first_state(config, workdir, monkeypatch):
+    """The state in front of the first dispatch."""
+    seen = []
+
+    def halt(number, state, data):
+        seen.append(jax.tree.map(np.array, state))
+        raise Halt
+
+    with monkeypatch.context() as patch:
+        hook(patch, halt)
+        with pytest.raises(Halt):
+            train.train(config, workdir, tiny.fields(), progress=False)
+    return seen[0]
+
+
+def test_init_from_takes_the_weights_alone(finished, tmp_path, monkeypatch):
+    config = init_from(tiny.config(learning_rate=5e-4), finished)
+    weights = model.load(finished / "model").params
+    # Twice: a run that ended before its first checkpoint starts from the same weights again.
+    for _ in range(2):
+        state = first_state(config, tmp_path / "run", monkeypatch)
+        for part in (state.params, state.ema):
+            assert all(jax.tree.leaves(jax.tree.map(np.array_equal, part, weights)))
+        assert state.step == 0
+        assert np.isinf(state.best)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(state.optimiser))
+
+
+def test_init_from_refuses_another_network(finished, tmp_path, monkeypatch):
+    wide = dataclasses.replace(tiny.NETWORK, channels=(16,))
+    monkeypatch.setitem(unet.NETWORKS, "test", wide)
+    with pytest.raises(InputError, match=r"the network of .* is another one"):
+        train.train(init_from(tiny.config(), finished), tmp_path / "run", tiny.fields())
+    assert not (tmp_path / "run").exists()
+
+
+def test_best_is_kept_or_reset(finished, tmp_path, monkeypatch):
+    workdir, config = tmp_path / "run", tiny.config()
+    with monkeypatch.context() as patch:
+
+        def halt(number, state, data):
+            if number == 4:
+                raise Halt
+
+        hook(patch, halt)
+        with pytest.raises(Halt):
+            run(workdir)
+    lowest = pd.read_csv(workdir / "log.csv").ema_held_out_loss[0]
+    np.testing.assert_allclose(first_state(config, workdir, monkeypatch).best, lowest, rtol=1e-5)
+    config.reset_best = True
+    state = first_state(config, workdir, monkeypatch)
+    assert np.isinf(state.best)
+    assert state.step == 9
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for path in (workdir / "checkpoints" / "last" / "27").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(InputError, match=r"step 27 .* cannot be read"):
+        run(workdir)
+    shutil.rmtree(workdir / "checkpoints" / "last" / "27")
+    run(workdir)
+    assert_same_run(workdir, finished)
+    assert json.loads((workdir / "config.json").read_text())["data"]["name"] == "tiny"
