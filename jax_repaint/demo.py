@@ -1,0 +1,106 @@
+"""The main job in one command: inpaint currents from a line, a walk and scattered cells, with an ensemble.
+
+    python -m jax_repaint.demo
+    python -m jax_repaint.demo --fields=currents.nc --train_range=0:250 --test_range=275:365
+
+Without arguments the network that comes with the package fills a held-out frame of the Ram Head twin. With a file, a
+network is first trained on its training range, briefly; the linear estimate that it starts from is good from the first
+step. Writes table.csv, fields.nc and figure.png.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from jax_repaint import command, evaluate, model, observe, train
+from jax_repaint.data import readers, twin
+from jax_repaint.data.fields import Fields, Split, carve, split
+from jax_repaint.errors import InputError
+from jax_repaint.model import Model
+
+SHIPPED = Path(__file__).with_name("models") / "ram_head"
+METHODS = (*evaluate.BASELINES, "adaptive", "kalman")
+
+
+def brief_config(path: str, train_range: str, validation_range: str, test_range: str) -> ConfigDict:
+    """A run of a small network that takes minutes on a laptop."""
+    config = train.default_config()
+    config.data.fields = path
+    config.data.train, config.data.validation, config.data.test = train_range, validation_range, test_range
+    config.model.network = "tiny"
+    config.model.form = "anchored"
+    config.train.learning_rate = 5e-4
+    config.train.ema = 0.99
+    config.train.held_out = 64
+    return config
+
+
+def fit(path: str, train_range: str, test_range: str, steps: int, workdir: Path) -> tuple[Model, Fields, Split]:
+    """Trains for about `steps` steps on a range of a file; the last fifth of the range is for validation."""
+    fields = readers.read(path)
+    train_range, validation_range = carve(fields, train_range)
+    config = brief_config(path, train_range, validation_range, test_range)
+    parts = split(fields, train_range, validation_range, test_range)
+    config.train.batch = min(16, parts.train.size)
+    config.train.epochs = max(math.ceil(steps * config.train.batch / parts.train.size), 1)
+    config.train.warmup_epochs = 0.1 * config.train.epochs
+    trained = train.train(config, workdir, fields)
+    if trained is None:
+        raise InputError("training was stopped; the same command continues it")
+    return trained, fields, parts
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("model", "", "Folder of a model of the twin; by default the one that comes with the package.")
+    flags.DEFINE_string("fields", "", "File of your own; needs --train_range and --test_range.")
+    flags.DEFINE_string("train_range", "", "Frames 0:250 or dates 2002-01-01/2002-09-07 of your file to train on.")
+    flags.DEFINE_string("test_range", "", "Frames or dates of your file to inpaint.")
+    flags.DEFINE_integer("steps", 150, "Steps of training on your file.", lower_bound=1)
+    flags.DEFINE_integer("frames", 1, "Held-out frames to inpaint, drawn at random.", lower_bound=1)
+    flags.DEFINE_list("patterns", [], "Observation patterns; by default a line, a walk and 2 % of the cells.")
+    flags.DEFINE_list("methods", list(METHODS), f"Among {', '.join(evaluate.METHODS)}.")
+    flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0)
+    flags.DEFINE_string("out", "demo", "Folder for what is written.")
+
+
+def main(_) -> None:
+    """Inpaints and says where the results are."""
+    evaluate.check_methods(FLAGS.methods, FLAGS.members)
+    out = Path(FLAGS.out)
+    if FLAGS.fields:
+        if not (FLAGS.train_range and FLAGS.test_range):
+            raise InputError("--fields needs --train_range and --test_range, for instance 0:250 and 275:365")
+        trained, series, parts = fit(FLAGS.fields, FLAGS.train_range, FLAGS.test_range, FLAGS.steps, out / "run")
+        numbers = evaluate.pick(parts, FLAGS.frames, FLAGS.seed)
+        fields, block = series.select(numbers), evaluate.block_length(parts, len(numbers))
+    else:
+        if FLAGS.train_range or FLAGS.test_range:
+            raise InputError("--train_range and --test_range go with --fields")
+        trained = model.load(FLAGS.model or SHIPPED)
+        first, end = trained.training["parts"]["test"]
+        parts = Split(np.arange(0), np.arange(0), np.arange(first, end), 0, trained.training["decorrelation"])
+        numbers = evaluate.pick(parts, FLAGS.frames, FLAGS.seed)
+        fields, block = twin.select(numbers), evaluate.block_length(parts, len(numbers))
+    patterns = FLAGS.patterns or list(observe.usual(fields.ocean))
+    text = evaluate.run(
+        trained, fields, numbers, patterns, FLAGS.methods, out,
+        members=FLAGS.members, seed=FLAGS.seed, block=block,
+    )  # fmt: skip
+    print(text)
+    if len(numbers) < 16:
+        print(
+            f"\n{len(numbers)} frame{'s' * (len(numbers) > 1)} a pattern: an example, not a comparison (--frames=64)."
+        )
+    print(f"\nwrote {out / 'table.csv'}, {out / 'fields.nc'} and {out / 'figure.png'}")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    command.run(main)

@@ -1,0 +1,445 @@
+"""Inpaints held-out fields by several methods and compares them.
+
+    python -m jax_repaint.evaluate --model=runs/small/model --frames=64 --out=results
+
+Baselines stand in every table: the mean of the training frames (climatology), the Gaussian process of earlier results
+(seed_gp), one fitted to the training frames (gp), the best linear estimate from their covariance (linear) and samples
+of its posterior (linear_samples). The networks' methods start from the linear estimate. A ratio compares ensemble mean
+with ensemble mean, over the same frames, against the best of the baselines.
+
+The model's frames are split again as in its training; the frames that are scored are drawn from the test part.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+import xarray as xr
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from jax_repaint import command, files, metrics, model, observe, plots, train
+from jax_repaint.data import readers
+from jax_repaint.data.fields import Fields, Split, crop
+from jax_repaint.ensemble import in_chunks, member_keys, posterior_ensemble, repaint_ensemble
+from jax_repaint.errors import InputError
+from jax_repaint.guide import prior_draw
+from jax_repaint.model import Model
+from jax_repaint.posterior import Posterior, evidence_for
+from jax_repaint.prior import gp, linear
+from jax_repaint.prior.analysis import Analysis
+from jax_repaint.sample import Known, method
+
+BASELINES = ("climatology", "seed_gp", "gp", "linear", "linear_samples")
+REPAINT = ("plain", "gp_init", "adaptive", "guided", "x0_blend", "multistage")
+POSTERIOR = ("kalman", "cov_pigdm", "pigdm", "mmps", "dps", "paste")
+METHODS = (*BASELINES, *REPAINT, *POSTERIOR)
+PAIRED = POSTERIOR  # methods whose members come in antithetic pairs
+START = 3.4  # noise level that posterior samplers start from; chosen on validation frames among 3.4, 10, 30 and 130
+ERROR = 0.005  # m/s, what the methods take the observations' standard error to be
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One field to inpaint.
+
+    Attributes:
+      pattern: such as "line:22".
+      frame: its number in the series.
+      time: of the field.
+      truth: (y, x, 2) m/s.
+      observed: (y, x) bool.
+      observation: standardised, on the padded grid.
+      analysis: the linear prior's.
+    """
+
+    pattern: str
+    frame: int
+    time: np.datetime64
+    truth: np.ndarray
+    observed: np.ndarray
+    observation: observe.Observation
+    analysis: Analysis
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one method made of the cases: members (M, y, x, 2) in m/s of each, seconds and network calls a field."""
+
+    members: list[np.ndarray]
+    seconds: float
+    calls: int
+    antithetic: bool = False
+
+    def spread(self, case: int) -> np.ndarray:
+        """Standard deviation of a member (y, x, 2), m/s; NaN where too few independent members are there to tell."""
+        members = self.members[case]
+        if len(members) < (4 if self.antithetic else 2):
+            return np.full(members.shape[1:], np.nan)
+        return np.sqrt(metrics.ensemble_variance(members, self.antithetic))
+
+
+def make_cases(
+    trained: Model,
+    fields: Fields,
+    numbers: Sequence[int],
+    patterns: Sequence[str],
+    seed: int = 0,
+) -> list[Case]:
+    """Every pattern on every frame; patterns with a random part are drawn anew for each frame.
+
+    Args:
+      fields: the frames to inpaint, on the model's grid.
+      numbers: their numbers in the series, which name them in every random key.
+
+    Raises:
+      InputError: no pattern or one that cannot be drawn, no cell left to score, gaps, another grid.
+    """
+    if not patterns:
+        raise InputError("at least one pattern is needed")
+    trained.check_grid(fields)
+    if fields.gaps:
+        raise InputError(f"{fields.name}: frames with gaps cannot be scored by this command")
+    std = np.asarray(trained.standardiser.std)
+    cases, known = [], {}
+    for pattern in patterns:
+        for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
+            observed = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, int(number)))
+            metrics.scored_cells(velocity, fields.ocean, observed)
+            x = trained.standardiser.standardise(velocity, fields.ocean)
+            observation = observe.from_cells(observed, x, 1.0, fields.ocean)
+            observation = observe.pad_grid(observation, fields.shape, trained.padded).replace(
+                sigma=jnp.where(observation.valid[:, None], jnp.asarray(ERROR / std)[None], 1.0)
+            )
+            # A fixed pattern has one analysis for all its frames.
+            name = observed.tobytes()
+            if name not in known:
+                known = {name: linear.analysis(trained.gaussian, observation)}
+            analysis = known[name]
+            cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis))
+    return cases
+
+
+def _to_velocity(trained: Model, x: np.ndarray) -> np.ndarray:
+    """(..., Y, X, 2) standardised to (..., y, x, 2) m/s, NaN on land."""
+    velocity = trained.standardiser.restore(np.asarray(crop(x, trained.ocean.shape)))
+    return np.where(trained.ocean[..., None], velocity, np.nan).astype(np.float32)
+
+
+def known_of(trained: Model, case: Case) -> Known:
+    """What the RePaint family pastes and starts from: the observed cells, the linear estimate and its variance."""
+    observed, value = case.observation.on_grid(trained.padded)
+    ocean = np.asarray(trained.gaussian.ocean)[..., 0] > 0
+    missing = jnp.asarray(ocean & ~np.asarray(observed))[..., None]
+    mean = case.analysis.mean(case.observation.values)
+    return Known(value, missing, mean * trained.gaussian.ocean, case.analysis.variance)
+
+
+def _gp_estimate(trained: Model, fields: Fields, name: str) -> Callable[[Case], np.ndarray]:
+    ocean = fields.ocean
+    if name == "seed_gp":
+        kernel, places, background = gp.seed_gp(), gp.pixels(fields.shape), np.zeros((*fields.shape, 2), np.float32)
+    else:
+        if trained.kernel is None:
+            raise InputError("this model was exported without a fitted GP")
+        kernel, places = trained.kernel, fields.places()
+        background = np.where(ocean[..., None], _to_velocity(trained, trained.gaussian.mean), 0)
+
+    def estimate(case: Case) -> np.ndarray:
+        observation = observe.from_cells(case.observed, case.truth, ERROR, ocean)
+        analysis = gp.analysis(kernel, observation, ocean, places, jnp.asarray(background))
+        return np.where(ocean[..., None], np.asarray(analysis.mean(observation.values)), np.nan)
+
+    return estimate
+
+
+def run_method(
+    name: str,
+    trained: Model,
+    fields: Fields,
+    cases: Sequence[Case],
+    members: int,
+    seed: int = 0,
+    chunk: int = 64,
+    count: int = 16,
+) -> Result:
+    """The members of one method for every case.
+
+    Args:
+      name: one of METHODS.
+      members: of each case; deterministic baselines give one.
+      chunk: members sampled at a time.
+      count: noise levels of posterior samplers.
+
+    Raises:
+      InputError: an unknown method, an odd number of antithetic members.
+    """
+    began = time.monotonic()
+    calls = 0
+    frames = [case.frame for case in cases]
+    if name == "climatology":
+        made = [_to_velocity(trained, trained.gaussian.mean)[None] for _ in cases]
+    elif name in ("seed_gp", "gp"):
+        estimate = _gp_estimate(trained, fields, name)
+        made = [estimate(case)[None] for case in cases]
+    elif name == "linear":
+        made = [_to_velocity(trained, case.analysis.mean(case.observation.values))[None] for case in cases]
+    elif name == "linear_samples":
+        made = [_to_velocity(trained, linear_samples(trained, case, members, seed, chunk)) for case in cases]
+    elif name in REPAINT:
+        known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[known_of(trained, case) for case in cases])
+        stages = method(name, trained.steps.steps)
+        x = repaint_ensemble(
+            trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk
+        )
+        made = list(_to_velocity(trained, x[:, :, -1]))
+        calls = sum(stage.calls for stage in stages)
+    elif name in POSTERIOR:
+        hyper = Posterior.create(min(START, trained.sigma[1]), max(trained.sigma[0], 0.01), count, correction=name)
+        made = []
+        for case in cases:
+            evidence = evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian)
+            x = posterior_ensemble(
+                trained.denoiser, evidence, trained.gaussian, case.analysis, hyper,
+                frame=case.frame, members=members, seed=seed, chunk=chunk,
+            )  # fmt: skip
+            made.append(_to_velocity(trained, x))
+        calls = hyper.calls
+    else:
+        raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
+    ensemble = len(made[0])
+    return Result(made, (time.monotonic() - began) / len(cases), calls * ensemble, name in PAIRED)
+
+
+@jax.jit
+def _linear_rows(gaussian, analysis, values, keys):
+    def one(key):
+        draw, noise = jax.random.split(key)
+        return analysis.sample(noise, prior_draw(gaussian, draw), values)
+
+    return jax.vmap(one)(keys)
+
+
+def linear_samples(trained: Model, case: Case, members: int, seed: int = 0, chunk: int = 64) -> np.ndarray:
+    """Independent samples (M, Y, X, 2) of the linear prior's posterior, standardised."""
+    keys = member_keys(seed, [case.frame], range(members))[0]
+
+    def run(rows: jax.Array, keys: jax.Array) -> jax.Array:
+        return _linear_rows(trained.gaussian, case.analysis, case.observation.values, keys)
+
+    return in_chunks(run, np.arange(members), keys, chunk)
+
+
+def compare(cases: Sequence[Case], results: dict[str, Result], ocean: np.ndarray, block: int) -> list[dict]:
+    """Rows of metrics.summary, one a pattern and method, each against the best deterministic baseline there."""
+    rows = []
+    for pattern in dict.fromkeys(case.pattern for case in cases):
+        chosen = [i for i, case in enumerate(cases) if case.pattern == pattern]
+        scores = {}
+        for name, result in results.items():
+            scores[name] = [
+                metrics.score(
+                    cases[i].truth,
+                    result.members[i],
+                    metrics.scored_cells(cases[i].truth, ocean, cases[i].observed),
+                    ocean,
+                    antithetic=result.antithetic,
+                )
+                for i in chosen
+            ]
+        bases = [name for name in results if name in BASELINES and name != "linear_samples"] or list(results)[:1]
+        best = min(bases, key=lambda name: np.mean([s.mse_mean for s in scores[name]]))
+        for name, result in results.items():
+            row = metrics.summary(
+                name, scores[name], result.calls, result.seconds, baseline=(best, scores[best]), block=block
+            )
+            rows.append({"pattern": pattern} | row)
+    return rows
+
+
+def format_rows(rows: Sequence[dict]) -> str:
+    """The tables of all patterns as text."""
+    parts = []
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        mine = [row for row in rows if row["pattern"] == pattern]
+        parts.append(f"{pattern}\n{metrics.format_table(mine)}")
+    return "\n\n".join(parts)
+
+
+def to_dataset(cases: Sequence[Case], result: Result, fields: Fields, history: str) -> xr.Dataset:
+    """Members, mean, spread and truth of every case as a CF data set (pattern, time, realization, lat, lon)."""
+    base = readers.to_dataset(fields)
+    y, x = base["ocean"].dims
+    patterns = list(dict.fromkeys(case.pattern for case in cases))
+    shape = (len(patterns), len(fields), len(result.members[0]), *fields.shape)
+    members = np.stack(result.members).reshape(*shape, 2)
+    truth = np.stack([case.truth for case in cases]).reshape(len(patterns), len(fields), *fields.shape, 2)
+    observed = np.stack([case.observed for case in cases]).reshape(truth.shape[:-1])
+    spread = np.stack([result.spread(i) for i in range(len(cases))]).reshape(truth.shape)
+    content = {}
+    for c, direction in enumerate(("eastward", "northward")):
+        name = f"{direction}_sea_water_velocity"
+        for kind, values, words, statistic in (
+            (name, members, "members of the ensemble", None),
+            (f"{name}_mean", members.mean(2), "mean of the ensemble", "mean"),
+            (f"{name}_spread", spread, "standard deviation of the ensemble", "standard_deviation"),
+            (f"{name}_truth", truth, "held-out field", None),
+        ):
+            dims = ("pattern", "time", "realization", y, x) if values is members else ("pattern", "time", y, x)
+            attributes = {"standard_name": name, "long_name": f"{direction} current, {words}", "units": "m s-1"}
+            if statistic:
+                attributes["cell_methods"] = f"realization: {statistic}"
+            content[kind] = (dims, values[..., c].astype(np.float32), attributes, {"_FillValue": readers.FILL})
+    content["observed"] = (
+        ("pattern", "time", y, x),
+        observed.astype(np.int8),
+        {"long_name": "cells given to the method", "flag_values": np.array([0, 1], np.int8),
+         "flag_meanings": "inpainted observed"},
+    )  # fmt: skip
+    coordinates = {name: base[name] for name in ("time", "lat", "lon")}
+    coordinates["pattern"] = ("pattern", np.array(patterns, object), {"long_name": "observation pattern"})
+    coordinates["realization"] = (
+        "realization",
+        np.arange(shape[2], dtype=np.int32),
+        {"standard_name": "realization", "units": "1"},
+    )
+    attributes = {"Conventions": "CF-1.11", "title": f"{fields.name}, inpainted", "history": history}
+    data = xr.Dataset(content, coordinates, attributes)
+    data["ocean"] = base["ocean"]
+    return data
+
+
+def example(trained: Model, case: Case, members: np.ndarray, spread: np.ndarray) -> plots.Example:
+    """One case as a figure shows it."""
+    return plots.Example(
+        name=case.pattern,
+        truth=case.truth,
+        observed=case.observed,
+        values=case.truth,
+        prior_mean=_to_velocity(trained, case.analysis.mean(case.observation.values)),
+        mean=members.mean(0),
+        member=members[0],
+        spread=np.nan_to_num(spread),
+    )
+
+
+def pick(split: Split, frames: int, seed: int = 0) -> np.ndarray:
+    """Numbers of `frames` test frames, drawn without replacement, in the order of time."""
+    if frames < 1:
+        raise InputError(f"at least one frame must be inpainted, got {frames}")
+    return np.sort(np.random.default_rng([seed, 0xF4]).choice(split.test, min(frames, split.test.size), replace=False))
+
+
+def block_length(split: Split, frames: int) -> int:
+    """How many of `frames` random test frames lie within one decorrelation time: the block of the bootstrap."""
+    return int(np.clip(round(frames * split.decorrelation / split.test.size), 1, max(frames // 4, 1)))
+
+
+def check_methods(methods: Sequence[str], members: int) -> None:
+    """Raises InputError at no method, an unknown one, or members that do not come in the pairs of a method."""
+    if not methods:
+        raise InputError("at least one method is needed")
+    for name in methods:
+        if name not in METHODS:
+            raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
+        if name in PAIRED and members % 2:
+            raise InputError(f"the members of {name} come in antithetic pairs: {members} is odd")
+
+
+def run(
+    trained: Model,
+    fields: Fields,
+    numbers: Sequence[int],
+    patterns: Sequence[str],
+    methods: Sequence[str],
+    out: Path,
+    *,
+    members: int = 16,
+    seed: int = 0,
+    chunk: int = 64,
+    block: int = 1,
+    shown: str | None = None,
+) -> str:
+    """Inpaints, writes table.csv, fields.nc and figure.png into `out`, and returns the table as text.
+
+    Args:
+      fields: the frames to inpaint, `numbers` theirs in the series.
+      shown: the method whose members go into fields.nc and the figure; by default the last one.
+    """
+    check_methods(methods, members)
+    patterns = list(dict.fromkeys(patterns))
+    shown = shown or methods[-1]
+    if shown not in methods:
+        raise InputError(f"{shown} is not among the methods that are run, {', '.join(methods)}")
+    cases = make_cases(trained, fields, numbers, patterns, seed)
+    for name in ("table.csv", "fields.nc", "figure.png"):
+        files.check_writable(out / name)
+    results = {}
+    for name in (bar := tqdm.tqdm(methods, unit="method", disable=None)):
+        bar.set_description(name)
+        results[name] = run_method(name, trained, fields, cases, members, seed, chunk)
+    rows = compare(cases, results, fields.ocean, block)
+    metrics.write_csv(rows, out / "table.csv")
+    history = f"jax_repaint, model {model.fingerprint(trained)}, method {shown}, seed {seed}"
+    readers.write_netcdf(to_dataset(cases, results[shown], fields, history), out / "fields.nc")
+    first = [next(i for i, case in enumerate(cases) if case.pattern == pattern) for pattern in dict.fromkeys(patterns)]
+    result = results[shown]
+    examples = [example(trained, cases[i], result.members[i], result.spread(i)) for i in first]
+    plots.currents(out / "figure.png", examples, fields.ocean, fields.metres(), f"{fields.name}, {shown}")
+    return format_rows(rows)
+
+
+def data_of(trained: Model, path: str | None) -> tuple[Fields, Split]:
+    """The fields a model was trained on (or a file with the same grid) and their split, as in its training."""
+    config = train.default_config()
+    config.update(ConfigDict(trained.training["config"]))
+    data = config.data
+    fields = train.load_fields(data.fields if path is None else path, data.frames, data.twin_seed)
+    trained.check_grid(fields)
+    if fields.hash() != trained.training["fingerprint"]:
+        logging.warning(
+            "%s is not the data that the model was trained on; its test part may not be held out", fields.name
+        )
+    return fields, train.split_fields(fields, data)
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("model", None, "Folder of a model, as training writes it.")
+    flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
+    flags.DEFINE_integer("frames", 64, "Test frames to inpaint, drawn at random.", lower_bound=1)
+    flags.DEFINE_list("patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02.")
+    flags.DEFINE_list("methods", [*BASELINES, "adaptive", "kalman"], f"Among {', '.join(METHODS)}.")
+    flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0)
+    flags.DEFINE_integer("chunk", 64, "Members sampled at a time.", lower_bound=1)
+    flags.DEFINE_string("out", "results", "Folder for table.csv, fields.nc and figure.png.")
+    flags.mark_flag_as_required("model")
+
+
+def main(_) -> None:
+    """Compares methods on held-out frames."""
+    check_methods(FLAGS.methods, FLAGS.members)
+    trained = model.load(FLAGS.model)
+    fields, split = data_of(trained, FLAGS.fields)
+    numbers = pick(split, FLAGS.frames, FLAGS.seed)
+    patterns = FLAGS.patterns or observe.usual(fields.ocean)
+    out = Path(FLAGS.out)
+    text = run(
+        trained, fields.select(numbers), numbers, patterns, FLAGS.methods, out,
+        members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, block=block_length(split, len(numbers)),
+    )  # fmt: skip
+    print(text)
+    print(f"\nwrote {out / 'table.csv'}, {out / 'fields.nc'} and {out / 'figure.png'}")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    command.run(main)

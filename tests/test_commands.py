@@ -1,0 +1,157 @@
+"""Commands as a user types them: a mistake is one line that begins with `error:`, exit code 2, and nothing written."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+from jax_repaint import evaluate, model
+from jax_repaint.data import readers
+from jax_repaint.errors import InputError
+
+# Importing JAX takes seconds: one process imports everything and forks for every command, before JAX has threads.
+FORKS = """
+import contextlib, json, os, runpy, sys, traceback, warnings
+import jax_repaint.demo, jax_repaint.evaluate, jax_repaint.train
+warnings.simplefilter("ignore")
+for number, command in enumerate(json.load(open("commands.json"))):
+    child = os.fork()
+    if not child:
+        code = 0
+        with open(f"{number}.out", "w") as out, open(f"{number}.err", "w") as err:
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            sys.argv = [command[0], *command[1:]]
+            try:
+                runpy.run_module("jax_repaint." + command[0], run_name="__main__", alter_sys=True)
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else int(e.code is not None)
+            except BaseException:
+                traceback.print_exc()
+                code = 70
+            sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+SMOKE = ["train", "--config=CONFIG:smoke", "--workdir=new"]
+EVALUATE = ["evaluate", "--model=model", "--fields=tiny.nc", "--frames=2", "--out=new"]
+OWN = ["demo", "--fields=tiny.nc", "--out=new"]
+MISTAKES = {
+    "unknown setting": ([*SMOKE, "--config.train.nonsense=1"], "no setting 'nonsense'"),
+    "misspelt setting": ([*SMOKE, "--config.train.epoch=1"], "epochs"),
+    "wrong type": ([*SMOKE, "--config.train.epochs=many"], "many"),
+    "fraction for a whole number": ([*SMOKE, "--config.train.epochs=1.5"], "1.5"),
+    "impossible value": ([*SMOKE, "--config.train.batch=0"], "train.batch must be at least 1"),
+    "unknown network": ([*SMOKE, "--config.model.network=unet"], "standard_attn"),
+    "unknown option": ([*SMOKE, "--wrkdir=x"], "wrkdir"),
+    "no configuration": (["train", "--workdir=new"], "config"),
+    "no workdir": (SMOKE[:2], "workdir"),
+    "missing configuration": (["train", "--config=nowhere.py", "--workdir=new"], "No such file or directory: 'nowh"),
+    "unknown kind of configuration": (["train", "--config=CONFIG:tiny", "--workdir=new"], "error: the argument of"),
+    "missing fields": ([*SMOKE, "--config.data.fields=nowhere.nc"], "nowhere.nc"),
+    "too few frames": ([*SMOKE, "--config.data.fields=tiny.nc", "--config.train.batch=64"], "fewer than a batch"),
+    "parts that overlap": (
+        [*SMOKE, "--config.data.fields=tiny.nc", "--config.data.train=0:40", "--config.data.validation=30:45",
+         "--config.data.test=48:60"],
+        "overlap",
+    ),
+    "no such model to start from": (
+        [*SMOKE, "--config.data.fields=tiny.nc", "--config.init_from=nowhere"], "no model in nowhere"
+    ),
+    "workdir of another run": (
+        ["train", "--config=CONFIG:smoke", "--workdir=other", "--config.data.fields=tiny.nc"],
+        "config.train.epochs: 7 there, 2 here",
+    ),
+    "workdir of something else": (
+        ["train", "--config=CONFIG:smoke", "--workdir=model", "--config.data.fields=tiny.nc"], "holds no run"
+    ),
+    "positional argument": ([*SMOKE, "again"], "unexpected argument 'again'"),
+    "fields without ranges": (OWN, "--train_range and --test_range"),
+    "ranges without fields": (["demo", "--train_range=0:10", "--out=new"], "go with --fields"),
+    "range that is none": ([*OWN, "--train_range=first", "--test_range=50:60"], "first"),
+    "range beyond the file": ([*OWN, "--train_range=0:40", "--test_range=60:90"], "60:90"),
+    "demo with an unknown method": (["demo", "--methods=magic", "--out=new"], "'magic' is not one of"),
+    "demo without the model": (["demo", "--model=nowhere", "--out=new"], "no model in nowhere"),
+    "members below one": (["demo", "--members=0", "--out=new"], "members"),
+    "missing model": (["evaluate", "--model=nowhere", "--out=new"], "no model in nowhere"),
+    "no model": (["evaluate", "--out=new"], "model"),
+    "model of another grid": ([*EVALUATE[:2], "--fields=shifted.nc", "--out=new"], "another grid"),
+    "unknown method": ([*EVALUATE, "--methods=linear,magic"], "'magic' is not one of"),
+    "no method": ([*EVALUATE, "--methods="], "at least one method"),
+    "odd members of pairs": ([*EVALUATE, "--methods=kalman", "--members=3"], "antithetic pairs"),
+    "unknown pattern": ([*EVALUATE, "--patterns=circle:3"], "'circle:3' is not one of"),
+    "pattern without a number": ([*EVALUATE, "--patterns=line:middle"], "'line:middle' is not one of"),
+    "line outside": ([*EVALUATE, "--patterns=line:7"], "rows 0..6"),
+    "line on land": ([*EVALUATE, "--patterns=line:0"], "row 0 has no ocean cell"),
+    "walk too long": ([*EVALUATE, "--patterns=walk:200"], "does not fit"),
+    "fraction above one": ([*EVALUATE, "--patterns=cells:2"], "(0, 1]"),
+    "output folder is a file": ([*EVALUATE[:-1], "--out=tiny.nc", "--methods=linear"], "cannot write"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands")
+    data = tiny.fields()
+    readers.write(data, folder / "tiny.nc")
+    data.lon[:] += 1
+    readers.write(data, folder / "shifted.nc")
+    model.save(tiny.model(data=readers.read(folder / "tiny.nc")), folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder, request):
+    """(exit code, stdout, stderr, new entries of the folder) of every mistake."""
+    config = request.config.rootpath / "configs" / "small.py"
+    commands = [[part.replace("CONFIG", str(config)) for part in command] for command, _ in MISTAKES.values()]
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"config": {"train": {"epochs": 7}}, "data": {}}')
+    (folder / "commands.json").write_text(json.dumps(commands))
+    before = {str(path) for path in folder.rglob("*")}
+    done = subprocess.run([sys.executable, "-c", FORKS], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = {str(path) for path in folder.rglob("*") if path.suffix not in (".out", ".err")}
+    texts = [[(folder / f"{n}.{kind}").read_text() for kind in ("out", "err")] for n in range(len(commands))]
+    return dict(zip(MISTAKES, zip(map(int, done.stdout.split()), texts, strict=True), strict=True)), after - before
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(outcomes, mistake):
+    code, (out, err) = outcomes[0][mistake]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err
+    assert (code, len(errors)) == (2, 1), err
+    assert MISTAKES[mistake][1] in errors[0]
+    assert err.rstrip().endswith(errors[0])
+    assert not out
+
+
+def test_mistakes_write_nothing(outcomes):
+    assert not outcomes[1]
+
+
+def test_evaluate_compares_and_writes(folder, tmp_path):
+    command = [*EVALUATE[:-1], f"--out={tmp_path}", "--patterns=line:3,line:3,cells:0.1"]
+    command += ["--methods=climatology,seed_gp,linear,linear_samples", "--members=4"]
+    done = subprocess.run([sys.executable, "-m", f"jax_repaint.{command[0]}", *command[1:]], cwd=folder,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fields.nc", "figure.png", "table.csv"]
+    table = (tmp_path / "table.csv").read_text().splitlines()
+    assert len(table) == 1 + 2 * 4
+    for name in ("line:3", "cells:0.1", "linear_samples"):
+        assert name in done.stdout
+    assert f"wrote {tmp_path / 'table.csv'}" in done.stdout
+
+
+@pytest.mark.parametrize("methods", [[], ["magic"], ["linear", "kalman"]])
+def test_methods_are_checked_before_anything_is_read(methods):
+    with pytest.raises(InputError):
+        evaluate.check_methods(methods, 3)
+    evaluate.check_methods(["linear", "linear_samples", "adaptive"], 3)
+    evaluate.check_methods(["kalman"], 4)
+    assert np.all([name in evaluate.METHODS for name in evaluate.PAIRED])

@@ -1,0 +1,326 @@
+"""The comparison of methods, where the fields come from the linear prior and its exact denoiser is the model."""
+
+import csv
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib import image
+
+from jax_repaint import evaluate, guide, metrics
+from jax_repaint.data.fields import Fields, Split, Standardiser
+from jax_repaint.denoise import PrincipalGaussian
+from jax_repaint.errors import InputError
+from jax_repaint.model import Model
+from jax_repaint.nets import unet
+from jax_repaint.prior import gp
+
+SHAPE, PADDED = (8, 14), (8, 16)
+OCEAN = ~((np.indices(SHAPE)[0] < 3) & (np.indices(SHAPE)[1] > 10))
+NUMBERS = np.array([3, 20, 21, 40, 41, 57])
+PATTERNS = ("line:4", "cells:0.1")
+LAT, LON = 18.3 + 0.01 * np.arange(SHAPE[0]), -64.8 + 0.01 * np.arange(SHAPE[1])
+SPREAD, OFFSET = np.array([0.2, 0.1]), np.array([0.05, -0.02])
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    """Six smooth directions and a little noise, on the padded grid, variance about 1."""
+    rng = np.random.default_rng(0)
+    y, x = np.indices(PADDED)
+    ocean = np.pad(OCEAN, ((0, 0), (0, 2)))
+    phase = rng.normal(size=(6, 2, 1, 1)) * 0.4
+    waves = np.cos(phase[:, 0] * y + phase[:, 1] * x + rng.uniform(0, 6, (6, 1, 1)))
+    fields = (waves[..., None] * rng.normal(size=(6, 1, 1, 2)) * ocean[..., None]).reshape(6, -1)
+    direction = np.linalg.svd(fields, full_matrices=False)[2].reshape(6, *PADDED, 2)
+    mean = 0.5 * np.sin(0.3 * x + 0.2 * y)[..., None] * ocean[..., None] * [1, -1]
+    values = 2 * OCEAN.sum()
+    arrays = mean, direction, values * np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.03]), 0.01, ocean[..., None]
+    return PrincipalGaussian(*(jnp.asarray(a, jnp.float32) for a in arrays))
+
+
+@pytest.fixture(scope="module")
+def trained(gaussian):
+    network = unet.UNetConfig((8, 16), attention=(1,), blocks=1, heads=2, embedding=16, inputs=4, zero_output=True)
+    return Model(
+        network=network,
+        form="anchored",
+        params=unet.create(network, 0)[1],
+        standardiser=Standardiser.create(OFFSET, SPREAD),
+        ocean=OCEAN,
+        lat=LAT,
+        lon=LON,
+        gaussian=gaussian,
+        kernel=gp.Kernel.create("matern32", 4.0, 0.02),
+        schedule={"steps": 76, "min_beta": 1e-3, "max_beta": 0.06},
+        sigma=(0.01, 20.0),
+        training={},
+    )
+
+
+@pytest.fixture(scope="module")
+def fields(gaussian):
+    keys = jax.random.split(jax.random.key(3), len(NUMBERS))
+    x = np.asarray(jax.jit(jax.vmap(guide.prior_draw, (None, 0)))(gaussian, keys))[:, :, : SHAPE[1]]
+    velocity = np.where(OCEAN[..., None], x * SPREAD + OFFSET, np.nan)
+    time = np.datetime64("2021-05-01T00:00", "ns") + NUMBERS * np.timedelta64(1, "h")
+    return Fields.create(velocity, LAT, LON, time, name="drawn")
+
+
+@pytest.fixture(scope="module")
+def cases(trained, fields):
+    return evaluate.make_cases(trained, fields, NUMBERS, PATTERNS)
+
+
+@pytest.fixture(scope="module")
+def results(trained, fields, cases):
+    counts = {"kalman": 4, "linear_samples": 200, "linear": 7}
+    return {
+        name: evaluate.run_method(name, trained, fields, cases, counts.get(name, 1), count=5)
+        for name in ("climatology", "seed_gp", "gp", "linear", "linear_samples", "kalman")
+    }
+
+
+def error(case, members):
+    scored = metrics.scored_cells(case.truth, OCEAN, case.observed)
+    return metrics.mse(members.mean(0), case.truth, scored)
+
+
+def errors(cases, result):
+    return np.mean([error(case, members) for case, members in zip(cases, result.members, strict=True)])
+
+
+# --- cases --------------------------------------------------------------------------------------------------
+
+
+def test_cases_hold_the_observed_velocities(trained, fields, cases):
+    assert [case.pattern for case in cases] == ["line:4"] * 6 + ["cells:0.1"] * 6
+    assert [case.frame for case in cases] == [*NUMBERS, *NUMBERS]
+    for number, case in enumerate(cases):
+        np.testing.assert_array_equal(case.truth, fields.velocity[number % 6])
+        assert case.time == fields.time[number % 6]
+        observed, value = map(np.asarray, case.observation.on_grid(PADDED))
+        np.testing.assert_array_equal(observed[:, : SHAPE[1]], case.observed)
+        assert not observed[:, SHAPE[1] :].any()
+        velocity = (value[:, : SHAPE[1]] * SPREAD + OFFSET)[case.observed]
+        np.testing.assert_allclose(velocity, case.truth[case.observed], atol=1e-6)
+        sigma = np.asarray(case.observation.sigma)[np.asarray(case.observation.valid)]
+        np.testing.assert_allclose(sigma * SPREAD, evaluate.ERROR, rtol=1e-5)
+
+
+def test_random_patterns_depend_on_the_frame_alone(trained, fields, cases):
+    drawn = [case.observed for case in cases[6:]]
+    assert not any((drawn[0] == other).all() for other in drawn[1:])
+    some = evaluate.make_cases(trained, fields.select([4, 1]), NUMBERS[[4, 1]], PATTERNS[1:])
+    for case, number in zip(some, (4, 1), strict=True):
+        np.testing.assert_array_equal(case.observed, drawn[number])
+        np.testing.assert_array_equal(case.analysis.gain, cases[6 + number].analysis.gain)
+    other = evaluate.make_cases(trained, fields.select([4]), NUMBERS[[4]], PATTERNS[1:], seed=1)
+    assert (other[0].observed != drawn[4]).any()
+
+
+def test_what_repaint_knows(cases, trained):
+    for case in cases[::6]:
+        known = evaluate.known_of(trained, case)
+        missing = np.asarray(known.missing)[:, : SHAPE[1], 0]
+        np.testing.assert_array_equal(missing, OCEAN & ~case.observed)
+        assert not np.asarray(known.missing)[:, SHAPE[1] :].any()
+        assert not np.asarray(known.prior_mean)[:, SHAPE[1] :].any()
+        np.testing.assert_array_equal(known.prior_variance, case.analysis.variance)
+
+
+def test_other_grids_and_gaps_are_refused(trained, fields):
+    shifted = dataclasses.replace(fields, lon=LON + 0.1)
+    land = dataclasses.replace(fields, ocean=OCEAN & (np.indices(SHAPE)[0] > 0))
+    for other in (shifted, land):
+        with pytest.raises(InputError, match="trained on another grid"):
+            evaluate.make_cases(trained, other, NUMBERS, PATTERNS)
+    velocity = fields.velocity.copy()
+    velocity[0, 5, 5] = np.nan
+    with pytest.raises(InputError, match="frames with gaps"):
+        evaluate.make_cases(trained, dataclasses.replace(fields, velocity=velocity), NUMBERS, PATTERNS)
+
+
+# --- methods ------------------------------------------------------------------------------------------------
+
+
+def test_members_are_velocities_on_the_ocean(cases, results):
+    for name, result in results.items():
+        assert len(result.members) == len(cases)
+        count = {"kalman": 4, "linear_samples": 200}.get(name, 1)
+        for members in result.members:
+            assert members.shape == (count, *SHAPE, 2)
+            np.testing.assert_array_equal(np.isfinite(members), np.broadcast_to(OCEAN[..., None], members.shape))
+        assert result.calls == (20 if name == "kalman" else 0)
+        assert result.seconds > 0
+
+
+def test_climatology_is_the_mean_of_the_prior(results, gaussian):
+    expected = np.asarray(gaussian.mean)[:, : SHAPE[1]] * SPREAD + OFFSET
+    for members in results["climatology"].members:
+        np.testing.assert_allclose(members[0][OCEAN], expected[OCEAN], atol=1e-6)
+
+
+def test_linear_is_best_and_kalman_of_the_exact_denoiser_equals_it(cases, results):
+    found = {name: errors(cases, result) for name, result in results.items()}
+    best = found["linear"]
+    assert all(best < found[name] for name in ("climatology", "seed_gp", "gp"))
+    assert best < 0.5 * found["climatology"]
+    np.testing.assert_allclose(found["kalman"], best, rtol=0.02)
+    np.testing.assert_allclose(found["linear_samples"], best, rtol=0.1)
+
+
+def test_the_spread_of_linear_samples_is_that_of_the_analysis(cases, results):
+    for case, members in zip(cases, results["linear_samples"].members, strict=True):
+        expected = np.asarray(case.analysis.variance)[:, : SHAPE[1]][OCEAN] * SPREAD**2
+        # A chi-squared variable of 199 degrees of freedom for each value.
+        ratio = members.var(0, ddof=1)[OCEAN] / expected
+        assert ratio.min() > 0.6
+        assert ratio.max() < 1.6
+        assert 0.85 < ratio.mean() < 1.15
+
+
+def test_the_gp_starts_from_climatology(trained, fields, cases, results):
+    observed = np.concatenate([m[0][c.observed] for c, m in zip(cases, results["gp"].members, strict=True)])
+    truth = np.concatenate([c.truth[c.observed] for c in cases])
+    assert np.abs(observed - truth).max() < 0.05
+    with pytest.raises(InputError, match="without a fitted GP"):
+        evaluate.run_method("gp", dataclasses.replace(trained, kernel=None), fields, cases, 1)
+
+
+def test_mistakes_of_methods(trained, fields, cases):
+    with pytest.raises(InputError, match="method 'magic' is not one of climatology"):
+        evaluate.run_method("magic", trained, fields, cases, 4)
+    with pytest.raises(InputError, match="come in pairs, got 3 members"):
+        evaluate.run_method("kalman", trained, fields, cases, 3)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(trained, fields, tmp_path_factory):
+    """A run on three frames, of one pattern twice; its folder and its text."""
+    out = tmp_path_factory.mktemp("run") / "new"
+    text = evaluate.run(
+        trained, fields.select([0, 1, 2]), NUMBERS[:3], [*PATTERNS, PATTERNS[0]], ["climatology", "linear", "adaptive"],
+        out, members=3, seed=4,
+    )  # fmt: skip
+    return out, text
+
+
+def test_the_table_has_every_row(written):
+    out, text = written
+    with open(out / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["pattern"], row["method"]) for row in rows] == [
+        (pattern, name) for pattern in PATTERNS for name in ("climatology", "linear", "adaptive")
+    ]
+    for row in rows:
+        assert row["frames"] == "3"
+        assert row["baseline"] == "linear"
+        assert (float(row["ratio"]) == 1) == (row["method"] == "linear")
+        assert row["members"] == ("3" if row["method"] == "adaptive" else "1")
+        assert row["calls"] == ("1128" if row["method"] == "adaptive" else "0")
+        assert row["method"] in text
+        assert row["pattern"] in text
+    # A sampler that starts from the linear estimate stays near it.
+    assert all(0.7 < float(row["ratio"]) < 2 for row in rows if row["method"] == "adaptive")
+
+
+def test_the_file_holds_members_truth_and_observed_cells(written, trained, fields):
+    with xr.open_dataset(written[0] / "fields.nc") as data:
+        data.load()
+    assert data.attrs["Conventions"].startswith("CF-")
+    assert "method adaptive, seed 4" in data.attrs["history"]
+    assert dict(data.sizes) == {"pattern": 2, "time": 3, "realization": 3, "lat": 8, "lon": 14}
+    assert data["pattern"].values.tolist() == list(PATTERNS)
+    np.testing.assert_array_equal(data["time"], fields.time[:3])
+    np.testing.assert_allclose(data["lat"], LAT)
+    names = {"lat": "latitude", "lon": "longitude", "time": "time", "realization": "realization"}
+    assert {name: data[name].attrs["standard_name"] for name in names} == names
+    cases = evaluate.make_cases(trained, fields.select([0, 1, 2]), NUMBERS[:3], PATTERNS, seed=4)
+    observed = np.stack([case.observed for case in cases]).reshape(2, 3, *SHAPE)
+    np.testing.assert_array_equal(data["observed"], observed)
+    np.testing.assert_array_equal(data["ocean"], OCEAN)
+    result = evaluate.run_method("adaptive", trained, fields.select([0, 1, 2]), cases, 3, seed=4)
+    members = np.stack(result.members).reshape(2, 3, 3, *SHAPE, 2)
+    for c, name in enumerate(("eastward_sea_water_velocity", "northward_sea_water_velocity")):
+        for kind in ("", "_mean", "_spread", "_truth"):
+            assert data[name + kind].attrs["units"] == "m s-1"
+            assert data[name + kind].attrs["standard_name"] == name
+        np.testing.assert_allclose(data[name], members[..., c], atol=1e-5)
+        np.testing.assert_allclose(data[f"{name}_mean"], members[..., c].mean(2), atol=1e-5)
+        np.testing.assert_allclose(data[f"{name}_spread"], members[..., c].std(2, ddof=1), atol=1e-5)
+        truth = data[f"{name}_truth"].values
+        np.testing.assert_array_equal(truth, np.stack([fields.velocity[:3, ..., c]] * 2))
+        given = np.where(observed[:, :, None], data[name], 0)
+        np.testing.assert_allclose(given, np.where(observed, truth, 0)[:, :, None].repeat(3, 2), atol=1e-6)
+        assert data[f"{name}_mean"].attrs["cell_methods"] == "realization: mean"
+        assert data[f"{name}_spread"].attrs["cell_methods"] == "realization: standard_deviation"
+
+
+def test_the_figure_is_a_picture(written):
+    picture = image.imread(written[0] / "figure.png")
+    assert min(picture.shape[:2]) > 200
+    assert picture[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["linear", "magic"]}, "method 'magic' is not one of"),
+        ({"methods": []}, "at least one method"),
+        ({"methods": ["linear", "kalman"], "members": 3}, "pairs: 3 is odd"),
+        ({"patterns": ["line:4", "spiral:2"]}, "pattern 'spiral:2' is not one of"),
+        ({"patterns": []}, "at least one pattern"),
+        ({"patterns": ["cells:1"]}, "no cell to score"),
+        ({"shown": "kalman"}, "kalman is not among the methods"),
+    ],
+)
+def test_mistakes_are_found_before_the_work(trained, fields, tmp_path, monkeypatch, change, message):
+    def never(*_, **__):
+        raise AssertionError("a method was run")
+
+    monkeypatch.setattr(evaluate, "run_method", never)
+    asked = {"patterns": PATTERNS, "methods": ["linear"], "members": 2} | change
+    patterns, methods = asked.pop("patterns"), asked.pop("methods")
+    with pytest.raises(InputError, match=message):
+        evaluate.run(trained, fields, NUMBERS, patterns, methods, tmp_path, **asked)
+
+
+def test_results_need_a_folder(trained, fields, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        evaluate.run(trained, fields, NUMBERS, PATTERNS, ["linear"], tmp_path / "file" / "out")
+
+
+# --- choice of frames ---------------------------------------------------------------------------------------
+
+
+def test_frames_are_picked_from_the_test_part():
+    split = Split(np.arange(50), np.arange(60, 70), np.arange(80, 120), 10, 3.0)
+    for seed in range(5):
+        numbers = evaluate.pick(split, 30, seed)
+        assert len(set(numbers.tolist())) == 30
+        assert set(numbers.tolist()) <= set(range(80, 120))
+        assert (np.diff(numbers) > 0).all()
+        np.testing.assert_array_equal(numbers, evaluate.pick(split, 30, seed))
+    assert (evaluate.pick(split, 30, 0) != evaluate.pick(split, 30, 1)).any()
+    np.testing.assert_array_equal(evaluate.pick(split, 1000), split.test)
+    with pytest.raises(InputError, match="at least one frame"):
+        evaluate.pick(split, 0)
+
+
+@pytest.mark.parametrize(
+    ("frames", "decorrelation", "block"),
+    [(64, 25.0, 4), (64, 1.0, 1), (64, 4000.0, 16), (1, 25.0, 1), (3, 400.0, 1), (8, 150.0, 2), (400, 25.0, 25)],
+)
+def test_blocks_span_the_decorrelation_time(frames, decorrelation, block):
+    split = Split(np.arange(10), np.arange(10), np.arange(400), 0, decorrelation)
+    assert evaluate.block_length(split, frames) == block
+    assert math.isfinite(block)
