@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from jax_repaint.array_types import Array, Field, Float, Key, Level
+from jax_repaint.array_types import Array, Field, Float, Key, Level, Scalar
 from jax_repaint.nets import unet
 from jax_repaint.schedule import Schedule
 
@@ -121,16 +121,52 @@ class PrincipalGaussian:
 
     def residual_variance(self, sigma: Level) -> Level:
         """Mean square error of this denoiser per ocean value, mean of v sigma^2 / (v + sigma^2)."""
-        return self._per_value(lambda v: v * sigma**2 / (v + sigma**2))
+        return self._per_value(lambda v: v / (1 + v / sigma**2))
 
     def removed_variance(self, sigma: Level) -> Level:
         """Mean square of x - D(x; sigma) per ocean value, mean of sigma^4 / (v + sigma^2)."""
         return self._per_value(lambda v: sigma**4 / (v + sigma**2))
 
+    def log_density(self, x: Field, sigma: Level) -> Scalar:
+        """log N(x; mean, Sigma + sigma^2 I) over the ocean, without the constant -n/2 log(2 pi)."""
+        anomaly = (x - self.mean) * self.ocean
+        along = jnp.einsum("ryxc,yxc->r", self.direction, anomaly, precision=jax.lax.Precision.HIGHEST)
+        others = self.direction.shape[-1] * self.ocean.sum() - self.variance.size
+        variance, rest = self.variance + sigma**2, self.rest + sigma**2
+        squares = jnp.sum(along**2 / variance) + (jnp.sum(anomaly**2) - jnp.sum(along**2)) / rest
+        return -0.5 * (squares + jnp.sum(jnp.log(variance)) + others * jnp.log(rest))
+
     def _per_value(self, of_variance: Callable[[Array], Array]) -> Level:
         count = self.direction.shape[-1] * self.ocean.sum()
         others = count - self.variance.size
         return (of_variance(self.variance).sum() + others * of_variance(self.rest)) / count
+
+
+@struct.dataclass
+class Regimes:
+    """A mixture of K Gaussians of the same grid and rank, p(x0) = sum_k weight_k N(x0; mean_k, Sigma_k).
+
+    Attributes:
+      weight: (K,), sums to 1.
+      gaussian: every leaf with a leading axis K.
+    """
+
+    weight: Float[Array, "K"]
+    gaussian: PrincipalGaussian
+
+    def each(self) -> list[PrincipalGaussian]:
+        """The K Gaussians one by one."""
+        return [jax.tree.map(lambda leaf, k=k: leaf[k], self.gaussian) for k in range(len(self.weight))]
+
+    def __call__(self, x: Field, sigma: Level) -> Field:
+        """E[x0 | x]: the regimes' exact denoisers, weighted by p(k | x)."""
+
+        def one(gaussian: PrincipalGaussian) -> tuple[Scalar, Field]:
+            return gaussian.log_density(x, sigma), gaussian(x, sigma)
+
+        likely, each = jax.vmap(one)(self.gaussian)
+        weight = jax.nn.softmax(jnp.log(self.weight) + likely)
+        return jnp.einsum("k,kyxc->yxc", weight, each, precision=jax.lax.Precision.HIGHEST)
 
 
 @struct.dataclass

@@ -1,7 +1,7 @@
 """A trained model: a network with everything that is needed to use it, as one folder on disk.
 
     weights.safetensors    network parameters and the linear prior
-    model.json             network, form of the denoiser, schedule, standardiser, grid, GP, how it was trained
+    model.json             network, form of the denoiser, schedule, standardiser, grid, GP, calibration, training
 
 Loading reads numbers and text only; nothing is unpickled or run.
 """
@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,23 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jax_repaint.calibration import Calibration
+from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data.fields import Fields, Standardiser, padded_shape
 from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDenoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
+from jax_repaint.files import whole_file
 from jax_repaint.nets import unet
 from jax_repaint.prior.gp import Kernel
 from jax_repaint.schedule import Schedule
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 FORMAT = 1
-FORMS = ("eps", "edm", "anchored")
+INPUTS = {"eps": 2, "edm": 2, "anchored": 4, "conditional": 5}  # channels that the network of each form sees
+FORMS = tuple(INPUTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Model:
 
     Attributes:
       network: configuration of the UNet.
-      form: "eps" (steps of the schedule), "edm" (continuous noise level) or "anchored" (on the linear prior).
+      form: "eps" (steps of the schedule), "edm" (continuous noise level), "anchored" (on the linear prior) or
+        "conditional" (on the linear estimate from the observations, which the network is given too).
       params: float32 parameters of the network.
       standardiser: between m/s and the units of the network.
       ocean: (y, x) bool, of the grid itself.
@@ -51,6 +59,8 @@ class Model:
       schedule: steps, min_beta and max_beta of the linear schedule that the RePaint family runs on.
       sigma: smallest and largest noise level of training.
       training: how it was made: data, fingerprint, configuration, steps, losses, versions.
+      calibration: of one method's ensembles, or None.
+      grid: (Y, X) that the network was trained on, where it is not the smallest that fits the network.
     """
 
     network: unet.UNetConfig
@@ -65,11 +75,20 @@ class Model:
     schedule: dict[str, float]
     sigma: tuple[float, float]
     training: dict[str, Any]
+    calibration: Calibration | None = None
+    grid: tuple[int, int] | None = None
+
+    def inpaint(self, observations: Any, **options: Any) -> "xr.Dataset":
+        """Fields from observations, as `inpaint.inpaint`, which lists the options."""
+        # That module needs this one.
+        from jax_repaint import inpaint
+
+        return inpaint.inpaint(self, observations, **options)
 
     @property
     def padded(self) -> tuple[int, int]:
         """(Y, X), the grid of the network."""
-        return padded_shape(self.ocean.shape, self.network.multiple)
+        return self.grid or padded_shape(self.ocean.shape, self.network.multiple)
 
     @property
     def steps(self) -> Schedule:
@@ -109,13 +128,14 @@ def make_schedule(numbers: dict[str, float]) -> Schedule:
 
 def make_denoiser(
     form: str, graphdef: Any, params: dict, gaussian: PrincipalGaussian, schedule: Schedule
-) -> EpsDenoiser | EdmDenoiser | AnchoredDenoiser:
-    """The denoiser of a form; the linear prior gives it the ocean, and an anchored one more than that."""
+) -> Denoiser:
+    """The denoiser of a form; the linear prior gives it the ocean, and those built on it more than that."""
     if form == "eps":
         return EpsDenoiser(params, schedule, graphdef)
     if form == "edm":
         return EdmDenoiser(params, gaussian.ocean, graphdef)
-    return AnchoredDenoiser(params, gaussian, graphdef)
+    built_on_linear = {"anchored": AnchoredDenoiser, "conditional": ConditionalDenoiser}
+    return built_on_linear[form](params, gaussian, graphdef)
 
 
 def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> None:
@@ -154,6 +174,8 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
         "schedule": model.schedule,
         "sigma": list(model.sigma),
         "training": model.training,
+        "calibration": model.calibration and model.calibration.to_json(),
+        "grid": model.grid,
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +195,22 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
             shutil.rmtree(new, ignore_errors=True)
     except OSError as e:
         raise InputError(f"cannot write the model to {folder}: {e.strerror or e}") from e
+
+
+def store_calibration(folder: str | os.PathLike, calibration: Calibration | None) -> None:
+    """Puts a calibration into the model in `folder`, or takes it out; nothing else there changes.
+
+    Raises:
+      InputError: no model there, or it cannot be written; it then stays as it was.
+    """
+    path = Path(folder) / DESCRIPTION
+    try:
+        text = json.loads(path.read_text())
+        text["calibration"] = calibration and calibration.to_json()
+    except (OSError, TypeError, ValueError) as e:
+        raise InputError(f"no model that could be calibrated in {folder}: {e}") from e
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(text, indent=1) + "\n")
 
 
 def load(folder: str | os.PathLike) -> Model:
@@ -198,19 +236,25 @@ def load(folder: str | os.PathLike) -> Model:
         make_schedule(text["schedule"])
         params = _params(network, tensors, folder)
         ocean = tensors["ocean"].astype(bool)
+        standardiser = Standardiser.from_json(text["standardiser"])
+        # Older models have no grid of their own.
+        grid = text.get("grid") and _grid(text["grid"], ocean.shape, network.multiple, folder)
         return Model(
             network=network,
             form=text["form"],
             params=params,
-            standardiser=Standardiser.from_json(text["standardiser"]),
+            standardiser=standardiser,
             ocean=ocean,
             lat=tensors["lat"],
             lon=tensors["lon"],
-            gaussian=_gaussian(tensors, ocean, network.multiple),
+            gaussian=_gaussian(tensors, ocean, grid or padded_shape(ocean.shape, network.multiple), standardiser),
             kernel=text["kernel"] and Kernel.from_json(text["kernel"]),
             schedule=text["schedule"],
             sigma=tuple(text["sigma"]),
             training=text["training"],
+            # Older models have none.
+            calibration=text.get("calibration") and Calibration.from_json(text["calibration"]),
+            grid=grid,
         )
     except (AttributeError, KeyError, TypeError, IndexError, ValueError) as e:
         if isinstance(e, InputError):
@@ -230,8 +274,16 @@ def _params(network: unet.UNetConfig, tensors: dict[str, np.ndarray], folder: Pa
     return traverse_util.unflatten_dict(params)
 
 
-def _gaussian(tensors: dict[str, np.ndarray], ocean: np.ndarray, multiple: int) -> PrincipalGaussian:
-    shape = padded_shape(ocean.shape, multiple)
+def _grid(grid: list[int], shape: tuple[int, int], multiple: int, folder: Path) -> tuple[int, int]:
+    y, x = grid
+    if not (type(y) is type(x) is int and y >= shape[0] and x >= shape[1] and y % multiple == x % multiple == 0):
+        raise InputError(f"the model in {folder} has grid {grid}; expected multiples of {multiple}, {shape} or more")
+    return y, x
+
+
+def _gaussian(
+    tensors: dict[str, np.ndarray], ocean: np.ndarray, shape: tuple[int, int], standardiser: Standardiser
+) -> PrincipalGaussian:
     wet = np.pad(ocean, [(0, to - side) for side, to in zip(ocean.shape, shape, strict=True)])
 
     def on_grid(values: np.ndarray) -> jax.Array:
@@ -239,8 +291,9 @@ def _gaussian(tensors: dict[str, np.ndarray], ocean: np.ndarray, multiple: int) 
         field[..., wet, :] = values.astype(np.float32)
         return jnp.asarray(field)
 
+    mean = jnp.where(wet[..., None], on_grid(tensors["gaussian/mean"]), jnp.asarray(standardiser.land_value)[None, None])
     return PrincipalGaussian(
-        on_grid(tensors["gaussian/mean"]),
+        mean,
         on_grid(tensors["gaussian/direction"]),
         jnp.asarray(tensors["gaussian/variance"], jnp.float32),
         jnp.asarray(tensors["gaussian/rest"][0], jnp.float32),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from scipy import ndimage
 
 from jax_repaint.array_types import Array, Bool, Cells, Field, Float, Int, Values
 from jax_repaint.errors import InputError
@@ -246,14 +247,9 @@ def walk(ocean: np.ndarray, count: int, rng: np.random.Generator, turn: float = 
     At each step the heading is kept with probability 1 - turn; blocked headings are replaced by a random free one,
     new cells before old ones. Starts in the largest connected piece of ocean.
     """
-    from scipy import ndimage
-
     if count < 1:
         raise InputError(f"a walk has at least one cell, got {count}")
-    pieces, number = ndimage.label(ocean)
-    if number == 0:
-        raise InputError("no ocean cell to walk on")
-    largest = pieces == 1 + np.argmax(ndimage.sum(ocean, pieces, range(1, number + 1)))
+    largest = largest_piece(ocean)
     if count > largest.sum():
         raise InputError(f"a walk of {count} cells does not fit: the largest piece of ocean has {largest.sum()}")
     y, x = rng.choice(np.argwhere(largest))
@@ -276,6 +272,18 @@ def walk(ocean: np.ndarray, count: int, rng: np.random.Generator, turn: float = 
     else:
         raise InputError(f"no walk of {count} cells found on this ocean")
     return observed
+
+
+def largest_piece(ocean: np.ndarray) -> np.ndarray:
+    """The largest connected piece of ocean, (y, x) bool.
+
+    Raises:
+      InputError: there is no ocean.
+    """
+    pieces, number = ndimage.label(ocean)
+    if number == 0:
+        raise InputError("no ocean cell to walk on")
+    return pieces == 1 + np.argmax(ndimage.sum(ocean, pieces, range(1, number + 1)))
 
 
 def _inside(ocean: np.ndarray, y: int, x: int) -> bool:
@@ -324,6 +332,56 @@ def parse(spec: str, ocean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     except ValueError:
         pass
     raise InputError(f"pattern {spec!r} is not one of line:ROW, walk:CELLS, cells:FRACTION, swath:WIDTH")
+
+
+def pattern_table(ocean: np.ndarray, count: int, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random patterns to train on: a sixth none at all, the others lines, walks and scattered cells in equal parts.
+
+    Lines are rows or columns of the grid, or the part of one that fits; walks and scattered cells have a number of
+    cells from 4 to `rows`, spread evenly in its logarithm.
+
+    Returns:
+      Flat cell indices (count, rows), of which the first n count, and n (count,); int32.
+
+    Raises:
+      InputError: fewer than four rows, or ocean too small for them.
+    """
+    if rows < 4 or ocean.sum() < 4:
+        raise InputError(f"patterns of 4 cells and more need 4 rows and 4 ocean cells, got {rows} and {ocean.sum()}")
+    piece = int(largest_piece(ocean).sum())
+    table, counts = np.zeros((count, rows), np.int32), np.zeros(count, np.int32)
+    index = np.arange(ocean.size).reshape(ocean.shape)
+    lines = [
+        line[wet] for grid, water in ((index, ocean), (index.T, ocean.T)) for line, wet in zip(grid, water, strict=True)
+    ]
+    lines = [line for line in lines if line.size >= 4]
+    for number in range(count):
+        rng = np.random.default_rng([seed, number, 0x7AB])
+        kind = rng.choice(["none", "line", "walk", "cells"], p=[1 / 6, 5 / 18, 5 / 18, 5 / 18])
+        most = min(rows, int(ocean.sum()))
+        size = int(np.exp(rng.uniform(np.log(4), np.log(most + 1))))
+        if kind == "none":
+            continue
+        if kind == "line" and lines:
+            chosen = lines[rng.integers(len(lines))]
+            start = rng.integers(max(chosen.size - rows, 0) + 1)
+            chosen = chosen[start : start + rows]
+        elif kind == "walk":
+            chosen = np.flatnonzero(walk(ocean, min(size, piece), rng))
+        else:
+            chosen = rng.choice(np.flatnonzero(ocean), size, replace=False)
+        table[number, : chosen.size], counts[number] = chosen, chosen.size
+    return table, counts
+
+
+def from_table(cells: Int[Array, "m"], count: Int[Array, ""], field: Field, sigma: float) -> Observation:
+    """One row of `pattern_table` as an observation of a standardised field (y, x, c), inside of jit."""
+    valid = jnp.arange(len(cells)) < count
+    values = jnp.where(valid[:, None], field.reshape(-1, field.shape[-1])[cells], 0.0)
+    corners = jnp.zeros((len(cells), CORNERS), jnp.int32).at[:, 0].set(cells)
+    weights = jnp.zeros((len(cells), CORNERS)).at[:, 0].set(valid.astype(jnp.float32))
+    errors = jnp.where(valid[:, None], sigma, jnp.ones_like(values))
+    return Observation(corners, weights, values, errors, valid)
 
 
 def usual(ocean: np.ndarray) -> tuple[str, ...]:

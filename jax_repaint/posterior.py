@@ -10,6 +10,7 @@ and the output is the last corrected x0. Started from noise alone, N(0, sigma_1^
 variance exceeds sigma_1^2 are lost; from the linear mean, their spread is.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from flax import struct
 
 from jax_repaint import guide, transition
 from jax_repaint.array_types import Array, Field, Float, Key, Level
-from jax_repaint.denoise import Denoiser, PrincipalGaussian
+from jax_repaint.denoise import Denoiser, PrincipalGaussian, Regimes
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
 from jax_repaint.prior.analysis import Analysis
@@ -98,38 +99,76 @@ def evidence_for(
     hyper: Posterior,
     ocean: Float[Array, "y x 1"],
     observation: Observation | None = None,
-    gaussian: PrincipalGaussian | None = None,
+    gaussian: PrincipalGaussian | Regimes | None = None,
     correlation: float | np.ndarray = 0.0,
 ) -> guide.Evidence:
     """What `posterior` needs to know of one pattern, with the gains of its levels where the correction has them.
 
     Made outside of jit and vmap (guide.kalman_gains). Frames that share the pattern differ in
-    `evidence.observation.values` alone.
+    `evidence.observation.values` alone, and the gains of the latest patterns are kept.
 
     Args:
       hyper: its levels and correction.
       ocean: (y, x, 1), 1 on ocean.
       observation: in standardised units; may be left out for the correction `none` only.
-      gaussian: prior of `kalman` and `cov_pigdm`.
+      gaussian: prior of `kalman`, `cov_pigdm` and `given`; of `regimes` their mixture.
       correlation: of the errors of u and v (guide.noise_covariance).
 
     Raises:
-      InputError: the correction needs an observation or a Gaussian prior that was not given.
+      InputError: the correction needs an observation or a Gaussian prior that was not given, a prior of another grid
+        or coast, an observation outside of the grid.
     """
     ocean = jnp.asarray(ocean, jnp.float32)
     if hyper.correction == "none":
         return guide.Evidence(ocean)
     if observation is None:
         raise InputError(f"the correction {hyper.correction} needs an observation")
+    if int(observation.cells.max()) >= ocean.size:
+        raise InputError(
+            f"an observation is at cell {int(observation.cells.max())} of a grid of {ocean.size}; was it made for "
+            "another grid, or not padded (observe.pad_grid)?"
+        )
     known = guide.Evidence(ocean, observation, guide.noise_covariance(observation, correlation))
     if hyper.correction == "pigdm":
         gaussian = guide.white(ocean, observation.values.shape[-1])
-    elif hyper.correction not in ("kalman", "cov_pigdm"):
+    elif hyper.correction not in ("kalman", "cov_pigdm", "given", "regimes"):
         return known
-    if gaussian is None:
-        raise InputError(f"the correction {hyper.correction} needs a Gaussian prior")
-    gain = guide.kalman_gains(gaussian, observation, np.asarray(hyper.sigma), correlation)
-    return known.replace(gaussian=gaussian, gain=gain)
+    mixture = hyper.correction == "regimes"
+    if not isinstance(gaussian, Regimes if mixture else PrincipalGaussian):
+        needed = "mixture of regimes" if mixture else "Gaussian prior"
+        raise InputError(f"the correction {hyper.correction} needs a {needed}")
+    for prior in (each := gaussian.each() if mixture else [gaussian]):
+        if prior.ocean.shape != ocean.shape or not bool((prior.ocean == ocean).all()):
+            raise InputError(
+                f"the prior is of another grid or coast: {prior.ocean.shape[:2]} with {int(prior.ocean.sum())} ocean "
+                f"cells, the field is {ocean.shape[:2]} with {int(ocean.sum())}"
+            )
+    gains = [_gains(prior, observation, np.asarray(hyper.sigma), correlation) for prior in each]
+    if mixture:
+        return known.replace(regimes=gaussian, gain=jax.tree.map(lambda *g: jnp.stack(g, 1), *gains))
+    return known.replace(gaussian=gaussian, gain=gains[0])
+
+
+_kept: dict[bytes, guide.Gain] = {}
+KEPT_BYTES = 2**28
+
+
+def _gains(
+    gaussian: PrincipalGaussian, observation: Observation, sigma: np.ndarray, correlation: float | np.ndarray
+) -> guide.Gain:
+    """guide.kalman_gains, from those of the latest patterns where it has been made before."""
+    blank = observation.replace(values=jnp.zeros_like(observation.values))
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves((gaussian, blank, sigma, np.asarray(correlation, np.float32))):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    name = digest.digest()
+    gain = _kept.pop(name, None)
+    if gain is None:
+        gain = guide.kalman_gains(gaussian, observation, sigma, correlation)
+    _kept[name] = gain
+    while len(_kept) > 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(_kept)) > KEPT_BYTES:
+        _kept.pop(next(iter(_kept)))
+    return gain
 
 
 def antithetic(key: Key, members: int) -> tuple[Key, Float[Array, "members"]]:
@@ -206,6 +245,9 @@ def posterior(
     if gain is not None and len(gain.inverse) != len(sigma):
         raise InputError(f"the gains are of {len(gain.inverse)} levels, the sampler has {len(sigma)}")
     correct = guide.CORRECTIONS[hyper.correction]
+    informed = hyper.correction == "given"
+    if informed and not hasattr(denoiser, "given"):
+        raise InputError("the correction given needs a denoiser that takes observations (form conditional)")
     options = {"mmps": {"cg_steps": hyper.cg_steps}, "dps": {"step": hyper.dps_step}}.get(hyper.correction, {})
 
     def noise(number: Array) -> Field:
@@ -213,9 +255,12 @@ def posterior(
 
     def step(state: tuple[Field, Field], now: _Level) -> tuple[tuple[Field, Field], None]:
         x, before = state
-        x0 = correct(
-            lambda x: denoiser(x, now.sigma), x, now.sigma, now.following, evidence.replace(gain=now.gain), **options
-        )
+        here = evidence.replace(gain=now.gain)
+
+        def denoise(x: Field) -> Field:
+            return denoiser.given(x, now.sigma, here) if informed else denoiser(x, now.sigma)
+
+        x0 = correct(denoise, x, now.sigma, now.following, here, **options)
         x0 = jnp.where(evidence.ocean > 0, x0, start)
         ahead = x0 + now.extrapolation * (x0 - before)
         return (transition.ddim(x, ahead, noise(now.number), now.sigma, now.following, hyper.eta), x0), None

@@ -6,6 +6,7 @@
     eps        of a step t drawn uniformly                 1 / sigma^2: the usual |eps_theta - eps|^2
     edm        log-uniform in sigma_min..sigma_max         (1 + sigma^2) / sigma^2 (Karras et al. 2022, section 5)
     anchored   log-uniform in sigma_min..sigma_max         1 / mean square error of the exact Gaussian denoiser
+    conditional  as anchored, with observations drawn anew for every frame and given to both denoisers (conditional.py)
 
     python -m jax_repaint.train --config=configs/attn.py --workdir=runs/attn
 
@@ -30,12 +31,13 @@ import optax
 import pandas as pd
 import tqdm
 from absl import flags, logging
-from flax import nnx
+from flax import nnx, traverse_util
 from ml_collections import ConfigDict, config_flags
 
-from jax_repaint import command, files, model, observe, plots
+from jax_repaint import command, files, guide, model, observe, plots
 from jax_repaint.array_types import Array, Field, Float, Key, Level
 from jax_repaint.checkpoint import Checkpoints, claim, holds_run
+from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data import readers, twin
 from jax_repaint.data.fields import Fields, Split, Standardiser
@@ -82,6 +84,12 @@ def default_config() -> ConfigDict:
                 "max_beta": 0.02,
                 "sigma_min": 0.01,
                 "sigma_max": 130.0,
+            },
+            # What a conditional denoiser is given in training.
+            "observed": {
+                "patterns": 4096,
+                "rows": 96,  # most cells of a pattern
+                "error": 0.05,  # standard error, in standard deviations of the field
             },
             "train": {
                 "seed": 0,
@@ -152,6 +160,9 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"train.warmup_epochs ({t.warmup_epochs}) must be less than train.epochs ({t.epochs})")
     if not 0 < n.sigma_min < n.sigma_max:
         raise InputError(f"noise levels must be 0 < sigma_min < sigma_max, got {n.sigma_min}, {n.sigma_max}")
+    for name in ("patterns", "rows", "error"):
+        if not config.observed[name] > 0:
+            raise InputError(f"observed.{name} must be positive, got {config.observed[name]}")
     if m.rank < 1:
         raise InputError(f"model.rank must be at least 1, got {m.rank}")
     model.make_schedule(dict(n))
@@ -280,14 +291,13 @@ def make_optimiser(config: ConfigDict, steps: Plan) -> tuple[optax.GradientTrans
 
 
 def network_config(config: ConfigDict) -> unet.UNetConfig:
-    """The named network for a form: an anchored denoiser shows it four channels."""
+    """The named network for a form: those on the linear estimate see it, and a conditional one what is observed."""
     named = unet.NETWORKS[config.model.network]
-    anchored = config.model.form == "anchored"
     return dataclasses.replace(
         named,
         dtype=config.model.dtype,
-        inputs=4 if anchored else 2,
-        zero_output=named.zero_output or anchored,
+        inputs=model.INPUTS[config.model.form],
+        zero_output=named.zero_output or config.model.form in ("anchored", "conditional"),
     )
 
 
@@ -304,6 +314,8 @@ def make_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.Gra
     ocean = gaussian.ocean
     cells = ocean if config.train.ocean_only else jnp.ones_like(ocean)
     form = config.model.form
+    if form == "conditional":
+        return _make_conditional_loss(config, gaussian, graphdef)
 
     def loss(params: dict, x0: Field, key: Key, place: Level, training: bool) -> Level:
         if form == "eps":
@@ -322,6 +334,38 @@ def make_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.Gra
             estimate = denoiser(x, sigma, dropout if training else None)
         error = estimate - x0
         return weight * jnp.sum(cells * error**2) / (cells.sum() * x0.shape[-1])
+
+    return loss
+
+
+def _make_conditional_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.GraphDef | None) -> Loss:
+    low, high = math.log(config.noise.sigma_min), math.log(config.noise.sigma_max)
+    wet = np.asarray(gaussian.ocean)[..., 0] > 0
+    table = observe.pattern_table(wet, config.observed.patterns, config.observed.rows, config.train.seed)
+    cells, counts = (jnp.asarray(part) for part in table)
+
+    def observe_some(x0: Field, key: Key) -> guide.Evidence:
+        which, noise = jax.random.split(key)
+        number = jax.random.randint(which, (), 0, len(counts))
+        seen = observe.from_table(cells[number], counts[number], x0, config.observed.error)
+        values = seen.values + seen.sigma * jax.random.normal(noise, seen.values.shape)
+        return guide.Evidence(gaussian.ocean, seen.replace(values=values), guide.noise_covariance(seen), gaussian)
+
+    def loss(params: dict, x0: Field, key: Key, place: Level, training: bool) -> Level:
+        sigma = jnp.exp(low + (high - low) * place)
+        noise, pattern, dropout = jax.random.split(key, 3)
+        x = x0 + sigma * jax.random.normal(noise, x0.shape)
+        evidence = observe_some(x0, pattern)
+        gain = guide.kalman_gain(gaussian, evidence.observation, evidence.noise, sigma)
+        evidence = evidence.replace(gain=gain)
+        if graphdef is None:
+            estimate = guide.kalman(lambda x: gaussian(x, sigma), x, sigma, sigma, evidence)
+        else:
+            denoiser = ConditionalDenoiser(params, gaussian, graphdef)
+            estimate = denoiser.given(x, sigma, evidence, dropout if training else None)
+        expected = guide.remaining_variance(gaussian, evidence.observation, gain, sigma)
+        error = gaussian.ocean * (estimate - x0)
+        return jnp.sum(error**2) / (gaussian.ocean.sum() * x0.shape[-1]) / expected
 
     return loss
 
@@ -610,9 +654,20 @@ def _weights_of(folder: str, network: unet.UNetConfig) -> dict:
     loaded = model.load(source / "model" if (source / "model").is_dir() else source)
     # Dropout and the number type change no weight.
     alike = dataclasses.replace(loaded.network, dropout=network.dropout, dtype=network.dtype)
-    if alike != network:
+    grown = (loaded.network.inputs, network.inputs) == (model.INPUTS["anchored"], model.INPUTS["conditional"])
+    if dataclasses.replace(alike, inputs=network.inputs) != network or not (grown or alike == network):
         raise InputError(f"init_from: the network of {folder} is another one: {loaded.network}")
-    return loaded.params
+    return _see_more(loaded.params, network) if grown else loaded.params
+
+
+def _see_more(params: dict, network: unet.UNetConfig) -> dict:
+    """The same function of the first inputs of a network that has more, whose kernels start from 0."""
+    shapes = traverse_util.flatten_dict(unet.structure(network)[1])
+    flat = traverse_util.flatten_dict(params)
+    for name, leaf in flat.items():
+        extra = [(0, new - old) for new, old in zip(shapes[name].shape, leaf.shape, strict=True)]
+        flat[name] = jnp.pad(leaf, extra)
+    return traverse_util.unflatten_dict(flat)
 
 
 class Log:

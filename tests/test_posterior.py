@@ -152,6 +152,25 @@ def test_correlated_errors_weigh_as_in_dense_algebra(gaussian, observation, dens
         np.testing.assert_allclose(mine, exact, atol=1e-4 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("sigma", [0.02, 1.0, 80.0, np.inf])
+def test_gains_on_the_device_are_those_of_the_host(gaussian, observation, sigma):
+    host = jax.tree.map(lambda g: g[0], guide.kalman_gains(gaussian, observation, np.array([sigma]), correlation=0.4))
+    noise = guide.noise_covariance(observation, 0.4)
+    device = jax.jit(guide.kalman_gain)(gaussian, observation, noise, jnp.float32(sigma))
+    for ours, exact in zip(jax.tree.leaves(device), jax.tree.leaves(host), strict=True):
+        np.testing.assert_allclose(ours, exact, atol=1e-4 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("sigma", [0.05, 1.0, 80.0, np.inf])
+def test_remaining_variance_is_the_dense_trace(gaussian, observation, dense, sigma):
+    sea, covariance, a, _ = dense
+    given_x = np.linalg.inv(np.linalg.inv(covariance) + np.eye(sea.size) / sigma**2)
+    left = given_x - given_x @ a.T @ np.linalg.solve(a @ given_x @ a.T + NOISE**2 * np.eye(len(a)), a @ given_x)
+    gain = jax.tree.map(lambda g: g[0], guide.kalman_gains(gaussian, observation, np.array([sigma])))
+    found = jax.jit(guide.remaining_variance)(gaussian, observation, gain, jnp.float32(sigma))
+    assert float(found) == pytest.approx(np.trace(left) / sea.size, rel=1e-4)
+
+
 @pytest.mark.parametrize("correction", ["paste", "pigdm"])
 def test_corrections_without_a_covariance(gaussian, ocean, correction):
     """Both are Kalman corrections of a white prior: with exact observations, and with its own denoiser."""
@@ -321,6 +340,27 @@ def test_land_keeps_the_start_and_pairs_mirror_every_draw(gaussian, observation,
     np.testing.assert_allclose(field, mirrored, atol=1e-6)
 
 
+def test_more_observations_than_memory_holds_are_refused(gaussian, observation, monkeypatch):
+    monkeypatch.setattr(guide, "_free_memory", lambda: 1_000_000)
+    with pytest.raises(InputError, match=r"32 observed positions at 16 noise levels need .* 16 fit"):
+        guide.kalman_gains(gaussian, observation, np.full(16, 1.0))
+
+
+def test_gains_of_a_pattern_are_made_once(gaussian, observation, monkeypatch):
+    made = []
+    make = guide.kalman_gains
+    monkeypatch.setattr(guide, "kalman_gains", lambda *args: made.append(args) or make(*args))
+    hyper = Posterior.create(2.7, count=3)
+    first = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+    other = evidence_for(hyper, gaussian.ocean, observation.replace(values=observation.values + 1), gaussian)
+    assert len(made) == 1
+    assert other.gain is first.gain
+    np.testing.assert_array_equal(other.observation.values, observation.values + 1)
+    evidence_for(hyper, gaussian.ocean, observation.replace(sigma=2 * observation.sigma), gaussian)
+    evidence_for(hyper.replace(sigma=2 * hyper.sigma), gaussian.ocean, observation, gaussian)
+    assert len(made) == 3
+
+
 def test_mistakes_are_named(gaussian, observation):
     for options in (
         {"correction": "magic"},
@@ -338,6 +378,12 @@ def test_mistakes_are_named(gaussian, observation):
         evidence_for(hyper, gaussian.ocean)
     with pytest.raises(InputError, match="needs a Gaussian"):
         evidence_for(hyper, gaussian.ocean, observation)
+    with pytest.raises(InputError, match="needs a mixture of regimes"):
+        evidence_for(Posterior.create(3.4, correction="regimes"), gaussian.ocean, observation, gaussian)
+    with pytest.raises(InputError, match="another grid or coast"):
+        evidence_for(hyper, jnp.ones((*SHAPE, 1)), observation, gaussian)
+    with pytest.raises(InputError, match="another grid, or not padded"):
+        evidence_for(hyper, gaussian.ocean, observation.replace(cells=observation.cells + 200), gaussian)
     with pytest.raises(InputError, match="positive"):
         guide.kalman_gains(gaussian, observation, np.zeros(1))
     with pytest.raises(InputError, match="correlation"):

@@ -5,6 +5,7 @@ multiple of `UNetConfig.multiple`, the number of channels is free.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,7 @@ def create(config: UNetConfig, seed: int) -> tuple[nnx.GraphDef, dict]:
     return graphdef, traverse_util.unflatten_dict(params)
 
 
+@functools.cache
 def structure(config: UNetConfig) -> tuple[nnx.GraphDef, dict]:
     """The static graph and the shapes of the parameters, without making any."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: UNet(config, nnx.Rngs(0))))

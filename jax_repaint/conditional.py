@@ -1,0 +1,64 @@
+"""A denoiser that is given the observations: D(x, y; sigma) = E[x0 | x = x0 + sigma n, y = A x0 + e].
+
+A sampler needs no correction of such an estimate. For observed cells the observation and x together are cells of less
+noise, and E[x0 | x, y] is denoising with a noise level of its own in each cell; a network that learns it has to see
+the pattern, and has to be trained on patterns.
+
+    D(x, y; sigma) = G + c F((x - G) / r(sigma), G, observed; sigma)
+    G = E[x0 | x, y] of the Gaussian prior, the Kalman analysis of its exact denoiser
+    c^2 = expected mean square error of G,   r^2 = mean square of x - D_G without observations
+
+With F = 0 it is the best linear estimate from x and y together. Without observations it is `denoise.AnchoredDenoiser`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from jax_repaint import guide
+from jax_repaint.array_types import Array, Field, Float, Key, Level
+from jax_repaint.denoise import PrincipalGaussian, precondition
+from jax_repaint.nets import unet
+
+
+@struct.dataclass
+class ConditionalDenoiser:
+    """The denoiser of the module docstring; called without observations it is one of the prior."""
+
+    params: dict
+    gaussian: PrincipalGaussian
+    graphdef: nnx.GraphDef = struct.field(pytree_node=False)
+
+    def __call__(self, x: Field, sigma: Level, dropout: Key | None = None) -> Field:
+        """E[x0 | x]."""
+        x = x * self.gaussian.ocean
+        observed = jnp.zeros_like(self.gaussian.ocean)
+        return self._correct(
+            x, self.gaussian(x, sigma), self.gaussian.residual_variance(sigma), observed, sigma, dropout
+        )
+
+    def given(self, x: Field, sigma: Level, evidence: guide.Evidence, dropout: Key | None = None) -> Field:
+        """E[x0 | x, y].
+
+        Args:
+          x: (y, x, c) = x0 + sigma n.
+          evidence: with the Gaussian of this denoiser and the gain of this level.
+        """
+        x = x * self.gaussian.ocean
+        estimate = guide.kalman(lambda x: self.gaussian(x, sigma), x, sigma, sigma, evidence)
+        error = guide.remaining_variance(self.gaussian, evidence.observation, evidence.gain, sigma)
+        return self._correct(x, estimate, error, share_observed(evidence), sigma, dropout)
+
+    def _correct(
+        self, x: Field, estimate: Field, error: Level, observed: Array, sigma: Level, dropout: Key | None
+    ) -> Field:
+        removed = (x - estimate) * jax.lax.rsqrt(self.gaussian.removed_variance(sigma))
+        seen = jnp.concatenate([removed, estimate, observed], axis=-1)
+        f = unet.apply(self.graphdef, self.params, seen[None], precondition(sigma).position[None], dropout)[0]
+        return estimate + jnp.sqrt(error) * self.gaussian.ocean * f
+
+
+def share_observed(evidence: guide.Evidence) -> Float[Array, "y x 1"]:
+    """How much of each cell the observations see, 0..1: 1 in an observed cell, the weights of points between cells."""
+    ones = evidence.observation.valid.astype(jnp.float32)[:, None]
+    return jnp.minimum(evidence.spread(ones), 1.0)
