@@ -1,0 +1,138 @@
+"""What a network has learnt beyond a covariance: its denoising error by noise level beside the Gaussian denoiser's.
+
+    python -m jax_repaint.levels --model=runs/small/model --frames=64
+    python -m jax_repaint.levels --model=runs/conditional/model --pattern=walk:90
+
+For held-out frames x0 and x = x0 + sigma n it prints, at every level, the mean square of D(x; sigma) - x0 over ocean
+cells, the same of the exact Gaussian denoiser of the training covariance, and the ratio of the two. Where that is not
+below 1 the network has learnt nothing that the covariance does not say. With a pattern both are given observations:
+the Gaussian by a Kalman analysis, a conditional network as it was trained, others by the sampler's correction `kalman`.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from absl import flags
+
+from jax_repaint import command, evaluate, files, guide, metrics, model
+from jax_repaint.array_types import Array, Field, Float, Key, Level
+from jax_repaint.data.fields import Fields
+from jax_repaint.denoise import Denoiser, PrincipalGaussian
+from jax_repaint.ensemble import member_keys
+from jax_repaint.errors import InputError
+from jax_repaint.model import Model
+
+DENOISING = 7  # names the noise of this module among the members of a frame
+COLUMNS = ("sigma", "network", "gaussian", "ratio", "lo", "hi")
+
+
+@jax.jit
+def _errors(
+    denoiser: Denoiser,
+    gaussian: PrincipalGaussian,
+    sigmas: Float[Array, "n"],
+    x0: Field,
+    evidence: guide.Evidence,
+    key: Key,
+) -> Float[Array, "n 2"]:
+    """Mean square errors of network and Gaussian on one frame at every level."""
+    cells = gaussian.ocean.sum() * x0.shape[-1]
+
+    def one(now: tuple[Level, Array]) -> Float[Array, "2"]:
+        sigma, number = now
+        x = x0 + gaussian.ocean * sigma * jax.random.normal(jax.random.fold_in(key, number), x0.shape)
+        estimates = denoiser(x, sigma), gaussian(x, sigma)
+        if evidence.observation is not None:
+            here = evidence.replace(gain=guide.kalman_gain(gaussian, evidence.observation, evidence.noise, sigma))
+            informed = hasattr(denoiser, "given")
+            estimates = tuple(guide.kalman(lambda x, e=e: e, x, sigma, sigma, here) for e in estimates)
+            if informed:
+                estimates = denoiser.given(x, sigma, here), estimates[1]
+        return jnp.stack([jnp.sum(gaussian.ocean * (e - x0) ** 2) / cells for e in estimates])
+
+    return jax.lax.map(one, (sigmas, jnp.arange(len(sigmas), dtype=jnp.int32)))
+
+
+def denoising_errors(
+    trained: Model,
+    fields: Fields,
+    numbers: np.ndarray,
+    sigmas: np.ndarray,
+    pattern: str = "",
+    seed: int = 0,
+) -> Float[np.ndarray, "frames n 2"]:
+    """Mean square errors of the network and of the exact Gaussian denoiser, standardised units.
+
+    Args:
+      fields: held-out frames, `numbers` theirs in the series.
+      sigmas: (n,) noise levels.
+      pattern: of observations that both are given; none if empty.
+
+    Raises:
+      InputError: a level outside of the network's training, another grid.
+    """
+    low, high = trained.sigma
+    outside = (np.asarray(sigmas) < 0.999 * low) | (np.asarray(sigmas) > 1.001 * high)
+    if outside.any():
+        raise InputError(f"the network was trained for noise from {low:g} to {high:g}, not for {sigmas[outside][0]:g}")
+    cases = evaluate.make_cases(trained, fields, numbers, [pattern or "cells:0.02"], seed)
+    keys = member_keys(seed, numbers, [DENOISING])[:, 0]
+    rows = []
+    for case, key in zip(cases, keys, strict=True):
+        x0 = trained.standardiser.standardise(case.truth, fields.ocean)
+        x0 = jnp.asarray(np.pad(x0, [(0, n - m) for n, m in zip(trained.padded, fields.shape, strict=True)] + [(0, 0)]))
+        evidence = guide.Evidence(trained.gaussian.ocean)
+        if pattern:
+            noise = guide.noise_covariance(case.observation)
+            evidence = guide.Evidence(evidence.ocean, case.observation, noise, trained.gaussian)
+        levels = jnp.asarray(sigmas, jnp.float32)
+        rows.append(np.asarray(_errors(trained.denoiser, trained.gaussian, levels, x0, evidence, key)))
+    return np.stack(rows)
+
+
+def table(errors: np.ndarray, sigmas: np.ndarray, block: int = 1) -> pd.DataFrame:
+    """One row a level: mean errors, their ratio and its paired bootstrap interval (metrics.ratio_of_means)."""
+    rows = []
+    for level, sigma in enumerate(sigmas):
+        network, gaussian = errors[:, level].T
+        found = metrics.ratio_of_means(network, gaussian, block, seed=0)
+        rows.append((sigma, network.mean(), gaussian.mean(), found.ratio, found.lo, found.hi))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("model", None, "Folder of a model, as training writes it.")
+    flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
+    flags.DEFINE_integer("frames", 64, "Test frames, drawn at random.", lower_bound=1)
+    flags.DEFINE_integer("levels", 13, "Noise levels over the network's range, evenly in log sigma.", lower_bound=2)
+    flags.DEFINE_string("pattern", "", "Observations that both denoisers are given, such as line:22; none if empty.")
+    flags.DEFINE_integer("seed", 0, "Of frames, patterns and noise.", lower_bound=0)
+    flags.DEFINE_string("out", "", "CSV file for the table; none if empty.")
+    flags.mark_flag_as_required("model")
+
+
+def main(_) -> None:
+    """Prints the table."""
+    if FLAGS.out:
+        files.check_writable(FLAGS.out, (".csv",))
+    trained = model.load(FLAGS.model)
+    fields, split = evaluate.data_of(trained, FLAGS.fields)
+    numbers = evaluate.pick(split, FLAGS.frames, FLAGS.seed)
+    sigmas = np.geomspace(*trained.sigma, FLAGS.levels)
+    errors = denoising_errors(trained, fields.select(numbers), numbers, sigmas, FLAGS.pattern, FLAGS.seed)
+    rows = table(errors, sigmas, evaluate.block_length(split, len(numbers)))
+    print(rows.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    if FLAGS.out:
+        with files.whole_file(Path(FLAGS.out)) as temporary:
+            rows.to_csv(temporary, index=False)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    command.run(main)
