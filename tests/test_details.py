@@ -1,0 +1,71 @@
+"""Details of an ensemble: a perfect one, a rotated one and a smoothed one are told apart."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from jax_repaint import details, metrics
+from jax_repaint.data.fields import Fields
+
+SHAPE = (20, 26)
+
+
+@pytest.fixture(scope="module")
+def fields():
+    rng = np.random.default_rng(0)
+    velocity = ndimage.gaussian_filter(rng.standard_normal((3, *SHAPE, 2)), (0, 1.5, 1.5, 0))
+    velocity[:, :4, :6] = np.nan
+    time = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "h")
+    return Fields.create(velocity, 18 + 0.01 * np.arange(20), 295 + 0.01 * np.arange(26), time, name="made")
+
+
+def rows(fields, change, count=6):
+    rng = np.random.default_rng(1)
+    made = []
+    for velocity in fields.velocity:
+        scored = metrics.scored_cells(velocity, fields.ocean, np.zeros(SHAPE, bool))
+        members = np.stack([change(np.nan_to_num(velocity), rng) for _ in range(count)])
+        made.append(details.of_frame(velocity, members, scored, fields))
+    return details.summary(made)
+
+
+def test_the_truth_itself_is_perfect(fields):
+    row = rows(fields, lambda v, rng: v)
+    for name in ("energy_score", "direction_error", "divergence_rmse", "vorticity_rmse", "eddy_brier"):
+        assert row[name] == pytest.approx(0, abs=1e-6)
+    for name in ("divergence_ratio", "vorticity_ratio", "eddy_hit_rate", "short_waves"):
+        assert row[name] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_turned_field_has_that_direction_error(fields):
+    turn = np.array([[0.0, -1.0], [1.0, 0.0]])
+    row = rows(fields, lambda v, rng: v @ turn.T)
+    assert row["direction_error"] == pytest.approx(90, abs=1e-3)
+    # A quarter turn of the vectors makes vorticity of divergence.
+    assert row["short_waves"] == pytest.approx(1, abs=1e-6)
+
+
+def test_noise_and_smoothing_show_at_short_waves(fields):
+    noisy = rows(fields, lambda v, rng: v + 0.1 * rng.standard_normal(v.shape))
+    smooth = rows(fields, lambda v, rng: ndimage.gaussian_filter(v, (1, 1, 0)))
+    assert noisy["short_waves"] > 2
+    assert smooth["short_waves"] < 0.5
+    assert noisy["vorticity_ratio"] > 1 > smooth["vorticity_ratio"]
+
+
+def test_sizes_of_cells_are_those_of_the_sphere(fields):
+    dx, dy = details.cell_sizes(fields)
+    metres = np.radians(0.01) * 6_371_000
+    np.testing.assert_allclose(dy, metres, rtol=2e-3)
+    np.testing.assert_allclose(dx, (metres * np.cos(np.radians(fields.lat)))[:, None] * np.ones(SHAPE), rtol=2e-3)
+
+
+def test_columns_that_a_coast_does_not_allow_are_left_out():
+    velocity = np.random.default_rng(0).standard_normal((1, 2, 9, 2))
+    time = np.array(["2020-01-01"], "datetime64[ns]")
+    narrow = Fields.create(velocity, 18 + 0.01 * np.arange(2), 295 + 0.01 * np.arange(9), time, name="canal")
+    scored = np.ones((2, 9), bool)
+    row = details.summary([details.of_frame(velocity[0], velocity[0][None], scored, narrow)])
+    assert set(row) == {"energy_score", "direction_error"}
+    assert np.isnan(row["energy_score"])
+    assert row["direction_error"] == pytest.approx(0, abs=1e-6)
