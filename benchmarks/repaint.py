@@ -29,17 +29,17 @@ GRID = (48, 96)
 FORMS = ("scan", "steps", "eager")
 
 
-def frame(seed: int = 0) -> Known:
+def frame(seed: int = 0, grid: tuple[int, int] = GRID) -> Known:
     """A made-up frame: a tenth of the cells observed, a rough prior for the rest."""
     keys = jax.random.split(jax.random.key(seed), 3)
-    shape = (*GRID, 2)
-    missing = jax.random.uniform(keys[0], (*GRID, 1)) > 0.1
+    shape = (*grid, 2)
+    missing = jax.random.uniform(keys[0], (*grid, 1)) > 0.1
     value = jnp.where(missing, 0.0, jax.random.normal(keys[1], shape))
     return Known(value, missing, jnp.zeros(shape), jax.random.uniform(keys[2], shape))
 
 
-def _noise(key: Key, number: int | Array, purpose: int) -> Field:
-    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, number), purpose), (*GRID, 2))
+def _noise(key: Key, number: int | Array, purpose: int, known: Known) -> Field:
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, number), purpose), known.value.shape)
 
 
 def _weight(known: Known, stage: Repaint) -> Field:
@@ -49,7 +49,7 @@ def _weight(known: Known, stage: Repaint) -> Field:
 def first(key: Key, known: Known, schedule: Schedule, stage: Repaint) -> Field:
     """x_t at t_start: prior mean and observations, diffused."""
     start = jnp.where(known.missing, known.prior_mean, known.value)
-    n = _noise(key, stage.calls, 3)
+    n = _noise(key, stage.calls, 3, known)
     return transition.diffuse(start, _weight(known, stage) * n, schedule.alpha_bar[stage.t_start])
 
 
@@ -61,10 +61,10 @@ def step(
     x0 = denoiser(x_t / jnp.sqrt(schedule.alpha_bar[t]), schedule.sigma[t])
     mu = transition.ancestral_mean(x_t, x0, schedule.beta[t], schedule.alpha_bar[t], schedule.alpha_bar_prev[t])
     w = _weight(known, stage)
-    x_s = mu + w * jnp.sqrt(schedule.posterior_variance[t]) * _noise(key, number, 0)
-    pasted = transition.diffuse(known.value, _noise(key, number, 1), schedule.alpha_bar_prev[t])
+    x_s = mu + w * jnp.sqrt(schedule.posterior_variance[t]) * _noise(key, number, 0, known)
+    pasted = transition.diffuse(known.value, _noise(key, number, 1, known), schedule.alpha_bar_prev[t])
     x_s = jnp.where(known.missing, x_s, pasted)
-    return jnp.where(again, transition.renoise(x_s, w * _noise(key, number, 2), schedule.beta[t]), x_s)
+    return jnp.where(again, transition.renoise(x_s, w * _noise(key, number, 2, known), schedule.beta[t]), x_s)
 
 
 def _calls(
@@ -85,7 +85,7 @@ def _calls(
         return jax.vmap(one, in_axes=(0, 0, None, None, None))
 
     start = jax.jit(jax.vmap(lambda key: first(key, known, schedule, stage)))
-    sampler, sampler_s = measure.compiled(lambda keys, *a: jax.vmap(lambda key: repaint(key, *a))(keys), keys, *fixed)
+    sampler, sampler_s = measure.compiled(lambda keys, *a: jax.vmap(lambda key: repaint(key, *a).x)(keys), keys, *fixed)
     advance, advance_s = measure.compiled(
         lambda x, keys, now, a: all_members(*a)(x, keys, *now), start(keys), keys, steps[0], fixed
     )

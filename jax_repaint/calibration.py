@@ -16,7 +16,7 @@ promised nothing.
 
 Sources: Breiman, "Stacked regressions" (1996), the weight; Papadopoulos, Proedrou, Vovk, Gammerman, "Inductive
 confidence machines for regression" (2002), the scale; Vovk, Gammerman, Shafer, "Algorithmic learning in a random world"
-(2005), section 4.5, scales by category ("Mondrian").
+(2005), scales by category ("Mondrian").
 """
 
 import dataclasses
@@ -359,8 +359,9 @@ def fit(
 
     q is one number a bin with 39 blocks or more, one for all with 19 or more; both then times one factor that restores
     the sum over all bins after interpolation. Scores of a block come from w and c learnt without it. The promise is
-    exact when the block changes neither; twelve numbers from thousands of values hardly change. A quantile within each
-    frame followed by one over frames would promise 90 % of 90 % of frames, which is wider than what "90 %" says.
+    exact when the block changes neither; twelve numbers from thousands of values hardly change. It is for all values of
+    all patterns together, not for each pattern. A quantile within each frame followed by one over frames would promise
+    90 % of the values in 90 % of the frames, which covers more than 90 % wherever frames differ.
 
     Args:
       truth, prior_mean, prior_variance: (y, x, 2) each, m/s and (m/s)^2.
@@ -374,9 +375,10 @@ def fit(
       InputError: no fields, lists of different length, fewer than two blocks, shapes that do not fit, members without
         a spread, a scored value that is not finite.
 
-    Sources: see above; Kunsch, "The jackknife and the bootstrap for general stationary observations" (1989), the
-    guard; Lee, Barber, Willett, "Distribution-free inference with hierarchical data" (2023), q from blocks of many
-    values; Barber, Candes, Ramdas, Tibshirani, "Predictive inference with the jackknife+" (2021), leaving one out.
+    Sources: see above; Carlstein, "The use of subseries values for estimating the variance of a general statistic from
+    a stationary sequence" (1986), blocks that do not overlap; Lee, Barber, Willett, "Distribution-free inference with
+    hierarchical data" (2023), q from blocks of many values; Barber, Candes, Ramdas, Tibshirani, "Predictive inference
+    with the jackknife+" (2021), leaving one out.
     """
     values = _gather(truth, prior_mean, prior_variance, members, scored, block, antithetic)
     count = len(members[0])
@@ -469,8 +471,7 @@ def _ratio(products: np.ndarray, squares: np.ndarray, rising: bool) -> np.ndarra
     """Least-squares weights (..., bins), unclipped; nothing to learn from gives 0.
 
     Rising ones by the max-min formula, w_b = max_{i <= b} min_{j >= b} sum_i^j products / sum_i^j squares
-    (Robertson, Wright, Dykstra, "Order restricted statistical inference", 1988, eq. 1.4.3), which takes all resamples
-    at once.
+    (Robertson, Wright, Dykstra, "Order restricted statistical inference", 1988), which takes all resamples at once.
     """
     if not rising:
         return np.divide(products, squares, out=np.zeros_like(products), where=squares > 0)

@@ -1,74 +1,103 @@
-"""Ensembles: many members of many frames from one sampler, by vmap over both and in chunks.
+"""Ensembles: many members of many frames from one sampler, by vmap over both, in chunks, on all local devices.
 
 Every random number comes from a key folded from (seed, frame, member), into which the samplers fold stage and step.
-So a member does not depend on how many others are computed, in what order, or in chunks of what size.
+So a member does not depend on how many others are computed, in what order, in chunks of what size or on how many
+devices; and members of the same number have the same noise under all hyperparameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_repaint import guide
+from jax_repaint import guide, sample
 from jax_repaint.array_types import Array, Float, Int, Key
 from jax_repaint.denoise import Denoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.posterior import Posterior, linear_sample, posterior
 from jax_repaint.prior.analysis import Analysis
-from jax_repaint.sample import Known, Repaint, repaint_stages
+from jax_repaint.sample import Known, Outcome, Repaint, repaint_stages
 from jax_repaint.schedule import Schedule
 
 
 def member_keys(seed: int, frames: Sequence[int], members: Sequence[int]) -> Key:
     """Keys (frames, members), folded from the seed, the number of the frame and the number of the member."""
-    root = jax.random.key(seed)
+    return _member_keys(jax.random.key(seed), jnp.asarray(frames, jnp.int32), jnp.asarray(members, jnp.int32))
 
+
+@jax.jit
+def _member_keys(root: Key, frames: Int[Array, "f"], members: Int[Array, "m"]) -> Key:
     def one(frame: Int[Array, ""], member: Int[Array, ""]) -> Key:
         return jax.random.fold_in(jax.random.fold_in(root, frame), member)
 
-    of_members = jax.vmap(one, (None, 0))
-    return jax.jit(jax.vmap(of_members, (0, None)))(jnp.asarray(frames, jnp.int32), jnp.asarray(members, jnp.int32))
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(frames, members)
+
+
+def over_devices(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the one axis "members", over all local devices or those given."""
+    chosen = np.asarray(jax.local_devices() if devices is None else devices, object)
+    if not chosen.size:
+        raise InputError("members need at least one device")
+    return Mesh(chosen, ("members",), axis_types=(AxisType.Auto,))
 
 
 def in_chunks(
-    run: Callable[[Int[Array, "k"], Any], Float[Array, "k ..."]], rows: np.ndarray, per_row: Any, chunk: int
-) -> np.ndarray:
-    """run(rows, per_row) over chunks of one size, so that it compiles once; the last one is filled up and cut.
+    run: Callable[..., Any],
+    rows: np.ndarray,
+    per_row: Any,
+    chunk: int,
+    shared: Any = (),
+    devices: Sequence[jax.Device] | None = None,
+) -> Any:
+    """run(rows, per_row, *shared) over chunks of one size, so that it compiles once; the last is filled up and cut.
+
+    The rows of a chunk are split evenly over the devices; a chunk is rounded up to a multiple of their number.
 
     Args:
-      run: rows (k,) and the rows of `per_row` to results (k, ...).
+      run: rows (k,), the rows of `per_row` and all of `shared` to a pytree of results (k, ...).
       rows: (n,) whole numbers.
       per_row: a pytree of arrays (n, ...).
       chunk: rows a call, at least 1.
+      shared: further arguments, copied to every device once.
+      devices: all local ones by default.
+
+    Returns:
+      Results (n, ...) as numpy arrays.
     """
     if chunk < 1:
         raise InputError(f"a chunk holds at least one member, got {chunk}")
+    mesh = over_devices(devices)
+    split, whole = NamedSharding(mesh, PartitionSpec("members")), NamedSharding(mesh, PartitionSpec())
+    # On one device nothing is placed: arrays stay where they are.
+    place = jax.device_put if mesh.size > 1 or devices is not None else lambda tree, _: tree
+    shared = place(shared, whole)
     count = len(rows)
-    chunk = min(chunk, count)
+    chunk = -(-min(chunk, count) // mesh.size) * mesh.size
     results = []
     for start in range(0, count, chunk):
         take = np.minimum(np.arange(start, start + chunk), count - 1)
-        results.append(np.asarray(run(jnp.asarray(rows[take]), jax.tree.map(lambda x, t=take: x[t], per_row))))
-    return np.concatenate(results)[:count]
+        mine = place((jnp.asarray(rows[take]), jax.tree.map(lambda x, t=take: x[t], per_row)), split)
+        results.append(jax.tree.map(np.asarray, run(*mine, *shared)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
 
 
 @jax.jit
 def _repaint_rows(
+    rows: Int[Array, "k"],
+    per_row: tuple[Key, tuple[Repaint, ...], Float[Array, "k"]],
     denoiser: Denoiser,
     known: Known,
     schedule: Schedule,
-    stages: tuple[Repaint, ...],
-    var_decay: Float[Array, ""],
-    rows: Int[Array, "k"],
-    keys: Key,
-) -> Float[Array, "k s y x c"]:
-    def one(row: Int[Array, ""], key: Key) -> Float[Array, "s y x c"]:
+) -> Outcome:
+    def one(row: Int[Array, ""], key: Key, stages: tuple[Repaint, ...], var_decay: Float[Array, ""]) -> Outcome:
         mine = jax.tree.map(lambda leaf: leaf[row], known)
         return repaint_stages(key, denoiser, mine, schedule, stages, var_decay)
 
-    return jax.vmap(one)(rows, keys)
+    return jax.vmap(one)(rows, *per_row)
 
 
 def repaint_ensemble(
@@ -82,7 +111,8 @@ def repaint_ensemble(
     seed: int = 0,
     var_decay: float = 0.1,
     chunk: int = 64,
-) -> Float[np.ndarray, "n members s y x c"]:
+    devices: Sequence[jax.Device] | None = None,
+) -> Outcome:
     """Members of n fields by the stages of the RePaint family (sample.repaint_stages).
 
     Args:
@@ -95,44 +125,139 @@ def repaint_ensemble(
       seed: of all of them.
       var_decay: factor on the prior variance before every later stage.
       chunk: members sampled at a time; what memory allows.
+      devices: that share the members of a chunk; all local ones by default.
 
     Returns:
-      float32, standardised; stage by stage.
+      Stage by stage, numpy: x (n, members, s, y, x, c) float32, standardised, and failed (n, members, s).
 
     Raises:
-      InputError: no members, or another number of frames than of fields.
+      InputError: no members, another number of frames than of fields, arrays of different grids, values that are not
+        finite, t_start that is not a step of the schedule.
     """
+    outcome = repaint_sweep(
+        denoiser, known, schedule, [stages], frames=frames, members=members, seed=seed, var_decay=[var_decay],
+        chunk=chunk, devices=devices,
+    )  # fmt: skip
+    return jax.tree.map(lambda leaf: leaf[0], outcome)
+
+
+def repaint_sweep(
+    denoiser: Denoiser,
+    known: Known,
+    schedule: Schedule,
+    points: Sequence[Sequence[Repaint]],
+    *,
+    frames: Sequence[int],
+    members: int,
+    seed: int = 0,
+    var_decay: Sequence[float] | None = None,
+    chunk: int = 64,
+    devices: Sequence[jax.Device] | None = None,
+) -> Outcome:
+    """`repaint_ensemble` at p points of the hyperparameters in one batch and one program, with the same noise at each.
+
+    Args:
+      points: p lists of stages with the same static part (`same_program` sorts others).
+      var_decay: of each point; .1 by default.
+
+    Returns:
+      As `repaint_ensemble`, with the points in front: x (p, n, members, s, y, x, c), failed (p, n, members, s).
+
+    Raises:
+      InputError: as `repaint_ensemble`; no points, or points of different programs.
+    """
+    var_decay = [0.1] * len(points) if var_decay is None else list(var_decay)
+    _check_points(points, var_decay, schedule)
+    _check_frames(known, frames, members)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(tuple(stages) for stages in points))
+    shape = len(points), len(frames), members
+    point, row, member = (i.reshape(-1) for i in np.indices(shape))
+    keys = member_keys(seed, frames, range(members))[row, member]
+    per_row = keys, jax.tree.map(lambda leaf: leaf[point], stacked), np.float32(var_decay)[point]
+    outcome = in_chunks(_repaint_rows, row, per_row, chunk, (denoiser, known, schedule), devices)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), outcome)
+
+
+def same_program(points: Sequence[Sequence[Repaint]]) -> list[list[int]]:
+    """Numbers of the points of each program, in order: what `repaint_sweep` takes at once."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, stages in enumerate(points):
+        groups.setdefault(sample.static_part(stages), []).append(number)
+    return list(groups.values())
+
+
+def _check_points(points: Sequence[Sequence[Repaint]], var_decay: Sequence[float], schedule: Schedule) -> None:
+    if not points or not points[0]:
+        raise InputError("at least one point of at least one stage is needed")
+    if len(same_program(points)) > 1:
+        raise InputError("points of one sweep may differ in numbers only, not in t_start, resample_steps or start")
+    if len(var_decay) != len(points):
+        raise InputError(f"{len(points)} points are given, {len(var_decay)} values of var_decay")
+    for value in var_decay:
+        if not 0 <= value <= 1:
+            raise InputError(f"var_decay must be in [0, 1], got {value}")
+    for stage in points[0]:
+        sample.check_start(stage.t_start, schedule.steps)
+
+
+def _check_frames(known: Known, frames: Sequence[int], members: int) -> None:
     if members < 1:
         raise InputError(f"an ensemble has at least one member of each frame, got {members}")
     if len(frames) != len(known.value):
         raise InputError(f"{len(frames)} frames are numbered, {len(known.value)} are given")
-    keys = member_keys(seed, frames, range(members)).reshape(-1)
-    rows = np.repeat(np.arange(len(frames)), members)
-    decay = jnp.asarray(var_decay, jnp.float32)
+    sample.check_known(known)
+    for name in ("value", "prior_mean", "prior_variance"):
+        if not bool(jnp.isfinite(getattr(known, name)).all()):
+            raise InputError(f"{name} of the fields to inpaint has values that are not finite")
 
-    def run(rows: Array, keys: Key) -> Array:
-        return _repaint_rows(denoiser, known, schedule, tuple(stages), decay, rows, keys)
 
-    x = in_chunks(run, rows, keys, chunk)
-    return x.reshape(len(frames), members, *x.shape[1:])
+def survivors(
+    name: str, stages: Sequence[Repaint], frames: Sequence[int], outcome: Outcome
+) -> list[Float[np.ndarray, "k s y x c"]]:
+    """The members of each frame that did not fail, and a warning that says which did, and where.
+
+    Args:
+      name: of the method, for messages.
+      stages, frames: of the run.
+      outcome: of `repaint_ensemble`.
+
+    Raises:
+      InputError: a frame has fewer than two members left (or none, where one was asked for).
+    """
+    kept = []
+    for frame, x, failed in zip(frames, outcome.x, outcome.failed, strict=True):
+        fine = (failed < 0).all(-1)
+        where = [str(sample.first_failure(stages, one)) for one in failed[~fine]]
+        if fine.sum() < min(2, len(fine)):
+            raise InputError(
+                f"{name}: {len(where)} of {len(fine)} members of frame {frame} are not finite, the first one from "
+                f"{where[0]}; smaller steps (guidance_scale) or another denoiser may help"
+            )
+        if where:
+            logging.warning(
+                "%s: %d of %d members of frame %d are left out, not finite from %s",
+                name, len(where), len(fine), frame, "; ".join(where),
+            )  # fmt: skip
+        kept.append(x[fine])
+    return kept
 
 
 @jax.jit
 def _posterior_rows(
+    rows: Int[Array, "k"],
+    per_row: tuple[Key, Float[Array, "k"]],
     denoiser: Denoiser,
     evidence: guide.Evidence,
     gaussian: PrincipalGaussian,
     analysis: Analysis,
     hyper: Posterior,
-    keys: Key,
-    signs: Float[Array, "k"],
 ) -> Float[Array, "k y x c"]:
     def one(key: Key, sign: Float[Array, ""]) -> Float[Array, "y x c"]:
         draw_key, noise_key, run_key = jax.random.split(key, 3)
         start = linear_sample(noise_key, analysis, guide.prior_draw(gaussian, draw_key), evidence, sign)
         return posterior(run_key, denoiser, evidence, hyper, start, sign)
 
-    return jax.vmap(one)(keys, signs)
+    return jax.vmap(one)(*per_row)
 
 
 def posterior_ensemble(
@@ -146,8 +271,10 @@ def posterior_ensemble(
     members: int,
     seed: int = 0,
     chunk: int = 64,
+    antithetic: bool = True,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Float[np.ndarray, "members y x c"]:
-    """Members of one field by a posterior sampler, in antithetic pairs (2j, 2j + 1).
+    """Members of one field by a posterior sampler, in antithetic pairs (2j, 2j + 1) or independent.
 
     Args:
       denoiser: D(x; sigma).
@@ -156,19 +283,20 @@ def posterior_ensemble(
       analysis: of the same pattern by that prior.
       hyper: levels and correction.
       frame, seed: name the members' keys.
-      members: an even number.
+      members: an even number where they are antithetic.
       chunk: members sampled at a time.
+      antithetic: whether every second member has the noise of the one before it with the opposite sign.
+      devices: that share the members of a chunk; all local ones by default.
 
     Raises:
-      InputError: an odd number of members.
+      InputError: no members, or an odd number of antithetic ones.
     """
-    if members < 2 or members % 2:
+    if antithetic and (members < 2 or members % 2):
         raise InputError(f"antithetic members come in pairs, got {members} members")
-    pairs = member_keys(seed, [frame], range(members // 2))[0]
-    keys = jnp.repeat(pairs, 2)
-    signs = np.tile(np.float32([1, -1]), members // 2)
-
-    def run(rows: Array, signs: Array) -> Array:
-        return _posterior_rows(denoiser, evidence, gaussian, analysis, hyper, keys[rows], signs)
-
-    return in_chunks(run, np.arange(members), signs, chunk)
+    if members < 1:
+        raise InputError(f"an ensemble has at least one member, got {members}")
+    number = np.arange(members)
+    keys = member_keys(seed, [frame], range(members))[0][number // 2 if antithetic else number]
+    signs = np.where(antithetic & (number % 2 == 1), -1, 1).astype(np.float32)
+    shared = denoiser, evidence, gaussian, analysis, hyper
+    return in_chunks(_posterior_rows, number, (keys, signs), chunk, shared, devices)

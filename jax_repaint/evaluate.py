@@ -7,7 +7,8 @@ Baselines stand in every table: the mean of the training frames (climatology), t
 of its posterior (linear_samples). The networks' methods start from the linear estimate. A ratio compares ensemble mean
 with ensemble mean, over the same frames, against the best of the baselines.
 
-The model's frames are split again as in its training; the frames that are scored are drawn from the test part.
+The model's frames are split again as in its training; the frames that are scored are drawn from the test part. The
+method that the model is calibrated for has two rows, as it is and calibrated; --raw leaves the second out.
 """
 
 import dataclasses
@@ -23,10 +24,11 @@ import xarray as xr
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from jax_repaint import command, files, metrics, model, observe, plots, train
+from jax_repaint import command, details, files, metrics, model, observe, plots, sample, train
+from jax_repaint.calibration import Gate
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, crop
-from jax_repaint.ensemble import in_chunks, member_keys, posterior_ensemble, repaint_ensemble
+from jax_repaint.ensemble import in_chunks, member_keys, posterior_ensemble, repaint_ensemble, survivors
 from jax_repaint.errors import InputError
 from jax_repaint.guide import prior_draw
 from jax_repaint.model import Model
@@ -36,8 +38,8 @@ from jax_repaint.prior.analysis import Analysis
 from jax_repaint.sample import Known, method
 
 BASELINES = ("climatology", "seed_gp", "gp", "linear", "linear_samples")
-REPAINT = ("plain", "gp_init", "adaptive", "guided", "x0_blend", "multistage")
-POSTERIOR = ("kalman", "cov_pigdm", "pigdm", "mmps", "dps", "paste")
+REPAINT = tuple(sample.METHODS)
+POSTERIOR = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "dps", "paste")
 METHODS = (*BASELINES, *REPAINT, *POSTERIOR)
 PAIRED = POSTERIOR  # methods whose members come in antithetic pairs
 START = 3.4  # noise level that posterior samplers start from; chosen on validation frames among 3.4, 10, 30 and 130
@@ -69,12 +71,16 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one method made of the cases: members (M, y, x, 2) in m/s of each, seconds and network calls a field."""
+    """What one method made of the cases: members (M, y, x, 2) in m/s of each, seconds and network calls a field.
+
+    A calibrated method has central 90 % intervals, (low, high) of each case; others have those of their members.
+    """
 
     members: list[np.ndarray]
     seconds: float
     calls: int
     antithetic: bool = False
+    intervals: list[tuple[np.ndarray, np.ndarray]] | None = None
 
     def spread(self, case: int) -> np.ndarray:
         """Standard deviation of a member (y, x, 2), m/s; NaN where too few independent members are there to tell."""
@@ -105,17 +111,12 @@ def make_cases(
     trained.check_grid(fields)
     if fields.gaps:
         raise InputError(f"{fields.name}: frames with gaps cannot be scored by this command")
-    std = np.asarray(trained.standardiser.std)
     cases, known = [], {}
     for pattern in patterns:
         for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
             observed = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, int(number)))
             metrics.scored_cells(velocity, fields.ocean, observed)
-            x = trained.standardiser.standardise(velocity, fields.ocean)
-            observation = observe.from_cells(observed, x, 1.0, fields.ocean)
-            observation = observe.pad_grid(observation, fields.shape, trained.padded).replace(
-                sigma=jnp.where(observation.valid[:, None], jnp.asarray(ERROR / std)[None], 1.0)
-            )
+            observation = observation_of(trained, velocity, observed)
             # A fixed pattern has one analysis for all its frames.
             name = observed.tobytes()
             if name not in known:
@@ -123,6 +124,22 @@ def make_cases(
             analysis = known[name]
             cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis))
     return cases
+
+
+def observation_of(trained: Model, velocity: np.ndarray, observed: np.ndarray) -> observe.Observation:
+    """The observed cells of a field in m/s, standardised, on the padded grid."""
+    x = trained.standardiser.standardise(velocity, trained.ocean)
+    observation = observe.from_cells(observed, x, 1.0, trained.ocean)
+    sigma = jnp.asarray(ERROR / np.asarray(trained.standardiser.std))[None]
+    return observe.pad_grid(observation, observed.shape, trained.padded).replace(
+        sigma=jnp.where(observation.valid[:, None], sigma, 1.0)
+    )
+
+
+def prior_of(trained: Model, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (y, x, 2) of the linear estimate, m/s and (m/s)^2."""
+    mean = _to_velocity(trained, case.analysis.mean(case.observation.values))
+    return mean, trained.standardiser.restore_variance(np.asarray(crop(case.analysis.variance, trained.ocean.shape)))
 
 
 def _to_velocity(trained: Model, x: np.ndarray) -> np.ndarray:
@@ -136,11 +153,18 @@ def known_of(trained: Model, case: Case) -> Known:
     observed, value = case.observation.on_grid(trained.padded)
     ocean = np.asarray(trained.gaussian.ocean)[..., 0] > 0
     missing = jnp.asarray(ocean & ~np.asarray(observed))[..., None]
+    land = jnp.asarray(trained.standardiser.land_value)[None, None]
+    value = jnp.where(jnp.asarray(ocean)[..., None], value, land)
     mean = case.analysis.mean(case.observation.values)
     return Known(value, missing, mean * trained.gaussian.ocean, case.analysis.variance)
 
 
-def _gp_estimate(trained: Model, fields: Fields, name: str) -> Callable[[Case], np.ndarray]:
+def gp_analysis(trained: Model, fields: Fields, name: str) -> Callable[[Case], Analysis]:
+    """The analysis of a case in m/s by the Gaussian process `name`, seed_gp or gp.
+
+    Raises:
+      InputError: the model has no fitted GP.
+    """
     ocean = fields.ocean
     if name == "seed_gp":
         kernel, places, background = gp.seed_gp(), gp.pixels(fields.shape), np.zeros((*fields.shape, 2), np.float32)
@@ -150,12 +174,32 @@ def _gp_estimate(trained: Model, fields: Fields, name: str) -> Callable[[Case], 
         kernel, places = trained.kernel, fields.places()
         background = np.where(ocean[..., None], _to_velocity(trained, trained.gaussian.mean), 0)
 
-    def estimate(case: Case) -> np.ndarray:
+    def analyse(case: Case) -> Analysis:
         observation = observe.from_cells(case.observed, case.truth, ERROR, ocean)
-        analysis = gp.analysis(kernel, observation, ocean, places, jnp.asarray(background))
-        return np.where(ocean[..., None], np.asarray(analysis.mean(observation.values)), np.nan)
+        return gp.analysis(kernel, observation, ocean, places, jnp.asarray(background))
+
+    return analyse
+
+
+def _gp_estimate(trained: Model, fields: Fields, name: str) -> Callable[[Case], np.ndarray]:
+    analyse = gp_analysis(trained, fields, name)
+
+    def estimate(case: Case) -> np.ndarray:
+        values = observe.from_cells(case.observed, case.truth, ERROR, fields.ocean).values
+        return np.where(fields.ocean[..., None], np.asarray(analyse(case).mean(values)), np.nan)
 
     return estimate
+
+
+def levels_of(trained: Model, name: str, count: int = 16) -> Posterior:
+    """Hyperparameters of a posterior sampler: `count` levels from START, or less where the model was trained on less.
+
+    Raises:
+      InputError: `given` with a network that takes no observations.
+    """
+    if name == "given" and trained.form != "conditional":
+        raise InputError(f"the method given needs a model of form conditional, this one is {trained.form}")
+    return Posterior.create(min(START, trained.sigma[1]), max(trained.sigma[0], 0.01), count, correction=name)
 
 
 def run_method(
@@ -194,13 +238,13 @@ def run_method(
     elif name in REPAINT:
         known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[known_of(trained, case) for case in cases])
         stages = method(name, trained.steps.steps)
-        x = repaint_ensemble(
+        outcome = repaint_ensemble(
             trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk
         )
-        made = list(_to_velocity(trained, x[:, :, -1]))
+        made = [_to_velocity(trained, x[:, -1]) for x in survivors(name, stages, frames, outcome)]
         calls = sum(stage.calls for stage in stages)
     elif name in POSTERIOR:
-        hyper = Posterior.create(min(START, trained.sigma[1]), max(trained.sigma[0], 0.01), count, correction=name)
+        hyper = levels_of(trained, name, count)
         made = []
         for case in cases:
             evidence = evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian)
@@ -212,8 +256,7 @@ def run_method(
         calls = hyper.calls
     else:
         raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
-    ensemble = len(made[0])
-    return Result(made, (time.monotonic() - began) / len(cases), calls * ensemble, name in PAIRED)
+    return Result(made, (time.monotonic() - began) / len(cases), calls * members, name in PAIRED)
 
 
 @jax.jit
@@ -235,6 +278,92 @@ def linear_samples(trained: Model, case: Case, members: int, seed: int = 0, chun
     return in_chunks(run, np.arange(members), keys, chunk)
 
 
+def hold_out(trained: Model, case: Case, seed: int = 0, share: float = 0.1) -> tuple[Case, np.ndarray]:
+    """The same case without some of its observations, at least one, and the cells they are on, (y, x) bool.
+
+    Raises:
+      InputError: there are fewer than two observations.
+    """
+    places = np.flatnonzero(case.observed)
+    if places.size < 2:
+        raise InputError(f"{case.pattern} observes {places.size} cells of frame {case.frame}, too few to hold some out")
+    rng = np.random.default_rng([seed, case.frame, 0x6A])
+    held = np.zeros(case.observed.size, bool)
+    held[rng.choice(places, max(1, round(share * places.size)), replace=False)] = True
+    held = held.reshape(case.observed.shape)
+    observation = observation_of(trained, case.truth, case.observed & ~held)
+    less = dataclasses.replace(
+        case,
+        observed=case.observed & ~held,
+        observation=observation,
+        analysis=linear.analysis(trained.gaussian, observation),
+    )
+    return less, held
+
+
+def gate_evidence(
+    name: str, trained: Model, fields: Fields, cases: Sequence[Case], members: int, seed: int = 0, chunk: int = 64
+) -> list[np.ndarray]:
+    """`Gate.evidence` of each case, from a second run without a tenth of its observations."""
+    less, held = zip(*(hold_out(trained, case, seed) for case in cases), strict=True)
+    result = run_method(name, trained, fields, less, members, seed, chunk)
+    evidence = []
+    for case, cells, made in zip(less, held, result.members, strict=True):
+        mean, variance = (part[cells] for part in prior_of(trained, case))
+        values = case.truth[cells]
+        misfit = (values - mean) ** 2
+        error = np.mean((values - made.mean(0)[cells]) ** 2)
+        evidence.append(Gate.evidence(misfit.mean(), error, np.mean(misfit / (variance + ERROR**2))))
+    return evidence
+
+
+def calibrated(
+    trained: Model, fields: Fields, cases: Sequence[Case], result: Result, seed: int = 0, chunk: int = 64
+) -> Result:
+    """What the model's calibration makes of the raw result of its method; with a gate, after a second run.
+
+    Raises:
+      InputError: ensembles of another size than it was learnt with.
+    """
+    began = time.monotonic()
+    learnt = trained.calibration
+    gates, calls = [1.0] * len(cases), result.calls
+    if learnt.gate is not None:
+        evidence = gate_evidence(learnt.method, trained, fields, cases, learnt.members, seed, chunk)
+        gates, calls = [learnt.gate.of(one) for one in evidence], 2 * calls
+    members, intervals = [], []
+    for case, made, gate in zip(cases, result.members, gates, strict=True):
+        mean, variance = prior_of(trained, case)
+        members.append(learnt.apply(mean, variance, made, gate))
+        intervals.append(learnt.interval(variance, members[-1]))
+    seconds = result.seconds + (time.monotonic() - began) / len(cases)
+    return Result(members, seconds, calls, result.antithetic, intervals)
+
+
+def calibrated_name(trained: Model, methods: Sequence[str], members: int) -> str | None:
+    """The name of the row that the model's calibration adds to those of `methods`; None where it does not apply."""
+    learnt = trained.calibration
+    if learnt is None or learnt.method not in methods:
+        return None
+    if learnt.members != members:
+        logging.warning(
+            "the model's calibration is for %d members of %s, not for %d, and is not used",
+            learnt.members, learnt.method, members,
+        )  # fmt: skip
+        return None
+    return f"{learnt.method}_calibrated"
+
+
+def _score(case: Case, result: Result, i: int, ocean: np.ndarray) -> metrics.FrameScores:
+    scored = metrics.scored_cells(case.truth, ocean, case.observed)
+    score = metrics.score(case.truth, result.members[i], scored, ocean, antithetic=result.antithetic)
+    if result.intervals is None:
+        return score
+    low, high = result.intervals[i]
+    inside = (low <= case.truth) & (case.truth <= high)
+    return dataclasses.replace(score, coverage90=float(inside[scored].mean()))
+
+
 def compare(cases: Sequence[Case], results: dict[str, Result], ocean: np.ndarray, block: int) -> list[dict]:
     """Rows of metrics.summary, one a pattern and method, each against the best deterministic baseline there."""
     rows = []
@@ -242,16 +371,7 @@ def compare(cases: Sequence[Case], results: dict[str, Result], ocean: np.ndarray
         chosen = [i for i, case in enumerate(cases) if case.pattern == pattern]
         scores = {}
         for name, result in results.items():
-            scores[name] = [
-                metrics.score(
-                    cases[i].truth,
-                    result.members[i],
-                    metrics.scored_cells(cases[i].truth, ocean, cases[i].observed),
-                    ocean,
-                    antithetic=result.antithetic,
-                )
-                for i in chosen
-            ]
+            scores[name] = [_score(cases[i], result, i, ocean) for i in chosen]
         bases = [name for name in results if name in BASELINES and name != "linear_samples"] or list(results)[:1]
         best = min(bases, key=lambda name: np.mean([s.mse_mean for s in scores[name]]))
         for name, result in results.items():
@@ -259,6 +379,20 @@ def compare(cases: Sequence[Case], results: dict[str, Result], ocean: np.ndarray
                 name, scores[name], result.calls, result.seconds, baseline=(best, scores[best]), block=block
             )
             rows.append({"pattern": pattern} | row)
+    return rows
+
+
+def detail_rows(cases: Sequence[Case], results: dict[str, Result], fields: Fields) -> list[dict]:
+    """Rows of details.summary, one a pattern and method."""
+    rows = []
+    for pattern in dict.fromkeys(case.pattern for case in cases):
+        chosen = [i for i, case in enumerate(cases) if case.pattern == pattern]
+        for name, result in results.items():
+            frames = []
+            for i in chosen:
+                scored = metrics.scored_cells(cases[i].truth, fields.ocean, cases[i].observed)
+                frames.append(details.of_frame(cases[i].truth, result.members[i], scored, fields, result.antithetic))
+            rows.append({"pattern": pattern, "method": name} | details.summary(frames))
     return rows
 
 
@@ -276,8 +410,13 @@ def to_dataset(cases: Sequence[Case], result: Result, fields: Fields, history: s
     base = readers.to_dataset(fields)
     y, x = base["ocean"].dims
     patterns = list(dict.fromkeys(case.pattern for case in cases))
-    shape = (len(patterns), len(fields), len(result.members[0]), *fields.shape)
-    members = np.stack(result.members).reshape(*shape, 2)
+    shape = (len(patterns), len(fields), max(map(len, result.members)), *fields.shape)
+    # Where members failed and were left out, the rows of the last ones stay empty.
+    members = np.full((len(cases), shape[2], *fields.shape, 2), np.nan, np.float32)
+    for filled, made in zip(members, result.members, strict=True):
+        filled[: len(made)] = made
+    members = members.reshape(*shape, 2)
+    mean = np.stack([made.mean(0) for made in result.members])
     truth = np.stack([case.truth for case in cases]).reshape(len(patterns), len(fields), *fields.shape, 2)
     observed = np.stack([case.observed for case in cases]).reshape(truth.shape[:-1])
     spread = np.stack([result.spread(i) for i in range(len(cases))]).reshape(truth.shape)
@@ -286,7 +425,7 @@ def to_dataset(cases: Sequence[Case], result: Result, fields: Fields, history: s
         name = f"{direction}_sea_water_velocity"
         for kind, values, words, statistic in (
             (name, members, "members of the ensemble", None),
-            (f"{name}_mean", members.mean(2), "mean of the ensemble", "mean"),
+            (f"{name}_mean", mean.reshape(truth.shape), "mean of the ensemble", "mean"),
             (f"{name}_spread", spread, "standard deviation of the ensemble", "standard_deviation"),
             (f"{name}_truth", truth, "held-out field", None),
         ):
@@ -308,7 +447,14 @@ def to_dataset(cases: Sequence[Case], result: Result, fields: Fields, history: s
         np.arange(shape[2], dtype=np.int32),
         {"standard_name": "realization", "units": "1"},
     )
-    attributes = {"Conventions": "CF-1.11", "title": f"{fields.name}, inpainted", "history": history}
+    frames = np.array([case.frame for case in cases[: len(fields)]], np.int32)
+    coordinates["frame"] = ("time", frames, {"long_name": "number in the series", "units": "1"})
+    attributes = {
+        "Conventions": "CF-1.11",
+        "title": f"{fields.name}, inpainted",
+        "history": history,
+        "antithetic": np.int8(result.antithetic),
+    }
     data = xr.Dataset(content, coordinates, attributes)
     data["ocean"] = base["ocean"]
     return data
@@ -325,6 +471,8 @@ def example(trained: Model, case: Case, members: np.ndarray, spread: np.ndarray)
         mean=members.mean(0),
         member=members[0],
         spread=np.nan_to_num(spread),
+        frame=case.frame,
+        time=case.time,
     )
 
 
@@ -364,29 +512,41 @@ def run(
     chunk: int = 64,
     block: int = 1,
     shown: str | None = None,
+    kept: Sequence[str] = (),
+    raw: bool = False,
 ) -> str:
-    """Inpaints, writes table.csv, fields.nc and figure.png into `out`, and returns the table as text.
+    """Inpaints, writes table.csv, details.csv, fields.nc and figure.png into `out`, and returns the table as text.
 
     Args:
       fields: the frames to inpaint, `numbers` theirs in the series.
-      shown: the method whose members go into fields.nc and the figure; by default the last one.
+      shown: the method whose members go into fields.nc and the figure; by default the last one, calibrated if it is.
+      kept: other methods whose members are written too, into fields_{method}.nc.
+      raw: whether to leave out the row {method}_calibrated of the method that the model's calibration is for.
     """
     check_methods(methods, members)
     patterns = list(dict.fromkeys(patterns))
-    shown = shown or methods[-1]
-    if shown not in methods:
-        raise InputError(f"{shown} is not among the methods that are run, {', '.join(methods)}")
+    added = None if raw else calibrated_name(trained, methods, members)
+    shown = shown or (added if added and methods[-1] == trained.calibration.method else methods[-1])
+    written = {shown: "fields.nc"} | {name: f"fields_{name}.nc" for name in kept if name != shown}
+    for name in written:
+        if name not in (*methods, added):
+            raise InputError(f"{name} is not among the methods that are run, {', '.join(methods)}")
     cases = make_cases(trained, fields, numbers, patterns, seed)
-    for name in ("table.csv", "fields.nc", "figure.png"):
+    for name in ("table.csv", "details.csv", *written.values(), "figure.png"):
         files.check_writable(out / name)
     results = {}
     for name in (bar := tqdm.tqdm(methods, unit="method", disable=None)):
         bar.set_description(name)
         results[name] = run_method(name, trained, fields, cases, members, seed, chunk)
+        if added and name == trained.calibration.method:
+            results[added] = calibrated(trained, fields, cases, results[name], seed, chunk)
     rows = compare(cases, results, fields.ocean, block)
     metrics.write_csv(rows, out / "table.csv")
-    history = f"jax_repaint, model {model.fingerprint(trained)}, method {shown}, seed {seed}"
-    readers.write_netcdf(to_dataset(cases, results[shown], fields, history), out / "fields.nc")
+    metrics.write_csv(detail_rows(cases, results, fields), out / "details.csv")
+    for name, file in written.items():
+        history = f"jax_repaint, model {model.fingerprint(trained)}, method {name}, seed {seed}"
+        data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name)
+        readers.write_netcdf(data, out / file)
     first = [next(i for i, case in enumerate(cases) if case.pattern == pattern) for pattern in dict.fromkeys(patterns)]
     result = results[shown]
     examples = [example(trained, cases[i], result.members[i], result.spread(i)) for i in first]
@@ -417,9 +577,11 @@ def _define_flags() -> None:
     flags.DEFINE_integer("frames", 64, "Test frames to inpaint, drawn at random.", lower_bound=1)
     flags.DEFINE_list("patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02.")
     flags.DEFINE_list("methods", [*BASELINES, "adaptive", "kalman"], f"Among {', '.join(METHODS)}.")
+    flags.DEFINE_list("keep", [], "Methods whose members go into fields_METHOD.nc, beside the last one's in fields.nc.")
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0)
     flags.DEFINE_integer("chunk", 64, "Members sampled at a time.", lower_bound=1)
+    flags.DEFINE_bool("raw", False, "Leave out the row of the method that the model is calibrated for.")
     flags.DEFINE_string("out", "results", "Folder for table.csv, fields.nc and figure.png.")
     flags.mark_flag_as_required("model")
 
@@ -435,6 +597,7 @@ def main(_) -> None:
     text = run(
         trained, fields.select(numbers), numbers, patterns, FLAGS.methods, out,
         members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, block=block_length(split, len(numbers)),
+        kept=FLAGS.keep, raw=FLAGS.raw,
     )  # fmt: skip
     print(text)
     print(f"\nwrote {out / 'table.csv'}, {out / 'fields.nc'} and {out / 'figure.png'}")

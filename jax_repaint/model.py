@@ -291,7 +291,8 @@ def _gaussian(
         field[..., wet, :] = values.astype(np.float32)
         return jnp.asarray(field)
 
-    mean = jnp.where(wet[..., None], on_grid(tensors["gaussian/mean"]), jnp.asarray(standardiser.land_value)[None, None])
+    land = jnp.asarray(standardiser.land_value)[None, None]
+    mean = jnp.where(wet[..., None], on_grid(tensors["gaussian/mean"]), land)
     return PrincipalGaussian(
         mean,
         on_grid(tensors["gaussian/direction"]),

@@ -16,7 +16,10 @@ The noise weight w = floor + (1 - floor) v'^gamma, with v' the prior variance sc
 holds back noise where the prior is sure. Lugmayr et al. 2022, "RePaint", algorithm 1, is the case w = 1.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,7 +28,7 @@ import numpy as np
 from flax import struct
 
 from jax_repaint import transition
-from jax_repaint.array_types import Array, Bool, Field, Float, Key, Level
+from jax_repaint.array_types import Array, Bool, Field, Int, Key, Level
 from jax_repaint.denoise import Denoiser
 from jax_repaint.errors import InputError
 from jax_repaint.schedule import Schedule
@@ -48,6 +51,29 @@ class Known(NamedTuple):
     prior_variance: Field
 
 
+class Outcome(NamedTuple):
+    """What a run ends with; `repaint_stages` puts an axis of stages in front, ensembles their own before it.
+
+    Attributes:
+      x: (y, x, c), with the observed values in the observed cells; NaN in all missing cells of a run that failed.
+      failed: number of the first pass of the loop after which x_t was not finite, -1 if it always was.
+    """
+
+    x: Field
+    failed: Int[Array, ""]
+
+
+class Failure(NamedTuple):
+    """Where a run failed: stage from 1, pass of its loop from 0, diffusion step of that pass."""
+
+    stage: int
+    iteration: int
+    t: int
+
+    def __str__(self) -> str:
+        return f"stage {self.stage}, iteration {self.iteration}, t {self.t}"
+
+
 @struct.dataclass
 class Repaint:
     """Hyperparameters of one stage. Leaves are numbers of the formulas; the rest changes the program.
@@ -66,6 +92,7 @@ class Repaint:
       normalise: "minmax" scales the prior variance of each frame to 0..1 over the missing cells, as the notes did:
         any constant factor on it cancels, until its range falls below 1e-12 and v' is 1 everywhere.
         "prior" divides by the largest prior variance of the first stage, so that a factor means something.
+        "flat" leaves the prior variance out, v' = 0: the noise weight is `noise_floor` in every missing cell.
     """
 
     noise_floor: Level
@@ -103,18 +130,18 @@ class Repaint:
         for name, value in (("noise_floor", noise_floor), ("blend", blend), ("confidence_floor", confidence_floor)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} must be in [0, 1], got {value}")
-        if not gamma > 0:
+        if not 0 < gamma < math.inf:
             raise InputError(f"gamma must be positive, got {gamma}")
-        if not guidance_scale >= 0:
-            raise InputError(f"guidance_scale must not be negative, got {guidance_scale}")
+        if not 0 <= guidance_scale < math.inf:
+            raise InputError(f"guidance_scale must be a number, not negative, got {guidance_scale}")
         if int(resample_steps) != resample_steps or resample_steps < 1:
             raise InputError(f"resample_steps must be a whole number, at least 1, got {resample_steps}")
         if int(t_start) != t_start or t_start < 0:
             raise InputError(f"t_start must be a step 0..T-1, got {t_start}")
         if start not in ("prior", "noise"):
             raise InputError(f"start must be prior or noise, got {start!r}")
-        if normalise not in ("minmax", "prior"):
-            raise InputError(f"normalise must be minmax or prior, got {normalise!r}")
+        if normalise not in ("minmax", "prior", "flat"):
+            raise InputError(f"normalise must be minmax, prior or flat, got {normalise!r}")
         numbers = (noise_floor, gamma, float(anneal), blend, guidance_scale, confidence_floor)
         return cls(
             *(jnp.asarray(v, jnp.float32) for v in numbers),
@@ -127,37 +154,91 @@ class Repaint:
         return self.t_start * self.resample_steps + 1
 
 
-def method(name: str, steps: int = 250, **changes: float) -> tuple[Repaint, ...]:
-    """The stages of a named method of the notes: plain, gp_init, adaptive, guided, x0_blend, multistage.
+_ADAPTIVE = {"noise_floor": 0.2, "gamma": 3.0}
+_REFINED = {"t_refine": 50, "refine_floor": 0.3}
+METHODS = {
+    "plain": {"start": "noise"},
+    "gp_init": {},
+    "adaptive": _ADAPTIVE,
+    "guided": {"guidance_scale": 1e-3},
+    "x0_blend": {"blend": 1.0},
+    "blend_adaptive": _ADAPTIVE | {"blend": 1.0},
+    "anneal": _ADAPTIVE | {"anneal": True},
+    "uniform": {"noise_floor": 0.47, "normalise": "flat"},
+    "two_stage": _ADAPTIVE | _REFINED | {"stages": 2},
+    "multistage": _ADAPTIVE | _REFINED | {"stages": 6},
+}
+_SETTINGS = inspect.signature(Repaint.create).parameters
 
-    plain 250 steps from noise; the others from t 75; adaptive floor .2, gamma 3; multistage is adaptive followed by
-    `stages` - 1 (default 5) refinements from t 50 with floor .3, each starting from the last output.
+
+def method(name: str, steps: int = 250, **changes: float | str | bool) -> tuple[Repaint, ...]:
+    """The stages of a named method of the notes, each setting of which can be changed.
+
+    plain           from noise, all steps
+    gp_init         from the prior mean at t 75, as all the others
+    adaptive        noise_floor .2, gamma 3
+    guided          guidance_scale 1e-3
+    x0_blend        blend 1
+    blend_adaptive  adaptive and x0_blend together
+    anneal          adaptive, the floor rising to 1 as t goes to 0
+    uniform         noise weight noise_floor (.47) in every missing cell: the control of adaptive, of about that mean
+    two_stage       adaptive, then once more from t_refine 50 with refine_floor .3, the prior being the first output
+    multistage      the same with `stages` (6) stages in all
+
+    Args:
+      name: one of METHODS.
+      steps: of the schedule.
+      changes: arguments of Repaint.create, which hold for all stages; in methods of several stages t_start and
+        noise_floor are those of the first, t_refine and refine_floor those of the others.
+
+    Raises:
+      InputError: an unknown method or setting, a number outside its range.
     """
-    stages = int(changes.pop("stages", 6))
-    recipes = {
-        "plain": {"t_start": steps - 1, "start": "noise"},
-        "gp_init": {"t_start": 75},
-        "adaptive": {"t_start": 75, "noise_floor": 0.2, "gamma": 3.0},
-        "guided": {"t_start": 75, "guidance_scale": 1e-3},
-        "x0_blend": {"t_start": 75, "blend": 1.0},
-        "multistage": {"t_start": 75, "noise_floor": 0.2, "gamma": 3.0},
-    }
-    if name not in recipes:
-        raise InputError(f"method {name!r} is not one of {', '.join(recipes)}")
-    first = recipes[name] | changes
+    if name not in METHODS:
+        raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
+    first = ({"t_start": steps - 1} if name == "plain" else {"t_start": 75}) | METHODS[name] | changes
+    several = {key: first.pop(key) for key in ("stages", "t_refine", "refine_floor") if key in first}
+    unknown = [key for key in changes if key not in _SETTINGS and key not in METHODS[name]]
+    if unknown:
+        raise InputError(f"method {name} has no setting {unknown[0]!r}")
     check_start(first["t_start"], steps)
-    if name != "multistage":
-        return (Repaint.create(**first),)
-    if stages < 1:
-        raise InputError(f"multistage needs at least one stage, got {stages}")
-    later = first | {"t_start": min(50, steps - 1), "noise_floor": 0.3}
-    return (Repaint.create(**first), *(Repaint.create(**later) for _ in range(stages - 1)))
+    stages = several.get("stages", 1)
+    if int(stages) != stages or stages < 1:
+        raise InputError(f"stages must be a whole number, at least 1, got {stages}")
+    if stages > 1:
+        check_start(several["t_refine"], steps)
+    later = first | {"t_start": several.get("t_refine"), "noise_floor": several.get("refine_floor")}
+    return (Repaint.create(**first), *(Repaint.create(**later) for _ in range(int(stages) - 1)))
 
 
 def check_start(t_start: int, steps: int) -> None:
     """Raises InputError unless t_start is a step of the schedule."""
     if not 0 <= t_start < steps:
         raise InputError(f"t_start {t_start} is not a step of the schedule, which has steps 0..{steps - 1}")
+
+
+def check_known(known: Known) -> None:
+    """Raises InputError unless the arrays of `known` (each with or without leading axes) are of one grid."""
+    *_, y, x, c = np.shape(known.value)
+    for name, last in (("missing", 1), ("prior_mean", c), ("prior_variance", c)):
+        shape = np.shape(getattr(known, name))
+        if shape[-3:] != (y, x, last) or shape[:-3] != np.shape(known.value)[:-3]:
+            raise InputError(f"{name} must be on the grid of the field, (..., {y}, {x}, {last}), got {shape}")
+    if known.missing.dtype != bool:
+        raise InputError(f"missing must be True or False in every cell, got {known.missing.dtype}")
+
+
+def static_part(stages: Sequence[Repaint]) -> Hashable:
+    """All that makes another program of the stages; stages that differ in numbers only have it in common."""
+    return tuple(jax.tree.structure(stage) for stage in stages)
+
+
+def first_failure(stages: Sequence[Repaint], failed: Int[np.ndarray, "s"]) -> Failure | None:
+    """Where a member failed first, from `Outcome.failed` of its stages; None if it did not."""
+    for number, (stage, iteration) in enumerate(zip(stages, np.asarray(failed).tolist(), strict=True), start=1):
+        if iteration >= 0:
+            return Failure(number, iteration, int(_timetable(stage.t_start, stage.resample_steps)[0][iteration]))
+    return None
 
 
 def doubt(variance: Field, missing: Bool[Array, "y x 1"], largest: Level | None = None) -> Field:
@@ -189,10 +270,10 @@ class _Step(NamedTuple):
     again: Array
 
 
-def _steps(t_start: int, resample_steps: int) -> _Step:
+def _timetable(t_start: int, resample_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """t of every pass of the loop, and whether the next one stays at it."""
     t = np.append(np.repeat(np.arange(t_start, 0, -1), resample_steps), 0)
-    again = np.append(np.tile(np.arange(resample_steps) < resample_steps - 1, t_start), False)
-    return _Step(jnp.asarray(t, jnp.int32), jnp.arange(t.size, dtype=jnp.int32), jnp.asarray(again))
+    return t, np.append(np.tile(np.arange(resample_steps) < resample_steps - 1, t_start), False)
 
 
 def repaint(
@@ -203,7 +284,7 @@ def repaint(
     stage: Repaint,
     draw: Draw = jax.random.normal,
     largest_variance: Level | None = None,
-) -> Field:
+) -> Outcome:
     """One member of one field by one stage of the RePaint family (module docstring).
 
     Args:
@@ -215,15 +296,13 @@ def repaint(
       draw: noise source with the signature of jax.random.normal.
       largest_variance: the scale of v' under `normalise="prior"`.
 
-    Returns:
-      (y, x, c), with the observed values in the observed cells.
+    Raises:
+      InputError: t_start is not a step of the schedule, or the arrays of `known` are not of one grid.
     """
     check_start(stage.t_start, schedule.steps)
+    check_known(known)
     shape, dtype = known.value.shape, known.value.dtype
-    largest = None
-    if stage.normalise == "prior":
-        largest = largest_variance if largest_variance is not None else _largest(known)
-    v = doubt(known.prior_variance, known.missing, largest)
+    v = _doubt(known, stage, largest_variance)
     # Confidence in the prior, for blend and guidance: 0 outside the missing cells.
     trust = jnp.where(known.missing, (1 - stage.confidence_floor) * (1 - v), 0.0)
 
@@ -239,8 +318,8 @@ def repaint(
         x0 = denoiser(x_t / jnp.sqrt(schedule.alpha_bar[t]), schedule.sigma[t])
         return jnp.sum((trust * (x0 - known.prior_mean)) ** 2), x0
 
-    def step(x_t: Field, now: _Step) -> tuple[Field, None]:
-        t = now.t
+    def step(state: Outcome, now: _Step) -> tuple[Outcome, None]:
+        x_t, t = state.x, now.t
         if stage.guided:
             gradient, x0 = jax.grad(pull, has_aux=True)(x_t, t)
         else:
@@ -257,20 +336,35 @@ def repaint(
         pasted = transition.diffuse(known.value, noise(now.number, 1), schedule.alpha_bar_prev[t])
         x_s = jnp.where(known.missing, x_s, pasted)
         back = transition.renoise(x_s, w * noise(now.number, 2), schedule.beta[t])
-        return jnp.where(now.again, back, x_s), None
+        x = jnp.where(now.again, back, x_s)
+        fails = (state.failed < 0) & ~jnp.isfinite(x).all()
+        return Outcome(x, jnp.where(fails, now.number, state.failed)), None
 
-    steps = _steps(stage.t_start, stage.resample_steps)
+    t, again = _timetable(stage.t_start, stage.resample_steps)
+    steps = _Step(jnp.asarray(t, jnp.int32), jnp.arange(t.size, dtype=jnp.int32), jnp.asarray(again))
     n = noise(jnp.asarray(len(steps.t), jnp.int32), 3)
     if stage.start == "noise":
         x = n
     else:
         start = jnp.where(known.missing, known.prior_mean, known.value)
         x = transition.diffuse(start, weight(steps.t[0]) * n, schedule.alpha_bar[stage.t_start])
-    return jax.lax.scan(step, x, steps)[0]
+    x, failed = jax.lax.scan(step, Outcome(x, jnp.asarray(-1, jnp.int32)), steps)[0]
+    # Some of its cells may still look like currents.
+    return Outcome(jnp.where(known.missing & (failed >= 0), jnp.nan, x), failed)
 
 
 def _largest(known: Known) -> Level:
     return jnp.max(jnp.where(known.missing, known.prior_variance, 0.0))
+
+
+def _doubt(known: Known, stage: Repaint, largest_variance: Level | None) -> Field:
+    """v' as `stage.normalise` says."""
+    if stage.normalise == "flat":
+        return jnp.zeros_like(known.prior_variance)
+    if stage.normalise == "prior":
+        largest = _largest(known) if largest_variance is None else largest_variance
+        return doubt(known.prior_variance, known.missing, largest)
+    return doubt(known.prior_variance, known.missing)
 
 
 def repaint_stages(
@@ -281,45 +375,50 @@ def repaint_stages(
     stages: Sequence[Repaint],
     var_decay: float | Level = 0.1,
     draw: Draw = jax.random.normal,
-) -> Float[Array, "s y x c"]:
+) -> Outcome:
     """Stages in turn: each starts from the last one's output, its variance map multiplied by var_decay once more.
 
-    Under the faithful `normalise="minmax"`, var_decay has no effect while the decayed range of the variance stays
-    above 1e-12; below, the noise weight becomes 1 everywhere (see `doubt`).
+    What var_decay does depends on `normalise`. Under the faithful "minmax" the map is scaled to 0..1 over the missing
+    cells, v' = (v - min v) / (max v - min v), and any factor on v cancels: var_decay has no effect at all while the
+    decayed range var_decay^(s - 1) (max v - min v) of stage s stays above 1e-12. Below, v' is 1 everywhere, the noise
+    weight is 1 in every cell, and the stage turns from adaptive into gp_init at once. With var_decay .1 a range of
+    1e-6..1e-5 gets there at stage 8, one of 1e-5..1e-4 at stage 9, which is where the notes' results get worse
+    again. Under "prior", v' = v / (largest v of the first stage): each stage has var_decay times the doubt of the one
+    before, and the noise weight falls towards the floor. Under "flat" the map is not used.
 
     Args:
-      key: of this (seed, frame, member); stage s uses fold_in(key, s).
+      key: of this (seed, frame, member); stage s uses fold_in(key, s), s from 0.
       stages: hyperparameters; neighbours of the same program are scanned, so that ten stages compile two loops.
+      var_decay: factor on the prior variance before every stage but the first.
 
     Returns:
-      The output of every stage, (s, y, x, c).
+      The output of every stage, x (s, y, x, c) and failed (s,). A stage that starts from a failed one fails at once.
+
+    Raises:
+      InputError: no stages, or as `repaint`.
     """
     if not stages:
         raise InputError("at least one stage is needed")
     for stage in stages:
         check_start(stage.t_start, schedule.steps)
+    check_known(known)
     largest = _largest(known)
-    outputs, done = [], 0
+    outcomes, done = [], 0
     while done < len(stages):
-        run = [s for s in stages[done:] if _program(s) == _program(stages[done])]
-        alike = next((i for i, s in enumerate(stages[done:]) if _program(s) != _program(stages[done])), len(run))
-        run = run[:alike]
+        program = jax.tree.structure(stages[done])
+        run = list(itertools.takewhile(lambda s, p=program: jax.tree.structure(s) == p, stages[done:]))
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *run)
 
-        def one(known: Known, inputs: tuple[Repaint, Array]) -> tuple[Known, Field]:
+        def one(known: Known, inputs: tuple[Repaint, Array]) -> tuple[Known, Outcome]:
             stage, number = inputs
             decay = jnp.where(number > 0, var_decay, 1.0).astype(known.prior_variance.dtype)
             now = known._replace(prior_variance=decay * known.prior_variance)
             stage_key = jax.random.fold_in(key, number)
-            x = repaint(stage_key, denoiser, now, schedule, stage, draw, largest)
-            return now._replace(prior_mean=x), x
+            outcome = repaint(stage_key, denoiser, now, schedule, stage, draw, largest)
+            return now._replace(prior_mean=outcome.x), outcome
 
         numbers = jnp.arange(done, done + len(run), dtype=jnp.int32)
-        known, xs = jax.lax.scan(one, known, (stacked, numbers))
-        outputs.append(xs)
+        known, outcome = jax.lax.scan(one, known, (stacked, numbers))
+        outcomes.append(outcome)
         done += len(run)
-    return jnp.concatenate(outputs)
-
-
-def _program(stage: Repaint) -> object:
-    return jax.tree.structure(stage)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outcomes)

@@ -15,7 +15,7 @@ from jax_repaint.errors import InputError
 # Importing JAX takes seconds: one process imports everything and forks for every command, before JAX has threads.
 FORKS = """
 import contextlib, json, os, runpy, sys, traceback, warnings
-import jax_repaint.demo, jax_repaint.evaluate, jax_repaint.train
+import jax_repaint.calibrate, jax_repaint.demo, jax_repaint.evaluate, jax_repaint.report, jax_repaint.train
 warnings.simplefilter("ignore")
 for number, command in enumerate(json.load(open("commands.json"))):
     child = os.fork()
@@ -88,6 +88,15 @@ MISTAKES = {
     "line on land": ([*EVALUATE, "--patterns=line:0"], "row 0 has no ocean cell"),
     "walk too long": ([*EVALUATE, "--patterns=walk:200"], "does not fit"),
     "fraction above one": ([*EVALUATE, "--patterns=cells:2"], "(0, 1]"),
+    "calibrating no model": (["calibrate", "--model=nowhere"], "no model in nowhere"),
+    "calibrating what has no ensemble": (["calibrate", "--model=model", "--method=gp"], "'gp' cannot be calibrated"),
+    "calibrating on one block": (
+        ["calibrate", "--model=model", "--fields=tiny.nc", "--frames=4", "--block=99"], "one block of time"
+    ),
+    "report without a folder": (["report"], "the folder to report on is missing"),
+    "report on nothing": (["report", "model", "--out=new"], "model holds no training run"),
+    "report on no folder": (["report", "nowhere"], "nowhere is no folder"),
+    "report on two folders": (["report", "model", "other"], "unexpected argument 'other'"),
     "output folder is a file": ([*EVALUATE[:-1], "--out=tiny.nc", "--methods=linear"], "cannot write"),
 }  # fmt: skip
 

@@ -1,5 +1,12 @@
 """Members do not depend on how they are computed, and pairs of an exact denoiser have the linear mean."""
 
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +15,22 @@ from flax import struct
 
 from jax_repaint import guide, observe
 from jax_repaint.denoise import PrincipalGaussian
-from jax_repaint.ensemble import in_chunks, member_keys, posterior_ensemble, repaint_ensemble
+from jax_repaint.ensemble import (
+    in_chunks,
+    member_keys,
+    posterior_ensemble,
+    repaint_ensemble,
+    repaint_sweep,
+    same_program,
+    survivors,
+)
 from jax_repaint.errors import InputError
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.prior import linear
-from jax_repaint.sample import Known, Repaint
+from jax_repaint.sample import Known, Outcome, Repaint, first_failure, method, repaint_stages
 from jax_repaint.schedule import Schedule
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SHAPE = (6, 8)
 OCEAN = ~((np.indices(SHAPE)[0] < 2) & (np.indices(SHAPE)[1] > 5))
 SCHEDULE = Schedule.linear(20, 1e-3, 0.2)
@@ -68,7 +84,9 @@ def known(gaussian, frames):
 @pytest.fixture(scope="module")
 def members(gaussian, known):
     """Four members of three frames in one chunk, (3, 4, 2, y, x, 2)."""
-    return repaint_ensemble(gaussian, known, SCHEDULE, STAGES, frames=[5, 6, 9], members=4, seed=1)
+    outcome = repaint_ensemble(gaussian, known, SCHEDULE, STAGES, frames=[5, 6, 9], members=4, seed=1)
+    np.testing.assert_array_equal(outcome.failed, np.full((3, 4, 2), -1))
+    return outcome.x
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +156,19 @@ def test_shapes_and_observed_cells(known, members):
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_members_do_not_depend_on_chunks(gaussian, known, members, chunk):
     again = repaint_ensemble(gaussian, known, SCHEDULE, STAGES, frames=[5, 6, 9], members=4, seed=1, chunk=chunk)
-    np.testing.assert_allclose(again, members, atol=1e-5)
+    np.testing.assert_allclose(again.x, members, atol=1e-5)
 
 
 def test_members_do_not_depend_on_other_frames_and_members(gaussian, known, members):
     last = jax.tree.map(lambda leaf: leaf[2:], known)
     again = repaint_ensemble(gaussian, last, SCHEDULE, STAGES, frames=[9], members=2, seed=1)
-    np.testing.assert_allclose(again[0], members[2, :2], atol=1e-5)
+    np.testing.assert_allclose(again.x[0], members[2, :2], atol=1e-5)
 
 
 def test_members_frames_and_seeds_differ(gaussian, known, members):
     missing = np.asarray(known.missing)[0, ..., 0]
     same = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 3), known)
-    other = repaint_ensemble(gaussian, same, SCHEDULE, STAGES, frames=[5, 6, 9], members=4, seed=2)
+    other = repaint_ensemble(gaussian, same, SCHEDULE, STAGES, frames=[5, 6, 9], members=4, seed=2).x
     numbered = np.concatenate([members[0], *other])[:, -1][:, missing].reshape(16, -1)
     distance = np.abs(numbered[:, None] - numbered[None]).mean(-1)
     assert distance[~np.eye(16, dtype=bool)].min() > 0.05
@@ -160,10 +178,10 @@ def test_other_numbers_do_not_trace_again(gaussian, known):
     def run(floor, gamma, seed, decay=0.1):
         before = len(traces)
         stages = tuple(Repaint.create(6, noise_floor=floor, gamma=gamma, resample_steps=2) for _ in range(2))
-        x = repaint_ensemble(
+        outcome = repaint_ensemble(
             Counted(gaussian), known, SCHEDULE, stages, frames=[1, 2, 3], members=2, seed=seed, var_decay=decay
         )
-        return x, len(traces) - before
+        return outcome.x, len(traces) - before
 
     first, traced = run(0.2, 3.0, 0)
     assert traced
@@ -173,12 +191,179 @@ def test_other_numbers_do_not_trace_again(gaussian, known):
     assert run(0.2, 3.0, 4, 0.5)[1] == 0
 
 
+# --- many points of the hyperparameters ---------------------------------------------------------------------
+
+
+def sweep(denoiser, known, points, **options):
+    return repaint_sweep(denoiser, known, SCHEDULE, points, frames=[5, 6, 9], members=2, seed=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "values"),
+    [
+        ("guided", "guidance_scale", np.geomspace(1e-5, 0.05, 16)),
+        ("adaptive", "gamma", np.geomspace(0.3, 5, 16)),
+        ("multistage", "refine_floor", np.linspace(0, 1, 16)),
+        ("uniform", "noise_floor", np.linspace(0, 1, 16)),
+    ],
+)
+def test_sixteen_points_are_one_program(gaussian, known, name, setting, values):
+    settings = {"t_start": 3, "resample_steps": 2} | ({"t_refine": 2, "stages": 2} if name == "multistage" else {})
+    points = [method(name, 20, **settings, **{setting: value}) for value in values]
+    counted, one = Counted(gaussian), jax.tree.map(lambda leaf: leaf[0], known)
+    before = len(traces)
+    jax.eval_shape(lambda key: repaint_stages(key, counted, one, SCHEDULE, points[0]), jax.random.key(0))
+    single = len(traces) - before
+    first = sweep(counted, known, points, chunk=24)
+    assert len(traces) - before == 2 * single > 0
+    again = sweep(counted, known, points[::-1], chunk=24)
+    assert len(traces) - before == 2 * single
+    np.testing.assert_allclose(again.x[::-1], first.x, atol=1e-5)
+    assert first.x.shape[:3] == (16, 3, 2)
+    assert np.abs(np.diff(first.x[:, :, :, -1], axis=0)).max(axis=(1, 2, 3, 4, 5)).min() > 1e-6
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_points_are_those_of_their_own_runs(gaussian, known, chunk):
+    points = [(stage.replace(gamma=jnp.float32(gamma)), later) for gamma in (0.5, 3) for stage, later in [STAGES]]
+    together = sweep(gaussian, known, points, var_decay=[0.1, 0.5], chunk=chunk)
+    for number, (point, decay) in enumerate(zip(points, (0.1, 0.5), strict=True)):
+        alone = repaint_ensemble(gaussian, known, SCHEDULE, point, frames=[5, 6, 9], members=2, seed=1, var_decay=decay)
+        np.testing.assert_allclose(together.x[number], alone.x, atol=1e-5)
+    assert np.abs(together.x[0] - together.x[1]).max() > 0.01
+
+
+def test_points_share_their_noise(gaussian, known):
+    """A point that is repeated is not another sample."""
+    together = sweep(gaussian, known, [STAGES, STAGES])
+    np.testing.assert_allclose(together.x[0], together.x[1], atol=1e-6)
+
+
+def test_points_of_one_program():
+    stage = method("adaptive")
+    points = [stage, method("gp_init"), method("plain"), method("guided"), method("adaptive", gamma=1.0)]
+    points += [method("guided", guidance_scale=1.0), method("multistage"), method("multistage", t_refine=40)]
+    assert same_program(points) == [[0, 1, 4], [2], [3, 5], [6], [7]]
+
+
+def test_mistaken_sweeps_are_refused(gaussian, known):
+    with pytest.raises(InputError, match="at least one point"):
+        sweep(gaussian, known, [])
+    with pytest.raises(InputError, match="at least one stage"):
+        sweep(gaussian, known, [()])
+    with pytest.raises(InputError, match="differ in numbers only"):
+        sweep(gaussian, known, [STAGES, STAGES[:1]])
+    with pytest.raises(InputError, match="2 points are given, 1 values of var_decay"):
+        sweep(gaussian, known, [STAGES] * 2, var_decay=[0.1])
+    with pytest.raises(InputError, match=r"var_decay must be in \[0, 1\], got 10"):
+        sweep(gaussian, known, [STAGES], var_decay=[10])
+    with pytest.raises(InputError, match="at least one device"):
+        sweep(gaussian, known, [STAGES], devices=[])
+
+
+# --- failures -----------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Fragile:
+    """A denoiser that overflows at one level where the field is above a limit in one cell."""
+
+    gaussian: PrincipalGaussian
+    sigma: jax.Array
+    limit: jax.Array
+
+    def __call__(self, x, sigma):
+        breaks = (jnp.abs(sigma / self.sigma - 1) < 1e-3) & (x[3, 4, 0] > self.limit)
+        return jnp.where(breaks, jnp.inf, self.gaussian(x, sigma))
+
+
+@pytest.fixture(scope="module")
+def same(known):
+    """One field three times."""
+    return jax.tree.map(lambda leaf: jnp.stack([leaf[2]] * 3), known)
+
+
+@pytest.fixture(scope="module")
+def broken(gaussian, same):
+    """Eight members of the three of a denoiser that breaks at t = 5, which both stages pass."""
+    assert same.missing[0, 3, 4, 0]
+    fragile = Fragile(gaussian, SCHEDULE.sigma[5], same.prior_mean[0, 3, 4, 0] + 0.1)
+    return repaint_ensemble(fragile, same, SCHEDULE, STAGES, frames=[5, 6, 9], members=8, seed=1)
+
+
+def test_failures_are_reported_with_their_step(gaussian, same, broken):
+    first, second = broken.failed[..., 0], broken.failed[..., 1]
+    # Two passes each of t = 8, 7, 6 and 5: t = 5 is passed as numbers 6 and 7 of stage 1, 0 and 1 of stage 2.
+    assert set(first.reshape(-1)) == {-1, 6, 7}
+    assert (second[first >= 0] == 0).all()
+    fine = (broken.failed < 0).all(-1)
+    assert 3 < fine.sum() < 21
+    whole = repaint_ensemble(gaussian, same, SCHEDULE, STAGES, frames=[5, 6, 9], members=8, seed=1)
+    np.testing.assert_allclose(broken.x[fine], whole.x[fine], atol=1e-5)
+    missing = np.broadcast_to(np.asarray(same.missing)[:, None, None], broken.x.shape)
+    lost = np.broadcast_to((broken.failed >= 0)[..., None, None, None], broken.x.shape)
+    np.testing.assert_array_equal(np.isnan(broken.x), missing & lost)
+
+
+def test_survivors(broken, caplog):
+    fine = (broken.failed < 0).all(-1)
+    assert ((fine.sum(1) >= 2) & (fine.sum(1) < 8)).all()
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        kept = survivors("adaptive", STAGES, [5, 6, 9], broken)
+    assert [len(x) for x in kept] == list(fine.sum(1))
+    for x, every, good in zip(kept, broken.x, fine, strict=True):
+        np.testing.assert_array_equal(x, every[good])
+    assert [r.message for r in caplog.records if "frame 6" in r.message] == [
+        f"adaptive: {8 - fine[1].sum()} of 8 members of frame 6 are left out, not finite from "
+        + "; ".join(str(first_failure(STAGES, failed)) for failed in broken.failed[1][~fine[1]])
+    ]
+    failed = np.where(np.arange(8)[:, None] > 0, np.array([6, 0]), broken.failed[:, :1] * 0 - 1)
+    message = r"guided: 7 of 8 members of frame 5 are not finite, .* stage 1, iteration 6, t 5"
+    with pytest.raises(InputError, match=message):
+        survivors("guided", STAGES, [5, 6, 9], Outcome(broken.x, failed))
+
+
+def test_guidance_explodes_and_says_so(gaussian, known):
+    points = [method("guided", 20, t_start=8, guidance_scale=scale) for scale in (1e-5, 500)]
+    outcome = sweep(gaussian, known, points)
+    assert (outcome.failed[0] == -1).all()
+    assert (outcome.failed[1] > 0).all()
+
+
+# --- devices and mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_members_do_not_depend_on_devices():
+    """In a process of its own: a process has the devices it started with."""
+    found = subprocess.run(
+        [sys.executable, Path(__file__).with_name("virtual_devices.py")],
+        capture_output=True, text=True, timeout=300, cwd=REPOSITORY,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-2000:]
+    results = json.loads(found.stdout.splitlines()[-1])
+    for count in ("2", "8"):
+        assert results[count]["devices"] == int(count)
+        # A chunk of 5 is filled up to a multiple of the devices.
+        assert results[count]["rows"] == {"2": 6, "8": 8}[count]
+        for kind in ("repaint", "posterior"):
+            np.testing.assert_allclose(results[count][kind], results["1"][kind], atol=1e-5)
+    assert np.std(results["1"]["repaint"]) > 0.1
+
+
 def test_mistakes_are_refused(gaussian, known):
     with pytest.raises(InputError, match="at least one member of each frame, got 0"):
         repaint_ensemble(gaussian, known, SCHEDULE, STAGES, frames=[5, 6, 9], members=0)
     with pytest.raises(InputError, match="2 frames are numbered, 3 are given"):
         repaint_ensemble(gaussian, known, SCHEDULE, STAGES, frames=[5, 6], members=1)
     late = (Repaint.create(20),)
+    narrow = known._replace(prior_mean=known.prior_mean[:, :, :4])
+    with pytest.raises(InputError, match=r"prior_mean must be on the grid of the field, \(\.\.\., 6, 8, 2\), got"):
+        repaint_ensemble(gaussian, narrow, SCHEDULE, STAGES, frames=[5, 6, 9], members=1)
+    unknown = known._replace(prior_variance=known.prior_variance * jnp.nan)
+    with pytest.raises(InputError, match="prior_variance of the fields to inpaint has values that are not finite"):
+        repaint_ensemble(gaussian, unknown, SCHEDULE, STAGES, frames=[5, 6, 9], members=1)
     with pytest.raises(InputError, match="t_start 20 is not a step"):
         repaint_ensemble(gaussian, known, SCHEDULE, late, frames=[5, 6, 9], members=1)
 

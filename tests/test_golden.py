@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_repaint.sample import Known, Repaint, repaint, repaint_stages
+from jax_repaint.sample import Known, Repaint, method, repaint, repaint_stages
 from jax_repaint.schedule import Schedule
 
 CASES = [
@@ -23,6 +23,7 @@ CASES = [
     "guided-pattern-t50-r2-f0.2-s0.01",
     "x0blend-pattern-t50-r2-f0.3",
 ]
+STAGES = ["multistage-zero-stage1", "multistage-zero-stage2", "multistage-zero-stage3"]
 
 
 def last(array):
@@ -98,13 +99,25 @@ def test_family_equals_reference(golden, schedule, known, case):
     meta = json.loads(str(golden[f"meta/{case}"]))
     draw = noise_source(golden, meta["noise"])
     run = jax.jit(lambda key: repaint(key, analytic_network(schedule), known, schedule, hyperparameters(meta), draw))
-    close(run(jax.random.key(0)), golden[f"out/{case}"])
+    outcome = run(jax.random.key(0))
+    assert outcome.failed == -1
+    close(outcome.x, golden[f"out/{case}"])
+
+
+def test_every_reference_case_is_here(golden):
+    cases = [name.removeprefix("out/") for name in golden if name.startswith("out/")]
+    assert sorted(cases) == sorted(CASES + STAGES)
 
 
 def test_chained_stages_equal_reference(golden, schedule, known):
-    stages = [Repaint.create(75, noise_floor=0.2, gamma=3.0)]
-    stages += [Repaint.create(50, noise_floor=0.3, gamma=3.0)] * 2
+    metas = [json.loads(str(golden[f"meta/{case}"])) for case in STAGES]
+    (decay,) = {meta["var_decay"] for meta in metas}
+    stages = method("multistage", stages=3)
+    for stage, meta in zip(stages, metas, strict=True):
+        later = meta["stage"] > 1
+        numbers = [meta["t_start"][later], meta["noise_floor"][later], meta["gamma"], meta["resample_steps"]]
+        np.testing.assert_allclose([stage.t_start, stage.noise_floor, stage.gamma, stage.resample_steps], numbers)
     draw = noise_source(golden, "zero")
-    out = repaint_stages(jax.random.key(0), analytic_network(schedule), known, schedule, stages, 0.1, draw)
-    for number, field in enumerate(out, start=1):
-        close(field, golden[f"out/multistage-zero-stage{number}"])
+    out = repaint_stages(jax.random.key(0), analytic_network(schedule), known, schedule, stages, decay, draw)
+    for case, x in zip(STAGES, out.x, strict=True):
+        close(x, golden[f"out/{case}"])

@@ -236,7 +236,8 @@ def _check_values(fields: Fields, present: np.ndarray) -> None:
         more = f" and {empty.size - 5} more" if empty.size > 5 else ""
         raise InputError(f"{name}: no value in frame {shown}{more}; leave such frames out")
     for component, values in (("u", fields.u), ("v", fields.v)):
-        if np.nanmin(values) == np.nanmax(values):
+        # A single frame may hold a few observations that are equal.
+        if len(fields) > 1 and np.nanmin(values) == np.nanmax(values):
             raise InputError(f"{name}: {component} is {np.nanmin(values)} m/s everywhere and always")
     gaps = fields.gaps
     if gaps:

@@ -1,0 +1,162 @@
+"""Learns how the ensembles of one method are to be corrected, and stores it with the model.
+
+    python -m jax_repaint.calibrate --model=runs/small/model --method=kalman --members=16 --frames=64
+
+The method inpaints frames of the validation part of the model's split; what it learns from them, `calibration.py` says.
+Test frames take no part. The validation part has served before, to choose the best weights and three numbers of the
+linear prior, which is a small leak. Frames count as independent in blocks of time that are as long as it takes the
+errors of the linear estimate to be forgotten; `--block` sets another length.
+
+`evaluate` and `inpaint` use the calibration for ensembles of the same method and size, unless they are told --raw.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import tqdm
+from absl import flags, logging
+
+from jax_repaint import calibration, command, evaluate, files, metrics, model, observe
+from jax_repaint.calibration import Calibration
+from jax_repaint.data.fields import Fields, Split
+from jax_repaint.errors import InputError
+from jax_repaint.model import Model
+
+METHODS = tuple(name for name in evaluate.METHODS if name not in ("climatology", "seed_gp", "gp", "linear"))
+RECORD = 1024  # frames at most whose linear estimate is made, to see how long its errors last
+
+
+def pick(split: Split, frames: int, seed: int = 0) -> np.ndarray:
+    """Numbers of `frames` validation frames, drawn without replacement, in the order of time."""
+    count = min(frames, split.validation.size)
+    return np.sort(np.random.default_rng([seed, 0xCB]).choice(split.validation, count, replace=False))
+
+
+def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0) -> int:
+    """Frames in blocks of time that can pass for independent: of the logarithm of the linear estimate's error.
+
+    The currents themselves are no measure: tides come back for months, the errors of an estimate do not.
+
+    Args:
+      fields: consecutive frames; the first 1,024 are used.
+      pattern: of the observations, the same in all frames.
+    """
+    fields = fields.select(slice(RECORD))
+    observed = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, 0))
+    (first,) = evaluate.make_cases(trained, fields.select([0]), [0], [pattern], seed)
+    scored = metrics.scored_cells(first.truth, fields.ocean, observed)
+    errors = []
+    for velocity in fields.velocity:
+        case = dataclasses.replace(first, observation=evaluate.observation_of(trained, velocity, observed))
+        errors.append(metrics.mse(evaluate.prior_of(trained, case)[0], velocity, scored))
+    return calibration.independent_length(np.log(errors))
+
+
+def learn(
+    trained: Model,
+    fields: Fields,
+    numbers: Sequence[int],
+    patterns: Sequence[str],
+    name: str,
+    *,
+    block: int,
+    members: int = 16,
+    seed: int = 0,
+    chunk: int = 64,
+    gate: bool = False,
+) -> Calibration:
+    """Inpaints and learns.
+
+    Args:
+      fields: calibration frames, `numbers` theirs in the series.
+      name: of the method, one of METHODS.
+      block: frames of the series in a block of time.
+      gate: also learns a weight for single frames, which takes a second run without a tenth of the observations.
+
+    Raises:
+      InputError: a method without an ensemble, members without a spread, patterns or fields that cannot be used,
+        frames from less than two blocks.
+    """
+    check(name, members, block)
+    blocks = np.unique(np.asarray(numbers) // block).size
+    if blocks < 2:
+        raise InputError(f"{len(numbers)} frames in blocks of {block} frames are one block of time; two are needed")
+    if blocks < calibration.BLOCKS_TO_PROMISE:
+        logging.warning(
+            "%d blocks of time: intervals will be those of Gaussian members; %d blocks allow a promise",
+            blocks, calibration.BLOCKS_TO_PROMISE,
+        )  # fmt: skip
+    cases = evaluate.make_cases(trained, fields, numbers, patterns, seed)
+    priors = [evaluate.prior_of(trained, case) for case in cases]
+    made, evidence = [], []
+    for case in tqdm.tqdm(cases, unit="field", disable=None):
+        made.append(evaluate.run_method(name, trained, fields, [case], members, seed, chunk).members[0])
+        if gate:
+            evidence += evaluate.gate_evidence(name, trained, fields, [case], members, seed, chunk)
+    return calibration.fit(
+        [case.truth for case in cases],
+        [mean for mean, _ in priors],
+        [variance for _, variance in priors],
+        made,
+        [metrics.scored_cells(case.truth, fields.ocean, case.observed) for case in cases],
+        [case.frame // block for case in cases],
+        method=name,
+        antithetic=name in evaluate.PAIRED,
+        patterns=list(dict.fromkeys(patterns)),
+        seed=seed,
+        evidence=evidence if gate else None,
+    )
+
+
+def check(name: str, members: int, block: int) -> None:
+    """Raises InputError at a method without an ensemble, too few members for a spread, an empty block."""
+    if name not in METHODS:
+        raise InputError(f"method {name!r} cannot be calibrated; those with an ensemble are {', '.join(METHODS)}")
+    evaluate.check_methods([name], members)
+    least = 4 if name in evaluate.PAIRED else 2
+    if members < least:
+        raise InputError(f"the spread of {name} needs {least} members or more, got {members}")
+    if block < 1:
+        raise InputError(f"a block of time has at least one frame, got {block}")
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("model", None, "Folder of a model, as training writes it.")
+    flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
+    flags.DEFINE_string("method", "kalman", f"Among {', '.join(METHODS)}.")
+    flags.DEFINE_integer("members", 16, "Members of the ensembles that the calibration is for.", lower_bound=2)
+    flags.DEFINE_integer("frames", 64, "Validation frames to inpaint, drawn at random.", lower_bound=2)
+    flags.DEFINE_list("patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02.")
+    flags.DEFINE_integer("block", None, "Frames in a block of time; by default measured.", lower_bound=1)
+    flags.DEFINE_bool("gate", False, "Also learn a weight for single frames; twice the work, here and in use.")
+    flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0)
+    flags.DEFINE_integer("chunk", 64, "Members sampled at a time.", lower_bound=1)
+    flags.mark_flag_as_required("model")
+
+
+def main(_) -> None:
+    """Calibrates a model."""
+    check(FLAGS.method, FLAGS.members, FLAGS.block or 1)
+    trained = model.load(FLAGS.model)
+    files.check_writable(f"{FLAGS.model}/{model.DESCRIPTION}")
+    fields, split = evaluate.data_of(trained, FLAGS.fields)
+    patterns = FLAGS.patterns or observe.usual(fields.ocean)
+    block = FLAGS.block or block_length(trained, fields.select(split.validation), patterns[0], FLAGS.seed)
+    numbers = pick(split, FLAGS.frames, FLAGS.seed)
+    logging.info("%d validation frames in blocks of %d frames", numbers.size, block)
+    learnt = learn(
+        trained, fields.select(numbers), numbers, patterns, FLAGS.method,
+        block=block, members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, gate=FLAGS.gate,
+    )  # fmt: skip
+    model.store_calibration(FLAGS.model, learnt)
+    print(learnt.describe())
+    print(f"\nstored in {FLAGS.model}")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    command.run(main)

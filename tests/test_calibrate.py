@@ -1,0 +1,716 @@
+"""Calibration where the best weight, spread and interval follow from the Gaussians that fields are drawn from."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import xarray as xr
+from scipy import optimize, signal, special
+
+from jax_repaint import calibrate, calibration, evaluate, guide, metrics, model
+from jax_repaint.calibration import Calibration, Gate
+from jax_repaint.data import readers
+from jax_repaint.data.fields import Split
+from jax_repaint.errors import InputError
+
+SHAPE = (9, 16)
+SCORED = np.indices(SHAPE)[1] != 5
+# From near an observation to far from it, (m/s)^2.
+VARIANCE = (0.002 * np.exp(0.12 * np.abs(np.indices(SHAPE)[1] - 5)))[..., None] ** 2 * np.array([1.0, 0.5])
+
+
+def draw(
+    blocks, members=8, *, error=0.5, noise=0.8, antithetic=False, uneven=0.0, each=1, skill=True, seed=0
+):  # fmt: skip
+    """Fields whose prior is off by e ~ N(0, v) and whose infinite ensemble is off by e' ~ N(0, error v), independent.
+
+    Members lie N(0, noise v) around the infinite ensemble's mean. Blocks of `each` frames share a factor of all errors
+    with a standard deviation of `uneven` in its logarithm. Without skill the ensemble lies around the prior.
+    """
+    rng = np.random.default_rng(seed)
+    fields = SimpleNamespace(truth=[], prior_mean=[], prior_variance=[], members=[], scored=[], block=[])
+    for block in range(blocks):
+        level = np.exp(uneven * rng.normal())
+        for _ in range(each):
+            std = level * np.sqrt(VARIANCE)
+            truth = rng.normal(size=(*SHAPE, 2))
+            prior = truth + std * rng.normal(size=std.shape)
+            centre = (truth if skill else prior) + math.sqrt(error) * std * rng.normal(size=std.shape)
+            deviation = math.sqrt(noise) * std * rng.normal(size=(members // (1 + antithetic), *std.shape))
+            if antithetic:
+                deviation = np.stack([deviation, -deviation], 1).reshape(members, *std.shape)
+            prior[0], ensemble = np.where(SCORED[0, :, None], prior[0], np.nan), centre + deviation
+            fields.truth.append(truth)
+            fields.prior_mean.append(prior)
+            fields.prior_variance.append(VARIANCE)
+            fields.members.append(np.where(SCORED[..., None], ensemble, np.nan).astype(np.float32))
+            fields.scored.append(SCORED)
+            fields.block.append(block)
+    return fields
+
+
+def fit(fields, antithetic=False, **settings):
+    return calibration.fit(**vars(fields), **({"method": "kalman", "antithetic": antithetic} | settings))
+
+
+def applied(made, fields):
+    parts = zip(fields.prior_mean, fields.prior_variance, fields.members, strict=True)
+    return [made.apply(*part) for part in parts]
+
+
+def errors(fields, members):
+    """Mean square errors of the prior and of the mean of `members`, and spread over error of the latter."""
+    antithetic = np.allclose(members[0][0] + members[0][1], 2 * members[0].mean(0), atol=1e-5, equal_nan=True)
+    scores = []
+    for truth, prior, ensemble in zip(fields.truth, fields.prior_mean, members, strict=True):
+        variance = metrics.ensemble_variance(ensemble[:, SCORED], antithetic).mean()
+        mse = [metrics.mse(estimate, truth, SCORED) for estimate in (prior, ensemble.mean(0))]
+        scores.append([*mse, variance])
+    prior, mean, variance = np.mean(scores, 0)
+    return prior, mean, metrics.spread_skill(variance, mean, len(members[0]), antithetic)
+
+
+@pytest.fixture(scope="module")
+def fields():
+    return draw(30, each=2)
+
+
+@pytest.fixture(scope="module")
+def made(fields):
+    return fit(fields, patterns=("line:4", "walk:9"), seed=3)
+
+
+# --- the weight ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize(("error", "noise", "members"), [(0.5, 0.8, 8), (0.2, 1.0, 4), (2.0, 3.0, 16)])
+def test_the_weight_is_the_best_one(error, noise, members, antithetic):
+    fields = draw(40, members, error=error, noise=noise, antithetic=antithetic)
+    made = fit(fields, antithetic)
+    # e d = v and d^2 = v (1 + error + noise / M) on average; pairs cancel the noise of the mean.
+    best = 1 / (1 + error + (0 if antithetic else noise / members))
+    np.testing.assert_allclose(made.weight, best, atol=0.04)
+    prior, fused, ratio = errors(fields, applied(made, fields))
+    assert fused / prior == pytest.approx(1 - best, abs=0.03)
+    assert ratio == pytest.approx(1, abs=0.01)
+
+
+def test_small_ensembles_are_trusted_less():
+    weights = [np.mean(fit(draw(30, count, noise=2.0)).weight) for count in (2, 4, 16)]
+    np.testing.assert_allclose(weights, [1 / (1.5 + 2 / count) for count in (2, 4, 16)], atol=0.02)
+    assert weights[0] < weights[1] < weights[2]
+
+
+def test_an_ensemble_without_skill_is_not_trusted():
+    weights, ratios = [], []
+    for seed in range(20):
+        made = fit(draw(20, skill=False, seed=seed))
+        fresh = draw(20, skill=False, seed=1000 + seed)
+        prior, fused, _ = errors(fresh, applied(made, fresh))
+        weights.append(made.weight)
+        ratios.append(fused / prior)
+    # The guard lets a 5 % quantile pass, so about one weight in twenty is not zero, and small.
+    assert np.mean(np.array(weights) == 0) > 0.85
+    assert np.max(weights) < 0.15
+    assert np.mean(ratios) < 1.002
+
+
+@pytest.mark.parametrize(("error", "noise"), [(0.5, 0.8), (3.0, 6.0), (20.0, 1.0)])
+def test_no_worse_than_the_prior_on_fresh_fields(error, noise):
+    made = fit(draw(20, error=error, noise=noise, uneven=0.3))
+    fresh = draw(60, error=error, noise=noise, uneven=0.3, seed=1)
+    prior, raw, _ = errors(fresh, fresh.members)
+    _, fused, ratio = errors(fresh, applied(made, fresh))
+    best = 1 - 1 / (1 + error + noise / 8)
+    assert fused < min(prior, raw)
+    assert fused / prior == pytest.approx(best, abs=0.02)
+    assert ratio == pytest.approx(1, abs=0.1)
+
+
+def test_rising_weights_are_the_isotonic_regression():
+    rng = np.random.default_rng(0)
+    products, squares = rng.normal(size=(50, 6)) + 1, rng.uniform(0.1, 3, (50, 6))
+    expected = [
+        optimize.isotonic_regression(over / under, weights=under).x
+        for over, under in zip(products, squares, strict=True)
+    ]
+    np.testing.assert_allclose(calibration._ratio(products, squares, True), expected, rtol=1e-9)
+    np.testing.assert_array_equal(calibration._ratio(products, squares, False), products / squares)
+
+
+def test_weights_rise_only_where_that_helps():
+    rng = np.random.default_rng(0)
+    squares = np.ones((30, 6))
+
+    def chosen(weight):
+        noise = 0.3 * rng.normal(size=(200, 30, 6))
+        return np.mean([calibration._rising_is_better(weight + one, squares) for one in noise])
+
+    assert chosen(np.full(6, 0.5)) > 0.8
+    assert chosen(np.linspace(0.4, 0.6, 6)) > 0.85
+    assert chosen(np.linspace(0.9, 0.1, 6)) == 0
+
+
+def test_the_guard_is_for_each_bin():
+    noise = np.random.default_rng(0).normal(size=(30, 6))
+    noise -= noise.mean(0)
+    # Standard errors are 0.18 for the first two, 0.018 for the next three and 0.9 for the last.
+    products = np.array([0.0, 0.1, 0.9, 1.3, -0.2, 0.9]) + noise * [1, 1, 0.1, 0.1, 0.1, 5]
+    drawn = calibration._resamples(30, 0)
+    assert (drawn.sum(1) == 30).all()
+    weight = calibration._weights(products, np.ones((30, 6)), False, drawn)
+    np.testing.assert_allclose(weight, [0, 0, 0.9, 1, 0, 0])
+
+
+# --- spread and interval ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("narrow", [0.4, 1.0, 1.5])
+def test_a_known_factor_of_the_spread_is_found(narrow, antithetic):
+    # The prior knows next to nothing; truth and members / narrow are draws of the same Gaussian.
+    members = 6
+    fields = draw(40, members, error=0, noise=narrow**2, antithetic=antithetic)
+    rng = np.random.default_rng(5)
+    for i, truth in enumerate(fields.truth):
+        fields.truth[i] = truth + np.sqrt(VARIANCE) * rng.normal(size=truth.shape)
+        fields.prior_mean[i] = truth + 100 * np.sqrt(VARIANCE) * rng.normal(size=truth.shape)
+    made = fit(fields, antithetic)
+    np.testing.assert_allclose(made.weight, 1, atol=0.01)
+    factor, own = (1, 0) if antithetic else ((members + 1) / members, narrow**2 / members)
+    expected = math.sqrt((1 + own) / factor) / narrow
+    np.testing.assert_allclose(made.spread, expected, rtol=0.06)
+    if narrow == 1:
+        assert expected == 1
+    assert errors(fields, applied(made, fields))[2] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_spread_equals_error_on_fresh_fields(antithetic):
+    made = fit(draw(60, antithetic=antithetic, noise=0.1), antithetic)
+    fresh = draw(60, antithetic=antithetic, noise=0.1, seed=1)
+    assert errors(fresh, fresh.members)[2] < 0.5
+    assert errors(fresh, applied(made, fresh))[2] == pytest.approx(1, abs=0.03)
+    assert made.held_out["spread_skill"] == pytest.approx(1, abs=0.03)
+
+
+def test_held_out_blocks_foretell_fresh_fields():
+    fields, fresh = (draw(60, uneven=0.2, noise=0.3, seed=seed) for seed in (0, 1))
+    made = fit(fields)
+    prior, raw, ratio = errors(fields, fields.members)
+    said = made.held_out
+    np.testing.assert_allclose(
+        [said["mse_prior"], said["mse_raw"], said["spread_skill_raw"]], [prior, raw, ratio], 1e-5
+    )
+    assert said["mse_fused"] > errors(fields, applied(made, fields))[1]
+    prior, fused, _ = errors(fresh, applied(made, fresh))
+    assert said["mse_fused"] / said["mse_prior"] == pytest.approx(fused / prior, rel=0.05)
+
+
+def test_conformal_with_one_value_a_block_is_the_usual_quantile():
+    rng = np.random.default_rng(0)
+    for count in (9, 19, 40, 99):
+        score = rng.exponential(size=count)
+        expected = np.sort(score)[math.ceil(0.9 * (count + 1) - 1e-9) - 1]
+        assert calibration.conformal(score, np.arange(count)) == expected
+    assert calibration.conformal(rng.exponential(size=800), np.arange(800) % 8) == math.inf
+
+
+def test_conformal_counts_blocks_not_values():
+    # Nine blocks of a thousand small scores and one of a few large ones: the large ones weigh a tenth.
+    score = np.r_[np.linspace(0, 1, 9000), np.full(10, 5.0)]
+    block = np.r_[np.arange(9000) % 9, np.full(10, 9)]
+    assert calibration.conformal(score, block, 9.5 / 11) == 5
+    assert calibration.conformal(score, block, 8.9 / 11) < 1
+
+
+@pytest.mark.parametrize("uneven", [0.0, 0.5])
+def test_conformal_holds_its_level_over_repeats(uneven):
+    rng = np.random.default_rng(1)
+    repeats, blocks, values = 2000, 39, 20
+    inside = []
+    for _ in range(repeats):
+        score = np.abs(rng.normal(size=(blocks + 1, values))) * np.exp(uneven * rng.normal(size=(blocks + 1, 1)))
+        limit = calibration.conformal(score[:-1].ravel(), np.repeat(np.arange(blocks), values))
+        inside.append(np.mean(score[-1] <= limit))
+    # The promise: at least 0.90; the price of the unseen block is at most 2 / (n + 1) more.
+    error = np.std(inside) / math.sqrt(repeats)
+    assert 0.9 - 3 * error < np.mean(inside) < 0.9 + 2 / (blocks + 1) + 3 * error
+
+
+@pytest.mark.parametrize(("blocks", "noise", "uneven"), [(24, 0.1, 0.3), (48, 0.1, 0.3), (48, 2.0, 0.0)])
+def test_the_interval_holds_ninety_per_cent_of_fresh_fields(blocks, noise, uneven):
+    inside = []
+    for seed in range(12):
+        made = fit(draw(blocks, noise=noise, uneven=uneven, seed=seed))
+        assert made.promised
+        fresh = draw(20, noise=noise, uneven=uneven, seed=1000 + seed)
+        for truth, members in zip(fresh.truth, applied(made, fresh), strict=True):
+            low, high = made.interval(VARIANCE, members)
+            inside.append(((low < truth) & (truth < high))[SCORED].mean(0))
+    inside = np.mean(inside, -1)
+    error = np.std(inside) / math.sqrt(len(inside))
+    assert 0.9 - 3 * error < inside.mean() < 0.9 + 2 / (blocks + 1) + 3 * error
+
+
+def test_bins_have_scales_of_their_own_where_blocks_allow():
+    few, many = (draw(blocks, noise=0.5) for blocks in (30, 50))
+    for fields in (few, many):
+        # Heavy tails where the prior is sure, none elsewhere: a variance alone does not tell.
+        rng = np.random.default_rng(2)
+        for i, truth in enumerate(fields.truth):
+            near = np.sqrt(VARIANCE) < 0.004
+            fields.truth[i] = np.where(near, truth + (rng.random(near.shape) < 0.05) * 0.05, truth)
+    few, many = fit(few), fit(many)
+    assert len(set(few.scale)) == 1
+    assert many.scale[0] < 0.7 * many.scale[-1]
+
+
+def test_too_few_blocks_promise_nothing():
+    made = fit(draw(18, members=6))
+    assert not made.promised
+    # Student's quantile at five degrees of freedom, and the variance of a mean of six.
+    np.testing.assert_allclose(made.scale, 2.015048 * math.sqrt(7 / 6), rtol=1e-6)
+    assert "too few for a promise" in made.describe()
+    pairs = fit(draw(18, members=6, antithetic=True), antithetic=True)
+    np.testing.assert_allclose(pairs.scale, 2.353363, rtol=1e-6)
+
+
+# --- on a map -----------------------------------------------------------------------------------------------
+
+
+def test_a_map_has_no_seams(made):
+    variance = np.exp(np.linspace(-16, -4, 1001))[:, None, None] * np.ones((1, 1, 2))
+    made = dataclasses.replace(made, weight=tuple(np.linspace(0.1, 0.9, 6)), spread=(1.0, 2.0, 1.0, 3.0, 1.0, 0.5))
+    members = np.arange(8.0)[:, None, None, None] * np.ones((8, *variance.shape))
+    result = made.apply(np.zeros(variance.shape), variance, members)
+    assert np.abs(np.diff(result, axis=1)).max() < 0.3
+    # At a centre the bin's own numbers hold, beyond the outermost ones theirs.
+    for number, centre in enumerate(made.centres):
+        where = np.full((1, 1, 2), math.exp(centre))
+        one = made.apply(np.zeros(where.shape), where, members[:, :1])
+        expected = made.weight[number] * 3.5 + made.spread[number] * (np.arange(8) - 3.5)
+        np.testing.assert_allclose(one[:, 0, 0, 0], expected, atol=1e-6)
+    for end in (0, -1):
+        expected = made.weight[end] * 3.5 + made.spread[end] * (np.arange(8) - 3.5)
+        np.testing.assert_allclose(result[:, end, 0, 1], expected, atol=1e-6)
+
+
+def test_land_stays_land_and_the_mean_is_the_fused_one(made, fields):
+    prior, members = fields.prior_mean[0], fields.members[0]
+    result = made.apply(prior, np.where(SCORED[..., None], VARIANCE, 0), members)
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(np.isnan(result), np.isnan(members))
+    low, high = made.interval(VARIANCE, result)
+    assert low.dtype == high.dtype == np.float32
+    assert (low < high)[SCORED].all()
+    assert np.isnan(low)[~SCORED].all()
+    between = (result.mean(0) - prior) / (members.mean(0) - prior)
+    np.testing.assert_allclose(between[SCORED], np.mean(made.weight), atol=0.1)
+    shut = made.apply(prior, VARIANCE, members, gate=0.0)
+    np.testing.assert_allclose(shut.mean(0)[SCORED], prior[SCORED], atol=1e-5)
+
+
+def test_one_bin_where_the_prior_is_equally_sure_everywhere():
+    fields = draw(20)
+    fields.prior_variance = [np.full((*SHAPE, 2), 1e-4)] * 20
+    made = fit(fields)
+    assert len(made.weight) == 1
+    assert errors(fields, applied(made, fields))[2] == pytest.approx(1, abs=1e-3)
+
+
+# --- the gate -----------------------------------------------------------------------------------------------
+
+
+def gated(seed):
+    """Fields on every other of which the ensemble is far off, and what held-out observations say about it."""
+    fields, evidence = draw(40, noise=0.2, seed=seed), []
+    rng = np.random.default_rng(seed)
+    for i in range(0, 40, 2):
+        fields.members[i] = fields.members[i] + (3 * np.sqrt(VARIANCE) * rng.normal(size=VARIANCE.shape)).astype("f4")
+    for truth, prior, members in zip(fields.truth, fields.prior_mean, fields.members, strict=True):
+        seen = [metrics.mse(estimate, truth, SCORED) for estimate in (prior, members.mean(0))]
+        evidence.append(Gate.evidence(*seen, 1.0))
+    return fields, evidence
+
+
+def test_a_gate_shuts_out_frames_that_the_observations_speak_against():
+    fields, evidence = gated(0)
+    made, without = fit(fields, evidence=evidence), fit(fields)
+    assert without.gate is None
+    fresh, evidence = gated(1)
+    gates = special.expit(np.array(evidence) @ dataclasses.astuple(made.gate))
+    assert gates[1::2].min() > 0.9 > 0.7 > gates[::2].max()
+    parts = zip(fresh.prior_mean, fresh.prior_variance, fresh.members, gates, strict=True)
+    _, open_, _ = errors(fresh, applied(made, fresh))
+    _, shut, _ = errors(fresh, [made.apply(*part) for part in parts])
+    assert shut < 0.98 * open_
+    assert made.gate.of(Gate.evidence(4.0, 1.0, 1.0)) > made.gate.of(Gate.evidence(1.0, 4.0, 1.0))
+
+
+def test_a_gate_that_learns_nothing_is_none(fields):
+    rng = np.random.default_rng(0)
+    evidence = [Gate.evidence(*rng.exponential(size=3)) for _ in fields.truth]
+    assert fit(fields, evidence=evidence).gate is None
+
+
+def test_a_gate_by_hand():
+    gate = Gate(0.5, 2.0, -1.0)
+    assert gate.of(Gate.evidence(0.3, 0.1, 1.5)) == pytest.approx(
+        1 / (1 + math.exp(-(0.5 + 2 * math.log(3) - math.log(1.5))))
+    )
+    assert 0 <= gate.of(Gate.evidence(0.0, 0.1, 0.0)) <= 1
+    for numbers in ((-1, 1, 1), (1, math.nan, 1), (1, 1, math.inf)):
+        with pytest.raises(InputError, match="numbers from 0"):
+            Gate.evidence(*numbers)
+
+
+# --- blocks of time -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.6, 0.9])
+def test_blocks_are_four_integral_times_of_an_autoregression(memory):
+    rng = np.random.default_rng(0)
+    series = signal.lfilter([1.0], [1.0, -memory], rng.normal(size=20_000))
+    length = calibration.independent_length(series)
+    assert length == pytest.approx(4 * (1 + memory) / (1 - memory), rel=0.15, abs=1)
+    means = series[: 20_000 // length * length].reshape(-1, length).mean(1)
+    assert np.corrcoef(means[1:], means[:-1])[0, 1] < 0.12
+
+
+def test_a_series_that_says_nothing_about_time_is_refused():
+    for series in ([1.0], np.ones(30)):
+        with pytest.raises(InputError, match="two frames that differ"):
+            calibration.independent_length(series)
+    assert calibration.independent_length(np.arange(3.0)) == 4
+
+
+# --- on disk and at the door --------------------------------------------------------------------------------
+
+
+def test_a_calibration_survives_json(made):
+    for one in (made, dataclasses.replace(made, gate=Gate(0.1, 1 / 3, -2.0))):
+        assert Calibration.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert (made.members, made.antithetic, made.frames, made.blocks, made.seed) == (8, False, 60, 30, 3)
+    assert made.patterns == ("line:4", "walk:9")
+    text = made.describe()
+    assert "60 fields in 30 blocks" in text
+    assert len(text.splitlines()) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"weight": [0.5] * 5}, "cannot be made"),
+        ({"weight": [0.5] * 5 + [1.5]}, r"\[0, 1\]"),
+        ({"spread": [1.0] * 5 + [0.0]}, "positive"),
+        ({"scale": [1.0] * 5 + [math.inf]}, "finite"),
+        ({"centres": [1.0] * 6}, "increase"),
+        ({"centres": [], "weight": [], "spread": [], "scale": []}, "increase"),
+        ({"centres": None}, "cannot be made"),
+        ({"members": 1}, "2 members or more"),
+        ({"members": 2, "antithetic": True}, "4 members or more"),
+        ({"members": 7, "antithetic": True}, "pairs"),
+        ({"members": 8.0}, "whole number"),
+        ({"antithetic": 1}, "true or false"),
+        ({"method": None}, "a name"),
+        ({"held_out": {"mse_prior": 1}}, "held_out"),
+        ({"held_out": [1]}, "cannot be made"),
+        ({"gate": {"level": 1.0}}, "cannot be made"),
+        ({"gate": 3}, "gate"),
+        ({"gate": {"level": 1.0, "error": math.nan, "misfit": 0}}, "finite"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_nonsense_is_refused(made, changes, match):
+    with pytest.raises(InputError, match=match):
+        Calibration.from_json(made.to_json() | changes)
+
+
+def test_missing_entries_are_named(made):
+    content = made.to_json()
+    del content["spread"]
+    with pytest.raises(InputError, match="spread"):
+        Calibration.from_json(content)
+    with pytest.raises(InputError, match="named entries"):
+        Calibration.from_json([1])
+
+
+def test_other_ensembles_are_refused(made, fields):
+    prior, members = fields.prior_mean[0], fields.members[0]
+    with pytest.raises(InputError, match="of 8 members, got 7"):
+        made.apply(prior, VARIANCE, members[:7])
+    with pytest.raises(InputError, match="of 8 members, got 9"):
+        made.interval(VARIANCE, np.r_[members, members[:1]])
+    with pytest.raises(InputError, match="do not fit together"):
+        made.apply(prior, VARIANCE[1:], members)
+    with pytest.raises(InputError, match="different grids"):
+        made.apply(prior[1:], VARIANCE, members)
+    with pytest.raises(InputError, match=r"no value at \(y=2, x=3\)"):
+        made.apply(prior * hole(2, 3), VARIANCE, members)
+    with pytest.raises(InputError, match=r"no value at \(y=4, x=0\)"):
+        made.interval(VARIANCE * hole(4, 0), members)
+    with pytest.raises(InputError, match="gate of a frame"):
+        made.apply(prior, VARIANCE, members, gate=1.1)
+
+
+def hole(y, x):
+    """One, and NaN on one cell."""
+    field = np.ones((*SHAPE, 1))
+    field[y, x] = np.nan
+    return field
+
+
+def test_fields_that_teach_nothing_are_refused():
+    def refused(match, antithetic=False, evidence=None, **changes):
+        fields = draw(3, 4)
+        for name, change in changes.items():
+            setattr(fields, name, change(getattr(fields, name)))
+        with pytest.raises(InputError, match=match):
+            fit(fields, antithetic, evidence=evidence)
+
+    refused("for each field", truth=lambda part: part[1:])
+    refused("got .0, 0", **dict.fromkeys(vars(draw(1)), lambda part: []))
+    refused("two blocks of time", block=lambda part: [5, 5, 5])
+    refused("field 1: .*do not fit", members=lambda part: [part[0], part[1][:3], part[2]])
+    refused("field 2: .*do not fit", prior_variance=lambda part: [*part[:2], part[2][1:]])
+    refused("2 members or more", members=lambda part: [one[:1] for one in part])
+    refused("pairs", True, members=lambda part: [one[:3] for one in part])
+    refused("no spread to scale", members=lambda part: [one[:1].repeat(4, 0) for one in part])
+    refused("field 1 has no scored cell", scored=lambda part: [part[0], ~part[1] & part[1], part[2]])
+    refused("field 0: .*not finite", scored=lambda part: [np.ones(SHAPE, bool)] * 3)
+    refused("three finite numbers", evidence=[[1.0, 2.0]] * 3)
+
+
+# --- with a model -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tiny.model("anchored")
+
+
+@pytest.fixture(scope="module")
+def data(trained):
+    """Fields that the linear prior of the model draws: nothing is better than its linear estimate."""
+    keys = jax.random.split(jax.random.key(3), 60)
+    x = np.asarray(jax.jit(jax.vmap(guide.prior_draw, (None, 0)))(trained.gaussian, keys))
+    series = tiny.fields()
+    velocity = trained.standardiser.restore(x[:, : series.shape[0]])
+    return dataclasses.replace(series, velocity=np.where(series.ocean[..., None], velocity, np.nan).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def learnt(trained, data):
+    return calibrate.learn(
+        trained, data.select(np.arange(40)), np.arange(40), ["line:4", "cells:0.2"], "linear_samples",
+        block=2, members=6, seed=1,
+    )  # fmt: skip
+
+
+def test_samples_of_the_linear_posterior_have_nothing_to_add(learnt):
+    assert np.mean(learnt.weight) < 0.1
+    # Their mean is not used, so its own variance is taken off the spread.
+    np.testing.assert_allclose(learnt.spread, math.sqrt(6 / 7), rtol=0.15)
+    assert np.mean(learnt.spread) == pytest.approx(math.sqrt(6 / 7), rel=0.05)
+    assert (learnt.method, learnt.members, learnt.antithetic) == ("linear_samples", 6, False)
+    assert (learnt.frames, learnt.blocks, learnt.patterns) == (80, 20, ("line:4", "cells:0.2"))
+    assert learnt.promised
+    assert learnt.held_out["mse_raw"] / learnt.held_out["mse_prior"] == pytest.approx(7 / 6, rel=0.1)
+
+
+def test_the_table_has_the_raw_and_the_calibrated_row(trained, data, learnt, tmp_path):
+    numbers = np.arange(40, 60)
+    ready = dataclasses.replace(trained, calibration=learnt)
+
+    def table(model, members=6, **settings):
+        text = evaluate.run(
+            model, data.select(numbers), numbers, ["line:4"], ["linear", "linear_samples"], tmp_path,
+            members=members, seed=1, **settings,
+        )  # fmt: skip
+        return text, pd.read_csv(tmp_path / "table.csv").set_index("method")
+
+    text, rows = table(ready)
+    assert list(rows.index) == ["linear", "linear_samples", "linear_samples_calibrated"]
+    raw, made = rows.loc["linear_samples"], rows.loc["linear_samples_calibrated"]
+    assert raw["ratio"] > 1.02
+    assert made["ratio"] == pytest.approx(1, abs=0.01)
+    assert made["spread_skill"] == pytest.approx(1, abs=0.12)
+    assert 0.88 < made["coverage90"] < 0.98
+    assert made["crps"] < raw["crps"]
+    assert "linear_samples_calibrated" in text
+    with xr.open_dataset(tmp_path / "fields.nc") as written:
+        assert written.attrs["method"] == "linear_samples_calibrated"
+    for without in (table(ready, raw=True), table(trained)):
+        pd.testing.assert_frame_equal(without[1].drop(columns="seconds"), rows.iloc[:2].drop(columns="seconds"))
+    assert list(table(ready, members=5)[1].index) == ["linear", "linear_samples"]
+
+
+def test_the_table_takes_intervals_from_the_calibration(trained, data, learnt):
+    cases = evaluate.make_cases(trained, data.select([50]), [50], ["line:4"])
+    raw = evaluate.run_method("linear_samples", trained, data, cases, 6)
+    inside = []
+    for scale in (1e-6, 1e6):
+        ready = dataclasses.replace(trained, calibration=dataclasses.replace(learnt, scale=(scale,) * 6))
+        results = {"linear_samples": raw, "calibrated": evaluate.calibrated(ready, data, cases, raw)}
+        rows = evaluate.compare(cases, results, data.ocean, 1)
+        inside.append([row["coverage90"] for row in rows])
+    assert inside[0][0] == inside[1][0]
+    assert [inside[0][1], inside[1][1]] == [0, 1]
+
+
+def test_validation_frames_alone_are_drawn():
+    split = Split(np.arange(40), np.arange(50, 80), np.arange(90, 120))
+    drawn = calibrate.pick(split, 12)
+    assert set(drawn) <= set(split.validation)
+    assert len(set(drawn)) == 12
+    assert (np.diff(drawn) > 0).all()
+    np.testing.assert_array_equal(calibrate.pick(split, 99), split.validation)
+    assert (calibrate.pick(split, 12, seed=1) != drawn).any()
+
+
+def test_blocks_last_as_long_as_errors_do(trained, data):
+    def lasting(frames):
+        return dataclasses.replace(data, velocity=np.repeat(data.velocity, frames, 0)[: len(data)])
+
+    assert calibrate.block_length(trained, data, "line:4") < 12
+    assert calibrate.block_length(trained, lasting(6), "line:4") >= 20
+
+
+def test_observations_are_held_out_of_the_second_run(trained, data):
+    case, *_ = evaluate.make_cases(trained, data.select([5]), [5], ["cells:0.3"])
+    less, held = evaluate.hold_out(trained, case)
+    assert held.sum() == round(0.1 * case.observed.sum()) > 0
+    np.testing.assert_array_equal(less.observed ^ held, case.observed)
+    observed, _ = less.observation.on_grid(trained.padded)
+    np.testing.assert_array_equal(np.asarray(observed)[:7], less.observed)
+    estimates = [evaluate.prior_of(trained, one)[0][held] for one in (case, less)]
+    misfit = [np.abs(estimate - case.truth[held]).max() for estimate in estimates]
+    assert misfit[0] < 3 * evaluate.ERROR < misfit[1]
+    (evidence,) = evaluate.gate_evidence("linear_samples", trained, data, [case], 6)
+    variance = evaluate.prior_of(trained, less)[1][held]
+    error = (estimates[1] - case.truth[held]) ** 2
+    assert evidence[2] == pytest.approx(np.log(np.mean(error / (variance + evaluate.ERROR**2))), rel=1e-4)
+    with pytest.raises(InputError, match="too few to hold some out"):
+        evaluate.hold_out(trained, dataclasses.replace(case, observed=np.eye(7, 12, dtype=bool) & (np.arange(12) == 4)))
+
+
+def test_a_gate_takes_a_second_run(trained, data, learnt):
+    cases = evaluate.make_cases(trained, data.select([50]), [50], ["cells:0.3"])
+    raw = evaluate.run_method("linear_samples", trained, data, cases, 6)
+    open_, shut = (
+        evaluate.calibrated(
+            dataclasses.replace(trained, calibration=dataclasses.replace(learnt, weight=(1.0,) * 6, gate=gate)),
+            data, cases, raw,
+        )
+        for gate in (None, Gate(-50.0, 0.0, 0.0))
+    )  # fmt: skip
+    ocean = data.ocean
+    np.testing.assert_allclose(open_.members[0].mean(0)[ocean], raw.members[0].mean(0)[ocean], atol=1e-5)
+    np.testing.assert_allclose(
+        shut.members[0].mean(0)[ocean], evaluate.prior_of(trained, cases[0])[0][ocean], atol=1e-5
+    )
+    assert shut.calls == 2 * open_.calls
+    calibrate.learn(
+        trained, data.select([3, 30]), [3, 30], ["cells:0.3"], "linear_samples", block=9, members=3, gate=True
+    )
+
+
+def test_pairs_are_calibrated_as_pairs(trained, data):
+    made = calibrate.learn(trained, data.select([3, 30]), [3, 30], ["line:4"], "kalman", block=9, members=4)
+    assert made.antithetic
+    # Student's t at two degrees of freedom, one for each pair.
+    np.testing.assert_allclose(made.scale, 2.919986, rtol=1e-6)
+
+
+def test_a_calibration_is_stored_with_the_model(trained, learnt, tmp_path):
+    model.save(trained, tmp_path / "model", "bfloat16")
+    (tmp_path / "model" / "README.md").write_text("kept")
+    assert model.load(tmp_path / "model").calibration is None
+    weights = (tmp_path / "model" / model.WEIGHTS).read_bytes()
+    before = json.loads((tmp_path / "model" / model.DESCRIPTION).read_text())
+    model.store_calibration(tmp_path / "model", learnt)
+    assert model.load(tmp_path / "model").calibration == learnt
+    assert (tmp_path / "model" / model.WEIGHTS).read_bytes() == weights
+    assert json.loads((tmp_path / "model" / model.DESCRIPTION).read_text()) == before | {
+        "calibration": learnt.to_json()
+    }
+    names = ["README.md", model.DESCRIPTION, model.WEIGHTS]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == names
+    model.save(model.load(tmp_path / "model"), tmp_path / "copy")
+    assert model.load(tmp_path / "copy").calibration == learnt
+    model.store_calibration(tmp_path / "copy", None)
+    assert model.load(tmp_path / "copy").calibration is None
+
+
+def test_models_before_calibration_still_load(trained, learnt, tmp_path):
+    model.save(trained, tmp_path / "model")
+    path = tmp_path / "model" / model.DESCRIPTION
+    text = json.loads(path.read_text())
+    path.write_text(json.dumps({name: entry for name, entry in text.items() if name != "calibration"}))
+    assert model.load(tmp_path / "model").calibration is None
+    path.write_text(json.dumps(text | {"calibration": learnt.to_json() | {"weight": [2.0] * 6}}))
+    with pytest.raises(InputError, match="weights of a calibration"):
+        model.load(tmp_path / "model")
+    path.write_text(json.dumps(text | {"calibration": 7}))
+    with pytest.raises(InputError, match="named entries"):
+        model.load(tmp_path / "model")
+
+
+def test_a_calibration_that_cannot_be_stored_leaves_the_model(trained, learnt, tmp_path, monkeypatch):
+    model.save(trained, tmp_path / "model")
+    with pytest.raises(InputError, match="no model that could be calibrated"):
+        model.store_calibration(tmp_path, learnt)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(InputError, match="No space left"):
+        model.store_calibration(tmp_path / "model", learnt)
+    assert model.load(tmp_path / "model").calibration is None
+
+
+@pytest.mark.parametrize(
+    ("name", "members", "block", "match"),
+    [
+        ("linear", 4, 1, "'linear' cannot be calibrated"),
+        ("magic", 4, 1, "'magic' cannot be calibrated"),
+        ("kalman", 5, 1, "antithetic pairs"),
+        ("kalman", 2, 1, "needs 4 members"),
+        ("adaptive", 1, 1, "needs 2 members"),
+        ("adaptive", 4, 0, "at least one frame"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(name, members, block, match):
+    with pytest.raises(InputError, match=match):
+        calibrate.check(name, members, block)
+
+
+def test_one_block_of_time_is_refused_before_the_work(trained, data):
+    with pytest.raises(InputError, match="one block of time"):
+        calibrate.learn(trained, data.select([3, 5]), [3, 5], ["line:4"], "kalman", block=9)
+
+
+def test_the_command_calibrates(tmp_path):
+    data = tiny.fields()
+    readers.write(data, tmp_path / "tiny.nc")
+    model.save(tiny.model(data=readers.read(tmp_path / "tiny.nc")), tmp_path / "model")
+    command = ["--model=model", "--fields=tiny.nc", "--method=linear_samples", "--members=4", "--frames=6"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_repaint.calibrate", *command, "--patterns=line:4", "--block=2"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stored = model.load(tmp_path / "model").calibration
+    assert stored.describe() in done.stdout
+    assert (stored.method, stored.members, stored.frames) == ("linear_samples", 4, 6)
