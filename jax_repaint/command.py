@@ -12,16 +12,20 @@ from absl import logging as absl_logging
 from jax_repaint.errors import InputError
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main(argv)` under absl; an `InputError` becomes `error: ...` on stderr and exit code 2."""
+def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
+    """Runs `main(argv)` under absl; an `InputError` becomes `error: ...` on stderr and exit code 2.
+
+    Args:
+      positional: most arguments that are not options.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         handler = absl_logging.get_absl_handler()
         handler.addFilter(_of_interest)
         handler.setFormatter(logging.Formatter("%(message)s"))
         try:
-            if len(argv) > 1:
-                raise InputError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+            if len(argv) > 1 + positional:
+                raise InputError(f"unexpected argument {argv[1 + positional]!r}; options are written --name=value")
             main(argv)
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)

@@ -98,6 +98,11 @@ MISTAKES = {
     "report on no folder": (["report", "nowhere"], "nowhere is no folder"),
     "report on two folders": (["report", "model", "other"], "unexpected argument 'other'"),
     "output folder is a file": ([*EVALUATE[:-1], "--out=tiny.nc", "--methods=linear"], "cannot write"),
+    "nothing observed": (["inpaint", "--out=new.nc"], "--observations=FILE and --out=FILE.nc are needed"),
+    "missing observations": (["inpaint", "--model=model", "--observations=nowhere.csv", "--out=new.nc"], "nowhere.csv"),
+    "fields to no NetCDF": (["inpaint", "--model=model", "--observations=tiny.nc", "--out=new.csv"], "one of .nc"),
+    "no subcommand": (["checkpoint", "--torch=nowhere.pt", "--out=new"], "say what to do"),
+    "missing checkpoint": (["checkpoint", "import", "--torch=nowhere.pt", "--out=new"], "cannot read nowhere.pt"),
 }  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def written(trained, fields, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "new"
     text = evaluate.run(
         trained, fields.select([0, 1, 2]), NUMBERS[:3], [*PATTERNS, PATTERNS[0]], ["climatology", "linear", "adaptive"],
-        out, members=3, seed=4,
+        out, members=3, seed=4, kept=["linear", "adaptive"],
     )  # fmt: skip
     return out, text
 
@@ -264,6 +264,22 @@ def test_the_file_holds_members_truth_and_observed_cells(written, trained, field
         assert data[f"{name}_spread"].attrs["cell_methods"] == "realization: standard_deviation"
 
 
+def test_other_methods_are_kept_beside_it(written, trained, fields):
+    out, _ = written
+    assert {path.name for path in out.glob("*.nc")} == {"fields.nc", "fields_linear.nc"}
+    with xr.open_dataset(out / "fields.nc") as data, xr.open_dataset(out / "fields_linear.nc") as linear:
+        assert [one.attrs["method"] for one in (data, linear)] == ["adaptive", "linear"]
+        assert data.attrs["antithetic"] == 0
+        assert linear.sizes["realization"] == 1
+        for one in (data, linear):
+            np.testing.assert_array_equal(one["frame"], NUMBERS[:3])
+        cases = evaluate.make_cases(trained, fields.select([0, 1, 2]), NUMBERS[:3], PATTERNS, seed=4)
+        estimates = evaluate.run_method("linear", trained, fields.select([0, 1, 2]), cases, 1).members
+        eastward = linear["eastward_sea_water_velocity"].values.reshape(6, *SHAPE)
+        np.testing.assert_allclose(eastward, np.stack(estimates)[:, 0, ..., 0], atol=1e-6)
+        np.testing.assert_array_equal(linear["observed"], data["observed"])
+
+
 def test_the_figure_is_a_picture(written):
     picture = image.imread(written[0] / "figure.png")
     assert min(picture.shape[:2]) > 200
@@ -280,6 +296,7 @@ def test_the_figure_is_a_picture(written):
         ({"patterns": []}, "at least one pattern"),
         ({"patterns": ["cells:1"]}, "no cell to score"),
         ({"shown": "kalman"}, "kalman is not among the methods"),
+        ({"kept": ["gp"]}, "gp is not among the methods"),
     ],
 )
 def test_mistakes_are_found_before_the_work(trained, fields, tmp_path, monkeypatch, change, message):
