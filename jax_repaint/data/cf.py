@@ -1,0 +1,453 @@
+"""NetCDF and Zarr as oceanographers write them: which variables, where, when, in which directions.
+
+What a file says wins over what is usual: attributes before names, names before positions. What a file leaves
+open is refused rather than guessed, with what to say about it. Source: CF conventions 1.11; UGRID 1.0 for meshes.
+"""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from jax_repaint.data import vertical
+from jax_repaint.data.positions import Component, place
+from jax_repaint.data.source import Choice, Raw, Source, attribute, dims_of, door
+from jax_repaint.errors import InputError
+
+PAIRS = (
+    ("u", "v"),
+    ("uo", "vo"),
+    ("water_u", "water_v"),
+    ("ugos", "vgos"),
+    ("ugosa", "vgosa"),
+    ("utotal", "vtotal"),
+    ("ucur", "vcur"),
+    ("uvel", "vvel"),
+    ("ssu", "ssv"),
+    ("usurf", "vsurf"),
+    ("u_surf", "v_surf"),
+    ("u_velocity", "v_velocity"),
+    ("u_current", "v_current"),
+    ("u_eastward", "v_northward"),
+    ("u_east", "v_north"),
+    ("vozocrtx", "vomecrty"),
+)
+NORTHWARD = {"eastward": "northward", "x_velocity": "y_velocity", "x_sea_water": "y_sea_water"}
+
+PREFIXES = {"": 1.0, "k": 1000.0, "d": 0.1, "c": 0.01, "m": 0.001}
+TIME = r"(s|sec|seconds?|h|hr|hours?)"
+SPEED = re.compile(
+    r"([kdcm]??|kilo|deci|centi|milli)(?:m|met(?:er|re)s?)"
+    rf"(?:\s*(?:/|\bper\b)\s*{TIME}|[\s.*·]*{TIME}\s*(?:\*\*|\^)?\s*[({{]?[-⁻][1¹][)}}]?)"
+)
+KNOT = r"kn|kts?|knots?"
+DURATION = re.compile(r"(millisec(ond)?|sec(ond)?|minute|min|hour|hr|h|s|day|d)s?", re.IGNORECASE)
+
+# Standard name: units, usual variable names.
+AXES = {
+    "time": (r".+ since .+", ("time", "ocean_time", "time_counter", "t", "date")),
+    "latitude": (r"degrees?_?n(orth)?", ("lat", "latitude", "nav_lat", "lats", "lat_rho")),
+    "longitude": (r"degrees?_?e(ast)?", ("lon", "longitude", "nav_lon", "lons", "lon_rho")),
+}
+MESH = re.compile(r"(nele|elem(ent)?|node|nod2d?|face|cell|tri|edge)s?$", re.IGNORECASE)
+ERROR = re.compile(r"\s|standard_(error|deviation)|variance|uncertainty")  # of a velocity, not one itself
+BAD = re.compile(r"bad|fail|suspect|missing|questionable|invalid|poor|reject", re.IGNORECASE)
+QUALITY = re.compile(r"(^|_)(qc|qcflag|quality|primary)(_|$)", re.IGNORECASE)
+
+
+def read_cf(path: Path, kind: str, v_path: Path | None, choice: Choice, source: Source) -> Raw:
+    """The velocities of a file, or of one file for u and one for v.
+
+    Raises:
+      InputError: damaged, no pair or several; an axis, units, times or positions that cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+        dataset = stack.enter_context(opened(path, kind))
+        other = stack.enter_context(opened(v_path)) if v_path else dataset
+        grid = stack.enter_context(opened(Path(choice.grid))) if choice.grid else dataset
+        stack.enter_context(door(path))
+        for content in (dataset, other):
+            _refuse_mesh(content, source)
+        names = _choose_pair(dataset, other, choice, source)
+        u, v = (
+            _component(content, grid, name, along, choice, source)
+            for content, name, along in zip((dataset, other), names, (1, 0), strict=True)
+        )
+        if not np.array_equal(u.time, v.time, equal_nan=True):
+            raise source.error(f"{names[0]} and {names[1]} are of different times, {_span(u.time)} and {_span(v.time)}")
+        source.facts["pair"] = f"{names[0]}, {names[1]} in {attribute(dataset[names[0]], 'units')}"
+        raw = place(u, v, grid, dataset, choice, source)
+        return _timed(raw, source)
+
+
+def _span(time: np.ndarray) -> str:
+    return f"{len(time)} from {np.datetime_as_string(time[0], 's')}" if len(time) else "none"
+
+
+def _timed(raw: Raw, source: Source) -> Raw:
+    """Without the frames whose time is missing."""
+    known = ~np.isnat(raw.time)
+    if known.all() or not known.any():
+        return raw
+    lost = known.size - int(known.sum())
+    source.notice(f"{lost} of {known.size} frames have no time and are left out")
+    return Raw(raw.u[known], raw.v[known], raw.lat, raw.lon, raw.time[known], raw.ocean)
+
+
+# Opening
+
+
+@contextlib.contextmanager
+def opened(path: Path, kind: str | None = None) -> Iterator[xr.Dataset]:
+    """The file with numbers decoded and times as they are."""
+    with contextlib.ExitStack() as stack:
+        with door(path):
+            raw = stack.enter_context(_open(path, kind or ("zarr" if path.is_dir() else "netcdf")))
+            for variable in raw.variables.values():
+                _mend_attributes(variable)
+            dataset = xr.decode_cf(raw, decode_times=False, decode_coords=False)
+        yield dataset
+
+
+@contextlib.contextmanager
+def _open(path: Path, kind: str) -> Iterator[xr.Dataset]:
+    """The file as it is, without any decoding."""
+    if kind == "zarr":
+        with xr.open_zarr(path, decode_cf=False, consolidated=False, chunks=None) as dataset:
+            yield dataset
+        return
+    with path.open("rb") as file:
+        classic = file.read(3) == b"CDF"
+        file.seek(0)
+        # Given its path, SciPy maps the file into memory and cannot close it where it is damaged.
+        source, engine = (file, "scipy") if classic else (path, "h5netcdf")
+        with xr.open_dataset(source, engine=engine, decode_cf=False) as dataset:
+            yield dataset
+
+
+def _mend_attributes(variable: xr.Variable) -> None:
+    """Renames `Unit` to `units`; drops the fill value of axes, where CF allows none (CF-1.11, 2.5.1)."""
+    for key in [k for k in variable.attrs if k != "units" and k.lower() in ("unit", "units")]:
+        variable.attrs.setdefault("units", variable.attrs.pop(key))
+    if variable.ndim == 1 and isinstance(variable, xr.IndexVariable):
+        for key in ("_FillValue", "missing_value"):
+            variable.attrs.pop(key, None)
+
+
+# Variables
+
+
+def _refuse_mesh(dataset: xr.Dataset, source: Source) -> None:
+    meshes = [n for n, x in dataset.variables.items() if attribute(x, "cf_role") == "mesh_topology"]
+    dims = [d for d in dataset.sizes if MESH.search(str(d)) and dataset.sizes[d] > 1]
+    if meshes or (dims and _scattered(dataset, dims)):
+        raise source.error(
+            f"the velocities lie on an unstructured mesh ({', '.join(map(str, meshes or dims))}), not on rows and "
+            "columns; interpolate them to a regular grid first, for instance by `cdo remapbil` or scipy's griddata"
+        )
+
+
+def _scattered(dataset: xr.Dataset, dims: list) -> bool:
+    """Whether a latitude or longitude runs along one of `dims` alone."""
+    return any(
+        x.ndim == 1 and x.dims[0] in dims and any(_is_axis(x, str(n), axis) for axis in ("latitude", "longitude"))
+        for n, x in dataset.variables.items()
+    )
+
+
+def _is_axis(variable: xr.Variable, name: str, axis: str) -> bool:
+    units, names = AXES[axis]
+    return bool(
+        attribute(variable, "standard_name") == axis
+        or re.fullmatch(units, attribute(variable, "units").lower())
+        or name.lower() in names
+    )
+
+
+def _choose_pair(dataset: xr.Dataset, other: xr.Dataset, choice: Choice, source: Source) -> tuple[str, str]:
+    listing = ", ".join(str(n) for n in dataset.data_vars) or "nothing"
+    if choice.u is not None:
+        for content, asked in ((dataset, choice.u), (other, choice.v)):
+            if asked not in content.variables:
+                listing = ", ".join(str(n) for n in content.data_vars) or "nothing"
+                raise InputError(f"{source.name} has no variable {asked!r}; it has {listing}")
+            if content[asked].dtype.kind not in "fiu":
+                raise source.error(f"{asked} holds no numbers but {content[asked].dtype}")
+        return choice.u, choice.v
+    pairs = _pairs(dataset, other)
+    if not pairs:
+        alone = _half(dataset) if other is dataset else ""
+        raise InputError(f"{source.name} has no pair of velocities that could be recognised; it has {listing}{alone}")
+    if len(pairs) > 1:
+        found = ", ".join(f"({a}, {b})" for a, b in pairs)
+        raise InputError(f"{source.name} has several pairs of velocities, {found}; say which by u and v")
+    return pairs[0]
+
+
+def _candidates(dataset: xr.Dataset) -> dict[str, list[str]]:
+    """Names of possible velocities by standard name."""
+    found: dict[str, list[str]] = {}
+    for n, x in dataset.data_vars.items():
+        if x.ndim >= 2 and x.dtype.kind in "fiu":
+            found.setdefault(attribute(x, "standard_name"), []).append(str(n))
+    return found
+
+
+def _pairs(dataset: xr.Dataset, other: xr.Dataset) -> list[tuple[str, str]]:
+    """Pairs by standard name, then by variable name among variables that no standard name speaks for."""
+    first, second = _candidates(dataset), _candidates(other)
+    pairs = []
+    for standard, eastward in first.items():
+        if _is_current(standard) and _northward(standard):
+            pairs += [(standard, *pair) for pair in itertools.product(eastward, second.get(_northward(standard), []))]
+    # The mean over depth is meant only where there is nothing else.
+    local = [pair[1:] for pair in pairs if "barotropic" not in pair[0]] or [pair[1:] for pair in pairs]
+    a_names, b_names = ({n.lower(): n for n in names.get("", [])} for names in (first, second))
+    described = [(n, _northward(n)) for n in a_names if re.search("velocity|current", n)]
+    return local + [(a_names[a], b_names[b]) for a, b in [*PAIRS, *described] if a in a_names and b in b_names]
+
+
+def _half(dataset: xr.Dataset) -> str:
+    """A hint where a file has one component only."""
+    found = _candidates(dataset)
+    known = {name for pair in PAIRS for name in pair}
+    one = [n for standard, group in found.items() for n in group if n.lower() in known or _is_current(standard)]
+    return f"; if the other component of {one[0]} is in another file, give that by v_path" if one else ""
+
+
+def _is_current(standard_name: str) -> bool:
+    return "sea_water" in standard_name and "velocity" in standard_name and not ERROR.search(standard_name)
+
+
+def _northward(eastward: str) -> str:
+    """The name of the other component; empty where `eastward` is not a name of the first."""
+    for a, b in NORTHWARD.items():
+        if a in eastward:
+            return eastward.replace(a, b).replace("at_u_location", "at_v_location")
+    return ""
+
+
+# One component
+
+
+def _component(
+    dataset: xr.Dataset, grid_file: xr.Dataset, name: str, along: int, choice: Choice, source: Source
+) -> Component:
+    whole = dataset[name]
+    axis = vertical.bottom_following(dataset, whole)
+    if axis and choice.depth and choice.level is None:
+        chosen, x = {}, vertical.at_depth(dataset, grid_file, whole, axis, along, choice.depth, source)
+    else:
+        chosen = vertical.choose(dataset, whole, choice, source)
+        x = whole.isel(chosen)
+    time = _find(dataset, "time", x)
+    places = {axis: _find(dataset, axis, x) for axis in ("latitude", "longitude")}
+    lost = " nor ".join(axis for axis, found in places.items() if found is None)
+    lat, lon = (None, None) if lost else places.values()
+    frames = () if time is None else time.dims
+    # Faces of a staggered grid may do without positions where its cells have them.
+    wide = tuple(d for d in x.dims if d not in frames and x.sizes[d] > 1)
+    grid = wide if lost else _grid_dims(x, lat, lon, source)
+    extra = [d for d in x.dims if d not in (*frames, *grid) and x.sizes[d] > 1]
+    if lost and len(grid) != 2:
+        raise source.error(f"no {lost} found for {name} {dims_of(whole)}")
+    if extra:
+        raise source.error(
+            f"{name} has the dimensions {dims_of(whole)}; expected time, latitude and longitude only, "
+            f"so select one of {', '.join(map(str, extra))} first"
+        )
+    x = _without_bad(dataset, x, chosen, source)
+    x = x.squeeze([d for d in x.dims if d not in (*frames, *grid)]).transpose(*frames, *grid)
+    values = x.values if frames else x.values[None]
+    values = values * _factor(attribute(whole, "units"), name, source)
+    if lat is not None and lat.ndim == 2:
+        lat, lon = lat.transpose(*grid), lon.transpose(*grid)
+    return Component(
+        name,
+        attribute(whole, "standard_name"),
+        values,
+        grid,
+        _times(whole, time, choice, source),
+        None if lat is None else _numbers(lat, source),
+        None if lon is None else _numbers(lon, source),
+        _sea_mask(dataset, grid),
+    )
+
+
+def _numbers(coordinate: xr.DataArray, source: Source) -> np.ndarray:
+    if coordinate.dtype.kind not in "fiu":
+        raise source.error(f"{coordinate.name} must hold numbers, got {coordinate.dtype}")
+    return coordinate.values.astype(float)
+
+
+def _grid_dims(x: xr.DataArray, lat: xr.DataArray, lon: xr.DataArray, source: Source) -> tuple:
+    if lat.ndim == 1 and lat.dims == lon.dims:
+        raise source.error(f"{x.name} {dims_of(x)} lies on scattered points or a track, not on a grid")
+    if lat.ndim != lon.ndim or (lat.ndim == 2 and set(lat.dims) != set(lon.dims)):
+        raise source.error(f"latitude {dims_of(lat)} and longitude {dims_of(lon)} do not make a grid")
+    return lat.dims + lon.dims if lat.ndim == 1 else tuple(d for d in x.dims if d in lat.dims)
+
+
+def _find(dataset: xr.Dataset, axis: str, x: xr.DataArray) -> xr.DataArray | None:
+    """The coordinate on some of the dimensions of `x` that is `axis` by standard name, units or its own name."""
+    units, names = AXES[axis]
+    ranks = (0, 1) if axis == "time" else (1, 2)
+    listed = (
+        () if axis == "time" else (*attribute(x, "coordinates").split(), *x.encoding.get("coordinates", "").split())
+    )
+
+    def order(variable: xr.DataArray) -> tuple:
+        # What the velocities name outranks, and an axis of theirs outranks a scalar or an auxiliary coordinate.
+        by = (
+            attribute(variable, "standard_name") == axis,
+            re.fullmatch(units, attribute(variable, "units").lower()),
+            str(variable.name).lower() in names,
+        )
+        evidence = next((i for i, holds in enumerate(by) if holds), None)
+        return (
+            evidence is None,
+            variable.name not in listed,
+            variable.name not in x.dims,
+            variable.ndim == 0,
+            evidence,
+        )
+
+    candidates = [
+        dataset[n]
+        for n, v in dataset.variables.items()
+        if v.ndim in ranks and set(v.dims) <= set(x.dims) and not order(dataset[n])[0]
+    ]
+    return min(candidates, key=order, default=None)
+
+
+def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Source) -> xr.DataArray:
+    """NaN where a quality flag (CF-1.11, 3.5) on the chosen level calls the value bad."""
+    listed = attribute(x, "ancillary_variables").split()
+    others = {n for v in dataset.variables.values() for n in attribute(v, "ancillary_variables").split()} - set(listed)
+    out = x
+    for name, flag in dataset.variables.items():
+        standard = attribute(flag, "standard_name")
+        known = name in listed or standard.endswith(("quality_flag", "status_flag")) or QUALITY.search(str(name))
+        if not known or name in others or not flag.dims or not set(flag.dims) <= {*x.dims, *chosen}:
+            continue
+        bad, meanings = _bad(flag.isel({d: i for d, i in chosen.items() if d in flag.dims}))
+        if bad.any():
+            flagged = xr.DataArray(bad, dims=[d for d in flag.dims if d not in chosen])
+            hidden = int((flagged & out.notnull()).sum())
+            if hidden:
+                source.notice(f"{hidden} values that {name} calls {meanings} count as missing")
+            out = out.where(~flagged)
+    return out
+
+
+def _bad(flag: xr.Variable) -> tuple[np.ndarray, str]:
+    """Where the flag has a meaning such as fail or bad_data, and which of them occur."""
+    values = np.nan_to_num(flag.values.astype(float), nan=-(2.0**40)).astype(np.int64)
+    meanings = attribute(flag, "flag_meanings").replace(",", " ").split()
+    masks, codes = (np.atleast_1d(flag.attrs.get(key, [])) for key in ("flag_masks", "flag_values"))
+    bad, found = np.zeros(values.shape, bool), []
+    if any(a.size not in (0, len(meanings)) or a.dtype.kind not in "fiu" for a in (masks, codes)):
+        return bad, ""
+    for i, meaning in enumerate(meanings):
+        if not BAD.search(meaning):
+            continue
+        if masks.size:
+            bits = values & np.int64(masks[i])
+            here = (bits == np.int64(codes[i])) if codes.size else bits != 0
+        else:
+            here = values == np.int64(codes[i]) if codes.size else np.zeros_like(bad)
+        if here.any():
+            bad |= here
+            found.append(meaning)
+    return bad, ", ".join(found)
+
+
+def _times(x: xr.DataArray, time: xr.DataArray | None, choice: Choice, source: Source) -> np.ndarray:
+    """datetime64[ns] (frames,) of the file, of the choice, or of the file's name."""
+    if time is None:
+        return np.atleast_1d(_time_elsewhere(x, choice, source))
+    units = attribute(time, "units")
+    if time.dtype.kind != "M" and " since " not in units:
+        if not DURATION.fullmatch(units):
+            raise source.error(
+                f"the times in {time.name} cannot be decoded, their units are {units!r}; "
+                "expected such as 'hours since 2000-01-01'"
+            )
+        if choice.time is None:
+            raise source.error(
+                f"the times in {time.name} count {units!r} from no date; say from which by time, such as 2000-01-01"
+            )
+        start = np.datetime_as_string(_date(choice.time, source), "s")
+        time = time.copy()
+        time.attrs["units"] = f"{units} since {start}"
+        source.facts["time"] = f"{time.name}, counted from {start}"
+    elif choice.time is not None:
+        raise source.error(f"the times in {time.name} have dates of their own; leave time={choice.time} out")
+    return _decode_time(time, source)
+
+
+def _time_elsewhere(x: xr.DataArray, choice: Choice, source: Source) -> np.datetime64:
+    if choice.time is not None:
+        source.facts["time"] = f"given as {choice.time}"
+        return _date(choice.time, source)
+    dates = re.findall(r"(?<!\d)(?:19|20)\d\d([-_]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])(?!\d)", source.name)
+    if len(dates) != 1:
+        raise source.error(f"no time found for {x.name} {dims_of(x)}; give it by time, such as 2000-01-01T12:00")
+    found = re.search(r"(?<!\d)((?:19|20)\d\d)[-_]?(\d\d)[-_]?(\d\d)(?!\d)", source.name)
+    date = _date("-".join(found.groups()), source)
+    source.notice(f"no time axis; the date in its name, {date.astype('datetime64[D]')}, is taken")
+    source.facts["time"] = "from the name of the file"
+    return date
+
+
+def _date(text: str, source: Source) -> np.datetime64:
+    try:
+        return np.datetime64(pd.Timestamp(text).tz_localize(None), "ns")
+    except (ValueError, TypeError, OverflowError) as e:
+        raise source.error(f"the time {text!r} is no date such as 2000-01-01 or 2000-01-01T12:00") from e
+
+
+def _decode_time(time: xr.DataArray, source: Source) -> np.ndarray:
+    """datetime64 of a CF time coordinate."""
+    if time.dtype.kind == "M":
+        return np.atleast_1d(time.values)
+    undecodable = (
+        f"the times in {time.name} cannot be decoded from {attribute(time, 'units')!r}, calendar "
+        f"{attribute(time, 'calendar') or 'standard'}; expected the civil calendar and the years 1678..2261"
+    )
+    try:
+        decoded = xr.decode_cf(xr.Dataset({"time": time.variable}))["time"].values
+    except Exception as e:
+        raise source.error(undecodable) from e
+    if decoded.dtype.kind != "M":
+        raise source.error(undecodable)
+    return np.atleast_1d(decoded)
+
+
+def _factor(units: str, name: str, source: Source) -> float:
+    """Metres per second in one of `units`."""
+    text = units.strip().lower()
+    speed = SPEED.fullmatch(text)
+    if speed:
+        prefix, per, inverse = speed.groups()
+        factor = PREFIXES[prefix[:1]] / (3600 if (per or inverse).startswith("h") else 1)
+    elif re.fullmatch(KNOT, text):
+        factor = 1852 / 3600
+    else:
+        has = f"the units {units!r}" if units else "no units"
+        raise source.error(f"{name} has {has}; expected m s-1, cm s-1, km/h or knots")
+    if factor != 1:
+        source.notice(f"{name} is converted from {units} to m/s")
+    return factor
+
+
+def _sea_mask(dataset: xr.Dataset, grid: tuple) -> np.ndarray | None:
+    for variable in dataset.data_vars.values():
+        if attribute(variable, "standard_name") == "sea_binary_mask" and set(variable.dims) == set(grid):
+            return variable.transpose(*grid).values == 1
+    return None

@@ -1,0 +1,344 @@
+"""What people have observed, in the forms they have it in, as observations on a model's grid in m/s.
+
+    table   CSV file or DataFrame with lat, lon, u, v in m/s, optionally sigma (or sigma_u and sigma_v) and time
+    field   NetCDF, Zarr or another file of `readers`, or xarray: on the model's grid, missing where nothing is known
+    array   (y, x, 2) on the model's grid, NaN where nothing is known
+
+A row of a table is a point: it sees the ocean cells around it with bilinear weights and has an error of its own.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from jax_repaint import observe
+from jax_repaint.data import readers
+from jax_repaint.data.fields import Fields
+from jax_repaint.errors import InputError
+from jax_repaint.observe import Observation
+
+TABLES = (".csv", ".txt", ".tsv", ".dat")
+TOO_FAST = 50.0  # m/s; no current, but a wrong unit or an undeclared fill value
+SHOWN = 5
+UNKNOWN = np.datetime64("NaT", "ns")
+STANDARD = "sea_water_velocity"
+NAMES = {
+    "lat": ("lat", "latitude", "nav_lat"),
+    "lon": ("lon", "longitude", "long", "lng", "nav_lon"),
+    "u": ("u", "uo", "water_u", "ucur", "u_east", "u_eastward", "eastward", f"eastward_{STANDARD}"),
+    "v": ("v", "vo", "water_v", "vcur", "v_north", "v_northward", "northward", f"northward_{STANDARD}"),
+    "sigma": ("sigma", "error", "std", "uncertainty", "standard_error"),
+    "sigma_u": ("sigma_u", "error_u", "std_u", "u_sigma", "u_error", "u_std"),
+    "sigma_v": ("sigma_v", "error_v", "std_v", "v_sigma", "v_error", "v_std"),
+    "time": ("time", "datetime", "timestamp", "date_time", "date", "obs_time"),
+}
+NEEDED = ("lat", "lon", "u", "v")
+
+
+class Grid(NamedTuple):
+    """Where the model lives: ocean (y, x) bool, lat and lon in degrees."""
+
+    ocean: np.ndarray
+    lat: np.ndarray
+    lon: np.ndarray
+
+
+class Observed(NamedTuple):
+    """Observations of one field: when (NaT if unknown), how many, and what, in m/s on the model's grid."""
+
+    time: np.datetime64
+    count: int
+    observation: Observation
+
+
+def collect(
+    source: Any,
+    grid: Grid,
+    *,
+    columns: Mapping[str, str] | None = None,
+    sigma: float = 0.005,
+    time: str | np.datetime64 | None = None,
+    step: str | None = None,
+) -> list[Observed]:
+    """The observations of every field to inpaint, in the order of time.
+
+    Args:
+      source: path, DataFrame, xarray Dataset or pair of DataArrays, Fields, or array (module docstring).
+      columns: own names of "lat", "lon", "u", "v", "sigma", "time" where they are not the usual ones.
+      sigma: standard error of u and v, m/s, of observations that bring none.
+      time: the one time that all observations count for.
+      step: times of a table are rounded to multiples of this, "1h" or "30min".
+
+    Raises:
+      InputError: no observation, one that is not finite, on land, outside the grid or has no positive error; a
+        file, a column, a time or a grid that cannot be used.
+    """
+    columns, when = _check_columns(columns), None if time is None else _one_time(time)
+    if isinstance(source, str | Path):
+        path = Path(source)
+        source, name = (_read_table(path) if path.suffix.lower() in TABLES else _read(path, columns)), path.name
+    else:
+        name = "the observations"
+    if isinstance(source, pd.DataFrame):
+        return _from_table(source, grid, columns, sigma, when, step, name)
+    if step is not None:
+        raise InputError("a step to round times to goes with tables of points")
+    known = True
+    if _is_pair(source):
+        source = xr.Dataset(dict(zip("uv", source, strict=True)))
+    if isinstance(source, xr.Dataset):
+        known = any(variable.dtype.kind == "M" for variable in source.coords.values())
+        source = _from_xarray(source, columns)
+    if isinstance(source, Fields):
+        return _from_fields(source, grid, sigma, when, known)
+    if isinstance(source, np.ndarray):
+        if source.dtype.kind not in "fiu":
+            raise InputError(f"an array of observations holds numbers, got {source.dtype}")
+        return [_of_cells(source.astype(np.float64), grid, sigma, UNKNOWN if when is None else when, name)]
+    raise InputError(
+        f"observations are a path, a DataFrame, an xarray Dataset or pair of DataArrays, or an array (y, x, 2); "
+        f"got {type(source).__name__}"
+    )
+
+
+def _check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
+    chosen = {key: value for key, value in (columns or {}).items() if value}
+    unknown = sorted(chosen.keys() - NAMES.keys())
+    if unknown:
+        raise InputError(f"names can be given to {', '.join(NAMES)}, not to {unknown[0]!r}")
+    return chosen
+
+
+def _one_time(time: str | np.datetime64) -> np.datetime64:
+    try:
+        parsed = pd.to_datetime(time, utc=True).tz_localize(None).to_datetime64().astype("datetime64[ns]")
+    except (ValueError, TypeError, OverflowError) as e:
+        raise InputError(f"time {time!r} is not a date such as 2020-01-04T12:00") from e
+    if np.isnat(parsed):
+        raise InputError(f"time {time!r} is not a date such as 2020-01-04T12:00")
+    return parsed
+
+
+def _is_pair(source: Any) -> bool:
+    return isinstance(source, Sequence) and len(source) == 2 and all(isinstance(part, xr.DataArray) for part in source)
+
+
+# Tables of points
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            head = next((line for line in file if line.strip() and not line.startswith("#")), "")
+        separator = max(",;\t", key=head.count)
+        with warnings.catch_warnings():
+            # Rows longer than the header would lose values with a warning only.
+            warnings.simplefilter("error")
+            return pd.read_csv(
+                path, sep=separator, dtype=str, comment="#", skipinitialspace=True, index_col=False,
+                encoding="utf-8-sig",
+            )  # fmt: skip
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror or e}") from e
+    except Exception as e:
+        # Whatever pandas raises on a damaged file.
+        lines = str(e).strip().splitlines()
+        raise InputError(f"cannot read {path}: {lines[0] if lines else type(e).__name__}") from e
+
+
+def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) -> dict[str, Any]:
+    """What a column is -> its name in the table."""
+    listing = ", ".join(map(str, table.columns)) or "no columns"
+    plain = [str(column).strip().lower() for column in table.columns]
+    if len(set(plain)) < len(plain):
+        raise InputError(f"{name} has several columns of one name: {listing}")
+    found = {}
+    for key, usual in NAMES.items():
+        asked = columns.get(key)
+        names = (asked.strip().lower(),) if asked else usual
+        matches = [table.columns[plain.index(n)] for n in names if n in plain]
+        if asked and not matches:
+            raise InputError(f"{name} has no column {asked!r}; it has {listing}")
+        if len(matches) > 1:
+            raise InputError(f"{name} has several columns for {key}, {', '.join(map(str, matches))}; say which")
+        if matches:
+            found[key] = matches[0]
+    missing = [key for key in NEEDED if key not in found]
+    if missing:
+        raise InputError(f"{name} has no column for {', '.join(missing)} that could be recognised; it has {listing}")
+    if ("sigma_u" in found) != ("sigma_v" in found):
+        raise InputError(f"{name} has an error of one component only; it has {listing}")
+    return found
+
+
+def _rows(bad: np.ndarray) -> str:
+    """Such as "row 3" or "rows 3, 8 and 4 more", counted from 0."""
+    number = np.flatnonzero(bad)
+    shown = ", ".join(map(str, number[:SHOWN]))
+    more = f" and {number.size - SHOWN} more" if number.size > SHOWN else ""
+    return f"row{'s' * (number.size > 1)} {shown}{more}"
+
+
+def _numbers(column: pd.Series, name: str) -> np.ndarray:
+    values = np.asarray(pd.to_numeric(column, errors="coerce"), np.float64)
+    words = np.isnan(values) & column.notna().to_numpy()
+    if words.any():
+        text = str(column.iloc[int(words.argmax())])[:40]
+        raise InputError(f"{name}: {column.name} is not a number in {_rows(words)}, such as {text!r}")
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise InputError(f"{name}: {column.name} is missing or not finite in {_rows(bad)} (counted from 0)")
+    return values
+
+
+def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
+    if pd.api.types.is_numeric_dtype(column):
+        raise InputError(f"{name}: {column.name} holds numbers; expected dates such as 2020-01-04T12:00")
+    try:
+        times = pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce").dt.tz_localize(None)
+        bad = times.isna().to_numpy()
+        if bad.any():
+            text = str(column.iloc[int(bad.argmax())])[:40]
+            raise InputError(f"{name}: {column.name} is no date such as 2020-01-04T12:00 in {_rows(bad)}: {text!r}")
+        times = times.astype("datetime64[ns]")
+    except (ValueError, TypeError, OverflowError, AttributeError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{name}: {column.name} does not hold dates such as 2020-01-04T12:00 ({e})") from e
+    if step is None:
+        return times.to_numpy()
+    try:
+        return times.dt.round(step).to_numpy()
+    except ValueError as e:
+        raise InputError(f"step {step!r} is not a fixed duration such as 1h or 30min") from e
+
+
+def _from_table(
+    table: pd.DataFrame,
+    grid: Grid,
+    columns: Mapping[str, str],
+    sigma: float,
+    when: np.datetime64 | None,
+    step: str | None,
+    name: str,
+) -> list[Observed]:
+    found = _find_columns(table, columns, name)
+    if table.empty:
+        raise InputError(f"no observation: {name} has no row")
+    lat, lon, u, v = (_numbers(table[found[key]], name) for key in NEEDED)
+    if "sigma_u" in found:
+        errors = np.stack([_numbers(table[found[key]], name) for key in ("sigma_u", "sigma_v")], -1)
+    elif "sigma" in found:
+        errors = np.repeat(_numbers(table[found["sigma"]], name)[:, None], 2, 1)
+    else:
+        errors = np.full((len(table), 2), float(sigma))
+    _check_speed(u, v, name)
+    if not (errors > 0).all():
+        raise InputError(f"{name}: the error sigma must be positive, but is not in {_rows(~(errors > 0).all(1))}")
+    if grid.lat.ndim != 1:
+        raise InputError("points need a model on a regular grid; on this curvilinear one give a field with gaps")
+    # The same meridian may be written as -65 or 295.
+    middle = (grid.lon[0] + grid.lon[-1]) / 2
+    lon = middle + (lon - middle + 180) % 360 - 180
+    points = observe.from_points(lat, lon, np.stack([u, v], -1), errors, grid.lat, grid.lon, grid.ocean)
+    if when is not None or "time" not in found:
+        if step is not None:
+            raise InputError("a step to round times to goes with a column of times, and without time=")
+        times = np.full(len(table), UNKNOWN if when is None else when)
+    else:
+        times = _times(table[found["time"]], step, name)
+    cells, weights, values, errors = (
+        np.asarray(leaf) for leaf in (points.cells, points.weights, points.values, points.sigma)
+    )
+    collected = []
+    for one in np.unique(times):
+        rows = np.flatnonzero(np.isnat(times) if np.isnat(one) else times == one)
+        observation = observe.from_weights(cells[rows], weights[rows], values[rows], errors[rows])
+        collected.append(Observed(one, rows.size, observation))
+    return collected
+
+
+def _check_speed(u: np.ndarray, v: np.ndarray, name: str) -> None:
+    fastest = max(np.abs(u).max(), np.abs(v).max())
+    if fastest > TOO_FAST:
+        raise InputError(f"{name}: velocities reach {fastest:.4g} m/s; is a unit wrong, or a fill value undeclared?")
+
+
+# Fields with gaps
+
+
+def _read(path: Path, columns: Mapping[str, str]) -> Fields:
+    return readers.read(path, u=columns.get("u"), v=columns.get("v"))
+
+
+def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> Fields:
+    """Through a file, so that it is understood as every other file is."""
+    fields = {
+        name: variable.assign_attrs(units=variable.attrs.get("units", "m s-1"))
+        for name, variable in dataset.data_vars.items()
+        if variable.ndim >= 2 and variable.dtype.kind in "fiu"
+    }
+    plain = xr.Dataset(fields, attrs={}).drop_encoding()
+    if not any(variable.dtype.kind == "M" for variable in plain.coords.values()):
+        plain = plain.drop_vars("time", errors="ignore")
+        plain = plain.isel(time=0, missing_dims="ignore").expand_dims(time=[np.datetime64(0, "ns")])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "observations.nc"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", xr.SerializationWarning)
+                plain.to_netcdf(path, engine="h5netcdf")
+        except Exception as e:
+            # Whatever xarray raises on attributes and coordinates that no file can hold.
+            lines = str(e).strip().splitlines()
+            raise InputError(f"the data set cannot be written as NetCDF: {lines[0] if lines else e}") from e
+        return readers.read(path, u=columns.get("u"), v=columns.get("v"), name="the data set")
+
+
+def _from_fields(fields: Fields, grid: Grid, sigma: float, when: np.datetime64 | None, known: bool) -> list[Observed]:
+    _check_grid(fields, grid)
+    if when is not None and len(fields) > 1:
+        raise InputError(f"{fields.name} has {len(fields)} times; one time can be given to one field only")
+    times = fields.time if when is None else [when]
+    if when is None and not known:
+        times = [UNKNOWN]
+    return [
+        _of_cells(velocity, grid, sigma, time, fields.name)
+        for time, velocity in zip(times, fields.velocity, strict=True)
+    ]
+
+
+def _check_grid(fields: Fields, grid: Grid) -> None:
+    def places(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+        return np.stack(np.meshgrid(lat, lon, indexing="ij") if lat.ndim == 1 else (lat, lon))
+
+    same = fields.shape == grid.ocean.shape
+    if same:
+        off = places(fields.lat, fields.lon) - places(grid.lat, grid.lon)
+        off[1] = (off[1] + 180) % 360 - 180
+        # Ten metres: coordinates in float32 are off by less.
+        same = np.abs(off).max() <= 1e-4
+    if not same:
+        raise InputError(
+            f"{fields.name} is on another grid than the model: {fields.shape} from {fields.lat.min():.4f} N "
+            f"{fields.lon.min():.4f} E, the model {grid.ocean.shape} from {grid.lat.min():.4f} N "
+            f"{grid.lon.min():.4f} E; give its values as a table of points (lat, lon, u, v)"
+        )
+
+
+def _of_cells(velocity: np.ndarray, grid: Grid, sigma: float, time: np.datetime64, name: str) -> Observed:
+    if velocity.shape != (*grid.ocean.shape, 2):
+        raise InputError(f"{name} {velocity.shape} is not on the model's grid, (y, x, 2) = {(*grid.ocean.shape, 2)}")
+    observed = np.isfinite(velocity).all(-1)
+    if np.isinf(velocity).any():
+        raise InputError(f"{name}: a velocity is infinite")
+    if observed.any():
+        _check_speed(*velocity[observed].T, name)
+    observation = observe.from_cells(observed, velocity, sigma, grid.ocean)
+    return Observed(time, int(observed.sum()), observation)

@@ -1,0 +1,165 @@
+"""What the readers share: where fields come from, what is said about it, and where libraries meet a file."""
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from absl import logging
+
+from jax_repaint.data.fields import Fields
+from jax_repaint.errors import InputError
+
+LONGEST = 200  # characters of a library's own message; some quote the file
+TOO_FAST = 50.0  # m/s; no current, but an undeclared fill value
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What the user says about a file where the file leaves it open; see `readers.read`."""
+
+    u: str | None = None
+    v: str | None = None
+    grid: str | os.PathLike | None = None
+    depth: float | None = None
+    level: int | None = None
+    time: str | None = None
+    directions: str | None = None
+
+
+@dataclasses.dataclass
+class Source:
+    """One file or series on its way to `Fields`: its name, notices for the user and what was understood.
+
+    Attributes:
+      name: in messages.
+      notices: texts without the name, in the order of their discovery, and how many files each is about.
+      facts: topic to sentence, for `python -m jax_repaint.data.describe`.
+    """
+
+    name: str
+    notices: dict[str, int] = dataclasses.field(default_factory=dict)
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def error(self, text: str) -> InputError:
+        """The exception for what cannot be used."""
+        return InputError(f"{self.name}: {text}")
+
+    def notice(self, text: str) -> None:
+        """Remembers what the user should know; said once by `say`."""
+        self.notices.setdefault(text, 1)
+
+    def take(self, other: "Source") -> None:
+        """Adds the notices and facts of one file of a series."""
+        for text in other.notices:
+            self.notices[text] = self.notices.get(text, 0) + 1
+        self.facts |= other.facts
+
+    def say(self) -> None:
+        """Logs the notices; of a series, how many files each is about."""
+        for text, count in self.notices.items():
+            logging.warning("%s: %s%s", self.name, text, f" (in {count} files)" if count > 1 else "")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Raw:
+    """Fields before validation: u, v (time, y, x) in m/s, eastward and northward; ocean (y, x) or None."""
+
+    u: np.ndarray
+    v: np.ndarray
+    lat: np.ndarray
+    lon: np.ndarray
+    time: np.ndarray
+    ocean: np.ndarray | None = None
+
+
+def attribute(variable: xr.DataArray | xr.Variable, name: str) -> str:
+    """An attribute as text, empty where it is absent."""
+    return str(variable.attrs.get(name, "")).strip()
+
+
+def dims_of(variable: xr.DataArray) -> str:
+    """Dimensions and their lengths, such as (time=24, lat=10, lon=12)."""
+    return "(" + ", ".join(f"{d}={n}" for d, n in variable.sizes.items()) + ")"
+
+
+@contextlib.contextmanager
+def door(path: Path) -> Iterator[None]:
+    """Where libraries meet a file: whatever they raise becomes one sentence."""
+    try:
+        with warnings.catch_warnings():
+            # Several fill values, fill values of another type and vague reference dates: xarray decodes them as meant.
+            warnings.simplefilter("ignore", xr.SerializationWarning)
+            yield
+    except InputError:
+        raise
+    except Exception as e:
+        line = next(iter(str(e).strip().splitlines()), "") or type(e).__name__
+        raise InputError(f"cannot read {path}: {line if len(line) <= LONGEST else line[:LONGEST] + '...'}") from e
+
+
+def assemble(raw: Raw, source: Source) -> Fields:
+    """Validated fields, turned so that row 0 is south and column 0 west; frames without any value are dropped."""
+    raw = _north_up(_check(raw, source))
+    velocity, ocean, time = np.stack([raw.u, raw.v], -1), raw.ocean, raw.time
+    missing = np.isnan(velocity).any(-1)
+    if ocean is None and not missing.any():
+        still = (velocity == 0).all((0, 3))
+        if still.any() and not still.all():
+            source.notice(f"{still.sum()} cells that are exactly zero in every frame count as land")
+            ocean = ~still
+    if ocean is not None and ocean.shape == missing.shape[1:]:
+        missing |= ~ocean
+    empty = missing.all((1, 2))
+    zero = (missing | (velocity == 0).all(-1)).all((1, 2)) & ~empty
+    if zero.any() and not zero.all():
+        source.notice(f"{_frames(zero, time)} exactly zero everywhere; a start from rest is no current to learn")
+    if empty.any() and not empty.all() and time.shape == empty.shape:
+        source.notice(f"{_frames(empty, time)} without any value and left out")
+        velocity, time = velocity[~empty], time[~empty]
+    return Fields.create(velocity, raw.lat, raw.lon, time, ocean, source.name)
+
+
+def _frames(chosen: np.ndarray, time: np.ndarray) -> str:
+    """How many frames, with a verb: "2 of 24 frames, the first of 2019-01-01T00:00:00, are"."""
+    count, first = int(chosen.sum()), time[int(chosen.argmax())].astype("datetime64[s]")
+    verb = "is" if count == 1 else "are"
+    which = f"that of {first}," if count == 1 else f"the first of {first},"
+    return f"{count} of {chosen.size} frames, {which} {verb}"
+
+
+def _check(raw: Raw, source: Source) -> Raw:
+    if raw.u.shape != raw.v.shape:
+        raise source.error(f"u is {raw.u.shape} and v is {raw.v.shape}; they must be equal")
+    if raw.u.ndim != 3:
+        raise source.error(f"u has {raw.u.ndim} dimensions {raw.u.shape}; expected (time, latitude, longitude)")
+    lat, lon = np.atleast_1d(raw.lat), np.atleast_1d(raw.lon)
+    for what, x in (("u", raw.u), ("v", raw.v), ("lat", lat), ("lon", lon)):
+        if x.dtype.kind not in "fiu":
+            raise source.error(f"{what} must hold numbers, got {x.dtype}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        u, v = raw.u.astype(np.float32), raw.v.astype(np.float32)
+    fastest = max(float(np.abs(x[~np.isnan(x)]).max(initial=0)) for x in (u, v))
+    if fastest > TOO_FAST:
+        raise source.error(f"velocities reach {fastest:.4g} m/s; is a fill value undeclared or a unit wrong?")
+    return dataclasses.replace(raw, u=u, v=v, lat=lat.astype(float), lon=lon.astype(float))
+
+
+def _north_up(raw: Raw) -> Raw:
+    """Turned by the mean step, so that curvilinear grids turn like regular ones; the date line is no step."""
+    u, v, lat, lon, ocean = raw.u, raw.v, raw.lat, raw.lon, raw.ocean
+    if lon.ndim == 1:
+        lon = np.unwrap(lon, period=360)
+    if lat.size and np.diff(lat, axis=0).sum() < 0:
+        u, v, lat = u[:, ::-1], v[:, ::-1], lat[::-1]
+        lon = lon[::-1] if lon.ndim == 2 else lon
+        ocean = None if ocean is None else ocean[::-1]
+    if lon.size and ((np.diff(lon) + 180) % 360 - 180).sum() < 0:
+        u, v, lon = u[:, :, ::-1], v[:, :, ::-1], lon[..., ::-1]
+        lat = lat[:, ::-1] if lat.ndim == 2 else lat
+        ocean = None if ocean is None else ocean[:, ::-1]
+    return Raw(u, v, lat, lon, raw.time, ocean)
