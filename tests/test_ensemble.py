@@ -338,7 +338,7 @@ def test_members_do_not_depend_on_devices():
     """In a process of its own: a process has the devices it started with."""
     found = subprocess.run(
         [sys.executable, Path(__file__).with_name("virtual_devices.py")],
-        capture_output=True, text=True, timeout=300, cwd=REPOSITORY,
+        capture_output=True, text=True, timeout=900, cwd=REPOSITORY,
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
