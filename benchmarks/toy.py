@@ -31,15 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import flags
-from flax import struct
 
 from benchmarks import measure
 from jax_repaint import command, metrics, observe
-from jax_repaint.array_types import Array, Field, Float, Level
-from jax_repaint.denoise import PrincipalGaussian
+from jax_repaint.array_types import Array, Field, Float
+from jax_repaint.denoise import PrincipalGaussian, Regimes
 from jax_repaint.ensemble import member_keys, posterior_ensemble, repaint_ensemble
 from jax_repaint.errors import InputError
-from jax_repaint.guide import HIGHEST, prior_draw
+from jax_repaint.guide import prior_draw
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.prior import linear
 from jax_repaint.prior.analysis import Analysis
@@ -91,36 +90,6 @@ def _principal(mean: np.ndarray, variance: np.ndarray, direction: np.ndarray, re
     return PrincipalGaussian(*(jnp.asarray(a, jnp.float32) for a in arrays))
 
 
-@struct.dataclass
-class Mixture:
-    """Gaussians of equal weight, and the exact denoiser of their mixture.
-
-    D(x; sigma) = sum_k w_k D_k(x; sigma),   w_k proportional to N(x; mean_k, Sigma_k + sigma^2 I)
-    """
-
-    regimes: PrincipalGaussian  # every leaf (k, ...)
-
-    def __call__(self, x: Field, sigma: Level) -> Field:
-        """E[x0 | x]."""
-        estimates, logs = jax.vmap(self._regime, (0, None, None))(self.regimes, x, sigma)
-        return jnp.einsum("k,kyxc->yxc", jax.nn.softmax(logs), estimates, precision=HIGHEST)
-
-    @staticmethod
-    def _regime(regime: PrincipalGaussian, x: Field, sigma: Level) -> tuple[Field, Level]:
-        """D_k and log N(x; mean_k, Sigma_k + sigma^2 I) without its constant."""
-        anomaly = x - regime.mean
-        along = jnp.einsum("ryxc,yxc->r", regime.direction, anomaly, precision=HIGHEST)
-        variance, rest = regime.variance + sigma**2, regime.rest + sigma**2
-        leading = jnp.einsum("nr,ryxc->nyxc", jnp.stack([along, regime.variance / variance * along]),
-                             regime.direction, precision=HIGHEST)  # fmt: skip
-        # |anomaly|^2 - |along|^2 would lose the little that is left.
-        left = anomaly - leading[0]
-        others = x.size - along.size
-        distance = jnp.sum(along**2 / variance) + jnp.sum(left**2) / rest
-        log = -0.5 * (distance + jnp.sum(jnp.log(variance)) + others * jnp.log(rest))
-        return regime.mean + leading[1] + regime.rest / rest * left, log
-
-
 @dataclasses.dataclass(frozen=True)
 class Toy:
     """The prior: exact denoiser, the Gaussian of its mean and covariance, its regimes in float64.
@@ -134,7 +103,7 @@ class Toy:
       small: (768, n) trailing EOFs of the mixture that hold 5 % of its variance.
     """
 
-    denoiser: Mixture
+    denoiser: Regimes
     gaussian: PrincipalGaussian
     mean: np.ndarray
     covariance: np.ndarray
@@ -166,7 +135,7 @@ def make_toy() -> Toy:
     variance, direction = np.linalg.eigh(total)
     small = direction[:, np.cumsum(variance) <= 0.05 * SIZE]
     return Toy(
-        Mixture(jax.tree.map(lambda *leaves: jnp.stack(leaves), *regimes)),
+        Regimes(jnp.full(len(mean), 1 / len(mean)), jax.tree.map(lambda *leaves: jnp.stack(leaves), *regimes)),
         _principal(np.zeros(SIZE), variance[::-1], direction[:, ::-1], variance[0]),
         mean, covariance, np.linalg.cholesky(covariance), small,
     )  # fmt: skip
@@ -322,7 +291,8 @@ def samplers(toy: Toy, cases: Sequence[Case], members: int, seed: int = 0, short
         )
 
         def one(case: Case) -> np.ndarray:
-            evidence = evidence_for(hyper, toy.gaussian.ocean, case.observation, toy.gaussian)
+            prior = toy.denoiser if correction == "regimes" else toy.gaussian
+            evidence = evidence_for(hyper, toy.gaussian.ocean, case.observation, prior)
             return posterior_ensemble(
                 toy.denoiser, evidence, toy.gaussian, case.analysis, hyper,
                 frame=case.number, members=members, seed=seed, antithetic=False,
@@ -359,6 +329,7 @@ def samplers(toy: Toy, cases: Sequence[Case], members: int, seed: int = 0, short
         "cov_pigdm 58": guided("cov_pigdm", 58),
         "mmps 58": guided("mmps", 58),
         "dps 250": guided("dps", 250),
+        "regimes 31": guided("regimes", 31),
         "kalman 31": guided("kalman", 31),
         "kalman 16": guided("kalman", 16),
         "kalman 8": guided("kalman", 8),

@@ -1,0 +1,33 @@
+"""Ocean current fields from a few observations, as ensembles: jax_repaint.load().inpaint("track.csv")."""
+
+import os
+from typing import TYPE_CHECKING
+
+from jax_repaint.errors import InputError
+
+if TYPE_CHECKING:
+    from jax_repaint.model import Model
+
+__all__ = ["InputError", "load"]
+
+SHIPPED = "ram_head"
+
+
+def load(folder: str | os.PathLike = SHIPPED) -> "Model":
+    """The model of a folder that training or an import wrote, or the one of the Ram Head twin in the package.
+
+    Args:
+      folder: path; "ram_head", where there is no such folder, names the model in the package.
+
+    Raises:
+      InputError: no model there, or one that cannot be read.
+    """
+    # JAX takes seconds to import; the name of the package alone should not.
+    from pathlib import Path
+
+    from jax_repaint import model
+
+    path = Path(folder)
+    if str(folder) == SHIPPED and not path.exists():
+        path = Path(__file__).with_name("models") / SHIPPED
+    return model.load(path)

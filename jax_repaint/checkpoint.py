@@ -3,20 +3,26 @@
 WORKDIR/config.json         resolved configuration and fingerprint of the data; a run with others is refused
 WORKDIR/checkpoints/last    the latest states, to continue from
 WORKDIR/checkpoints/best    the state with the lowest held-out loss
+
+    python -m jax_repaint.checkpoint import --torch=FILE.pt --network=standard_attn --out=MODEL
+
+makes a model of a PyTorch checkpoint (torch_import.py).
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import flags, logging
 
+from jax_repaint import command
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 
@@ -90,10 +96,16 @@ class Checkpoints:
     def open(cls, workdir: str | os.PathLike, keep: int) -> "Checkpoints":
         """Opens or makes the folders; the latest `keep` states are kept."""
         root = Path(workdir).resolve() / "checkpoints"
+        options: dict[str, Any] = {"enable_async_checkpointing": False}
+        if jax.process_count() > 1:
+            # Of several processes this one alone reads and writes, and waits for no other.
+            alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+            options |= {"multiprocessing_options": alone, "create": False}
 
         def manager(name: str, count: int) -> ocp.CheckpointManager:
-            options = ocp.CheckpointManagerOptions(max_to_keep=count, enable_async_checkpointing=False)
-            return ocp.CheckpointManager(root / name, options=options)
+            (root / name).mkdir(parents=True, exist_ok=True)
+            kept = ocp.CheckpointManagerOptions(max_to_keep=count, **options)
+            return ocp.CheckpointManager(root / name, options=kept)
 
         try:
             return cls(manager("last", keep), manager("best", 1))
@@ -150,3 +162,46 @@ def pack(state: Any) -> dict[str, np.ndarray]:
 def unpack(like: Any, tree: Mapping[str, Any]) -> Any:
     """The inverse of `pack`, with the structure of `like`."""
     return jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("torch", None, "Checkpoint of PyTorch (.pt) to import.")
+    flags.DEFINE_string("network", "standard_attn", "Name of the network that it holds.")
+    flags.DEFINE_string("fields", "", "File of the currents it was trained on; by default the Ram Head twin.")
+    flags.DEFINE_integer("frames", 17040, "Frames of the twin.", lower_bound=16)
+    for name, share in (("train", "0.7"), ("validation", "0.15"), ("test", "0.15")):
+        flags.DEFINE_string(name, share, f"Fraction or range of the fields for {name}, as in a training's config.data.")
+    flags.DEFINE_bool("allow_short_gap", False, "Accept parts that are closer than the decorrelation time.")
+    flags.DEFINE_integer("rank", 256, "Most EOFs of the linear prior.", lower_bound=1)
+    flags.DEFINE_string("out", None, "Folder of the model to write.")
+    flags.mark_flags_as_required(("torch", "out"))
+
+
+def main(_: Sequence[str]) -> None:
+    """Imports a checkpoint of PyTorch as a model."""
+    # Training uses this module.
+    from jax_repaint import model, torch_import, train
+
+    config = train.default_config()
+    config.model.network, config.model.rank = FLAGS.network, FLAGS.rank
+    config.data.fields, config.data.frames = FLAGS.fields, FLAGS.frames
+    config.data.allow_short_gap = FLAGS.allow_short_gap
+    for name in ("train", "validation", "test"):
+        config.data[name] = getattr(FLAGS, name)
+    made = torch_import.import_model(FLAGS.torch, config)
+    model.save(made, FLAGS.out)
+    print(f"wrote {FLAGS.out}: {FLAGS.network}, {made.training['split']}")
+
+
+if __name__ == "__main__":
+    # The one thing that this command does is named, as others may follow: `checkpoint import`.
+    if "import" not in sys.argv[1:2]:
+        usage = "python -m jax_repaint.checkpoint import --torch=FILE.pt --network=NAME --out=FOLDER"
+        print(f"error: say what to do: {usage}", file=sys.stderr)
+        sys.exit(2)
+    del sys.argv[1]
+    _define_flags()
+    command.run(main)

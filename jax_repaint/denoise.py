@@ -132,8 +132,10 @@ class PrincipalGaussian:
         anomaly = (x - self.mean) * self.ocean
         along = jnp.einsum("ryxc,yxc->r", self.direction, anomaly, precision=jax.lax.Precision.HIGHEST)
         others = self.direction.shape[-1] * self.ocean.sum() - self.variance.size
+        # |anomaly|^2 - |along|^2 would lose the little that is left.
+        left = anomaly - jnp.einsum("r,ryxc->yxc", along, self.direction, precision=jax.lax.Precision.HIGHEST)
         variance, rest = self.variance + sigma**2, self.rest + sigma**2
-        squares = jnp.sum(along**2 / variance) + (jnp.sum(anomaly**2) - jnp.sum(along**2)) / rest
+        squares = jnp.sum(along**2 / variance) + jnp.sum(left**2) / rest
         return -0.5 * (squares + jnp.sum(jnp.log(variance)) + others * jnp.log(rest))
 
     def _per_value(self, of_variance: Callable[[Array], Array]) -> Level:

@@ -430,7 +430,10 @@ def to_dataset(cases: Sequence[Case], result: Result, fields: Fields, history: s
             (f"{name}_truth", truth, "held-out field", None),
         ):
             dims = ("pattern", "time", "realization", y, x) if values is members else ("pattern", "time", y, x)
-            attributes = {"standard_name": name, "long_name": f"{direction} current, {words}", "units": "m s-1"}
+            attributes = {"long_name": f"{direction} current, {words}", "units": "m s-1"}
+            if values is members:
+                # Programs that drift particles choose by standard names, and one variable must have them.
+                attributes["standard_name"] = name
             if statistic:
                 attributes["cell_methods"] = f"realization: {statistic}"
             content[kind] = (dims, values[..., c].astype(np.float32), attributes, {"_FillValue": readers.FILL})

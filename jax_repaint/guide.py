@@ -20,7 +20,6 @@ it has the same directions and c = v sigma^2 / (v + sigma^2) for each variance v
 `correction(denoise, x, sigma, sigma_next, evidence)` with `denoise` the denoiser at sigma; vmap outside.
 """
 
-import os
 from collections.abc import Callable
 
 import jax
@@ -29,6 +28,7 @@ import numpy as np
 import scipy.linalg
 from flax import struct
 
+from jax_repaint import memory
 from jax_repaint.array_types import Array, Field, Float, Key, Level, Scalar, Values
 from jax_repaint.denoise import PrincipalGaussian, Regimes
 from jax_repaint.errors import InputError
@@ -175,7 +175,7 @@ def kalman_gains(
 def _check_memory(observation: Observation, gaussian: PrincipalGaussian, levels: int) -> None:
     """Before the work: whether the gains fit into half of what memory is free."""
     components, rank = gaussian.direction.shape[-1], gaussian.variance.size
-    free = _free_memory() / 2
+    free = memory.available() / 2
 
     def needed(rows: int) -> int:
         size = rows * components
@@ -189,11 +189,6 @@ def _check_memory(observation: Observation, gaussian: PrincipalGaussian, levels:
             f"{needed(observation.size) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {fit} fit: "
             "thin the observations out, or ask for fewer levels"
         )
-
-
-def _free_memory() -> int:
-    """Bytes that a process may still take."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def kalman_gain(

@@ -122,8 +122,15 @@ def _places(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
 
 
 def make_schedule(numbers: dict[str, float]) -> Schedule:
-    """The linear schedule of {"steps", "min_beta", "max_beta"}."""
-    return Schedule.linear(int(numbers["steps"]), float(numbers["min_beta"]), float(numbers["max_beta"]))
+    """The linear schedule of {"steps", "min_beta", "max_beta"}.
+
+    Raises:
+      InputError: numbers that make none, or steps by the million, as only damaged files have.
+    """
+    steps = float(numbers["steps"])
+    if not 2 <= steps <= 1e6:
+        raise InputError(f"a schedule has 2 to 1,000,000 steps, got {steps:g}")
+    return Schedule.linear(int(steps), float(numbers["min_beta"]), float(numbers["max_beta"]))
 
 
 def make_denoiser(
@@ -225,7 +232,7 @@ def load(folder: str | os.PathLike) -> Model:
     try:
         text = json.loads((folder / DESCRIPTION).read_text())
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise InputError(f"the model in {folder} cannot be read ({e}); is it truncated?") from e
     try:
         if text["format"] != FORMAT:
@@ -256,7 +263,7 @@ def load(folder: str | os.PathLike) -> Model:
             calibration=text.get("calibration") and Calibration.from_json(text["calibration"]),
             grid=grid,
         )
-    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as e:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, IndexError, ValueError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"the model in {folder} is not complete: {type(e).__name__} {e}") from e

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_repaint import guide, observe, transition
+from jax_repaint import guide, memory, observe, transition
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.posterior import Posterior, antithetic, evidence_for, linear_sample, posterior
@@ -341,7 +341,7 @@ def test_land_keeps_the_start_and_pairs_mirror_every_draw(gaussian, observation,
 
 
 def test_more_observations_than_memory_holds_are_refused(gaussian, observation, monkeypatch):
-    monkeypatch.setattr(guide, "_free_memory", lambda: 1_000_000)
+    monkeypatch.setattr(memory, "available", lambda: 1_000_000)
     with pytest.raises(InputError, match=r"32 observed positions at 16 noise levels need .* 16 fit"):
         guide.kalman_gains(gaussian, observation, np.full(16, 1.0))
 

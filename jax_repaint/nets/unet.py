@@ -59,8 +59,8 @@ class UNetConfig:
             raise InputError(f"channels {self.channels} of the attending levels must divide into {self.heads} heads")
         if self.stem_stride not in (1, 2):
             raise InputError(f"stem_stride must be 1 or 2, got {self.stem_stride}")
-        if not 0 <= self.dropout < 1 or self.blocks < 1 or self.embedding < 2:
-            raise InputError("dropout must be in [0, 1), blocks >= 1, embedding >= 2")
+        if not 0 <= self.dropout < 1 or not 1 <= self.blocks <= 64 or self.embedding < 2:
+            raise InputError("dropout must be in [0, 1), blocks in 1..64, embedding >= 2")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
         if self.attention_implementation not in ("auto", "xla", "cudnn"):

@@ -1,0 +1,212 @@
+"""One program that inpaints, for a vehicle or a server that has JAX but not this package.
+
+    python -m jax_repaint.inpaint --export=FOLDER --rows=64 --members=16
+
+    FOLDER/inpaint.jaxexport    StableHLO with the weights inside, as jax.export reads it
+    FOLDER/grid.npz             lat, lon (degrees) and ocean of the model's grid
+    FOLDER/program.json         inputs, outputs, model, seed and versions
+
+The program takes a fixed number of rows, the rest of which are padded, and solves for their gains itself:
+
+    cells     (rows, 4) int32      flat index y X + x of up to four cells that a position lies between
+    weights   (rows, 4) float32    of these cells, with sum 1; 0 in unused corners and rows
+    values    (rows, 2) float32    u, v in m/s
+    sigma     (rows, 2) float32    their standard error in m/s, > 0, also in unused rows
+    valid     (rows,) bool         whether a row is used
+    seed      () int32             of the members
+    ->        members (M, y, x, 2), mean (y, x, 2) and standard deviation (y, x, 2) in m/s, NaN on land
+
+It is the sampler `kalman`, or `given` for networks that take observations, without calibration. On a CPU with jax 0.7
+jax.numpy.linalg.qr(jax.numpy.eye(2)) has to come before its first call: that loads LAPACK, without which the process
+ends.
+"""
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import export as jax_export
+
+from jax_repaint import ensemble, evaluate, guide, inpaint, observe
+from jax_repaint import model as models
+from jax_repaint.array_types import Array, Field, Float, Values
+from jax_repaint.data.fields import crop
+from jax_repaint.data.observations import UNKNOWN, Observed
+from jax_repaint.errors import InputError
+from jax_repaint.files import whole_file
+from jax_repaint.model import Model
+from jax_repaint.observe import Observation
+
+PROGRAM, GRID, DESCRIPTION = "inpaint.jaxexport", "grid.npz", "program.json"
+PLATFORMS = ("cpu", "cuda")
+METHODS = ("kalman", "given")
+
+
+@struct.dataclass
+class Factors:
+    """A linear analysis like `prior.analysis.Analysis`, whose gain stays in the factors of `guide.Gain`.
+
+    Attributes:
+      evidence: with the gain of sigma = inf.
+    """
+
+    evidence: guide.Evidence
+
+    def mean(self, values: Values) -> Field:
+        """Posterior mean for observed values (m, c)."""
+        return self.update(self.evidence.gaussian.mean, values)
+
+    def update(self, field: Field, values: Values) -> Field:
+        """field + G (values - A field)."""
+        observation = self.evidence.observation.replace(values=values)
+        return guide.kalman(lambda x: x, field, jnp.inf, jnp.inf, self.evidence.replace(observation=observation))
+
+
+def program(trained: Model, members: int, method: str = "kalman") -> Callable[..., tuple[Array, Array, Array]]:
+    """The function of the module docstring, for any number of rows.
+
+    The gains are found in float32 by a QR decomposition (guide.kalman_gain), where `evaluate` solves in float64.
+
+    Raises:
+      InputError: fewer than four members, an odd number of them, or another method than METHODS.
+    """
+    if method not in METHODS:
+        raise InputError(f"method {method!r} cannot be exported; {' and '.join(METHODS)} can")
+    if members < 4 or members % 2:
+        raise InputError(f"the program makes antithetic pairs, two of them at least; got {members} members")
+    hyper = evaluate.levels_of(trained, method)
+    gaussian, denoiser, standardiser = trained.gaussian, trained.denoiser, trained.standardiser
+    mean, std = jnp.asarray(standardiser.mean)[None], jnp.asarray(standardiser.std)[None]
+    ocean = jnp.asarray(trained.ocean)[..., None]
+    number = np.arange(members)
+    signs = jnp.asarray(np.where(number % 2 == 1, -1, 1), jnp.float32)
+
+    def run(cells: Array, weights: Array, values: Array, sigma: Array, valid: Array, seed: Array):
+        used = valid[:, None]
+        observation = Observation(
+            cells=cells,
+            weights=jnp.where(used, weights, 0.0),
+            values=jnp.where(used, (values - mean) / std, 0.0),
+            sigma=jnp.where(used, sigma / std, 1.0),
+            valid=valid,
+        )
+        observation = observe.pad_grid(observation, trained.ocean.shape, trained.padded)
+        noise = guide.noise_covariance(observation)
+
+        def gain(level: Float[Array, ""]) -> guide.Gain:
+            return guide.kalman_gain(gaussian, observation, noise, level)
+
+        evidence = guide.Evidence(gaussian.ocean, observation, noise, gaussian, jax.lax.map(gain, hyper.sigma))
+        analysis = Factors(evidence.replace(gain=gain(jnp.float32(jnp.inf))))
+        keys = ensemble.member_keys(seed, [0], range(members))[0][number // 2]
+        x = ensemble._posterior_rows(jnp.asarray(number), (keys, signs), denoiser, evidence, gaussian, analysis, hyper)
+        made = jnp.where(ocean[None], standardiser.restore(crop(x, trained.ocean.shape)), jnp.nan)
+        return made, made.mean(0), _spread(made)
+
+    return run
+
+
+def _spread(members: Float[Array, "m y x c"]) -> Float[Array, "y x c"]:
+    """Standard deviation of a member, from partners 2j, 2j + 1 (metrics.ensemble_variance)."""
+    count = len(members)
+    partners = jnp.sum(jnp.square(members[0::2] - members[1::2]), 0)
+    variance = (count**2 * jnp.var(members, 0) - partners) / (count * (count - 2))
+    return jnp.sqrt(jnp.maximum(variance, 0.0))
+
+
+def shapes(rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of the inputs, in order."""
+    kinds = (((rows, 4), jnp.int32), ((rows, 4), jnp.float32), ((rows, 2), jnp.float32), ((rows, 2), jnp.float32),
+             ((rows,), jnp.bool_), ((), jnp.int32))  # fmt: skip
+    return tuple(jax.ShapeDtypeStruct(*kind) for kind in kinds)
+
+
+def export(
+    trained: Model,
+    folder: Path,
+    rows: int = 64,
+    members: int = 16,
+    method: str | None = None,
+    platforms: Sequence[str] = PLATFORMS,
+) -> str:
+    """Writes the program, runs it once, and returns what it is like as text.
+
+    Args:
+      rows: most observations that the program takes.
+      method: sampler; `inpaint.default_method` by default.
+      platforms: of jax.export that the program runs on.
+
+    Raises:
+      InputError: a folder that cannot be written, flatbuffers is not installed, members as for `program`.
+    """
+    method = method or inpaint.default_method(trained)
+    run = jax.jit(program(trained, members, method))
+    try:
+        content = bytes(jax_export.export(run, platforms=tuple(platforms))(*shapes(rows)).serialize())
+    except ImportError as e:
+        raise InputError("exporting needs flatbuffers: pip install 'jax-repaint[export]'") from e
+    description = {
+        "inputs": {name: [list(shape.shape), shape.dtype.name] for name, shape in zip(
+            ("cells", "weights", "values", "sigma", "valid", "seed"), shapes(rows), strict=True)},
+        "outputs": {
+            "members": [members, *trained.ocean.shape, 2],
+            "mean": [*trained.ocean.shape, 2],
+            "standard_deviation": [*trained.ocean.shape, 2],
+        },
+        "units": "m s-1",
+        "sampler": method,
+        "calibrated": False,
+        "before": "jax.numpy.linalg.qr(jax.numpy.eye(2)) once, which loads LAPACK under older JAX",
+        "model_fingerprint": models.fingerprint(trained),
+        "platforms": list(platforms),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax_repaint", "jax", "flax")},
+    }  # fmt: skip
+    with whole_file(folder / PROGRAM) as temporary:
+        temporary.write_bytes(content)
+    with whole_file(folder / GRID) as temporary:
+        np.savez(temporary, lat=trained.lat, lon=trained.lon, ocean=trained.ocean)
+    with whole_file(folder / DESCRIPTION) as temporary:
+        temporary.write_text(json.dumps(description, indent=1) + "\n")
+    compiling, latency, members_off, mean_off = measure(trained, folder / PROGRAM, rows, members, method)
+    return (
+        f"wrote {folder}: {len(content) / 2**20:.1f} MiB, up to {rows} observations, {members} members\n"
+        f"on this machine {compiling:.1f} s to load and compile, then {latency:.2f} s a field; gains in float32 move "
+        f"members by {1000 * members_off:.2g} mm/s and the mean by {1000 * mean_off:.2g} mm/s at most"
+    )
+
+
+def load(path: Path) -> Callable[..., Any]:
+    """The program of a file, compiled at its first call."""
+    return jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
+
+
+def measure(trained: Model, path: Path, rows: int, members: int, method: str) -> tuple[float, float, float, float]:
+    """Seconds of the first call and of a later one; largest differences of members and mean from float64 gains, m/s.
+
+    The observations are scattered cells of one draw of the linear prior.
+    """
+    rng = np.random.default_rng(0)
+    wet = np.flatnonzero(trained.ocean)
+    observed = np.zeros(trained.ocean.size, bool)
+    observed[rng.choice(wet, min(rows, wet.size), replace=False)] = True
+    draw = np.asarray(crop(guide.prior_draw(trained.gaussian, jax.random.key(0)), trained.ocean.shape))
+    field = trained.standardiser.restore(draw)
+    observation = observe.from_cells(observed.reshape(trained.ocean.shape), field, evaluate.ERROR, trained.ocean, rows)
+    inputs = (observation.cells, observation.weights, observation.values, observation.sigma, observation.valid)
+    began = time.monotonic()
+    run = load(path)
+    jax.block_until_ready(run(*inputs, jnp.int32(0)))
+    compiled = time.monotonic()
+    made, mean, _ = jax.block_until_ready(run(*inputs, jnp.int32(0)))
+    done = time.monotonic()
+    frame = Observed(UNKNOWN, int(observed.sum()), observation)
+    exact = inpaint.estimate(trained, frame, members, 0, method, raw=True).members
+    off = np.nanmax(np.abs(np.asarray(made) - exact)), np.nanmax(np.abs(np.asarray(mean) - exact.mean(0)))
+    return compiled - began, done - compiled, float(off[0]), float(off[1])

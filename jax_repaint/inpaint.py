@@ -1,0 +1,347 @@
+"""Fills a field in from a few observations, with an ensemble that says how sure it is.
+
+    python -m jax_repaint.inpaint --observations=track.csv --out=fields.nc
+    python -m jax_repaint.inpaint --export=vehicle --rows=64
+
+    import jax_repaint
+    fields = jax_repaint.load().inpaint("track.csv")
+
+Observations are points or cells (data/observations.py). The result is a CF-1.11 data set, in which only the members
+carry the standard names of currents: programs that drift particles choose their variables by these.
+"""
+
+import importlib.metadata
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+import xarray as xr
+from absl import flags, logging
+from scipy import stats
+
+import jax_repaint
+from jax_repaint import command, evaluate, files, metrics, observe
+from jax_repaint import model as models
+from jax_repaint.data import readers
+from jax_repaint.data.fields import Fields, crop
+from jax_repaint.data.observations import Grid, Observed, collect
+from jax_repaint.errors import InputError
+from jax_repaint.model import Model
+from jax_repaint.prior import linear
+
+METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
+EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
+MANY = 24  # fields; more come from a table whose every row has its own time
+LEVELS = 16  # of posterior samplers
+
+_compiled: set[tuple] = set()
+
+
+class Estimate(NamedTuple):
+    """What is known of one field in m/s, NaN on land.
+
+    Attributes:
+      time: of the field; NaT if unknown.
+      members: (M, y, x, 2).
+      prior_mean: (y, x, 2), the best linear estimate from the same observations.
+      std, low, high: (y, x, 2), standard deviation of a member and the 5 to 95 % interval; NaN if members are too few.
+      observed: (y, x) bool, cells that an observation lies in.
+    """
+
+    time: np.datetime64
+    members: np.ndarray
+    prior_mean: np.ndarray
+    std: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    observed: np.ndarray
+
+
+def inpaint(
+    trained: Model,
+    observations: Any,
+    members: int = 16,
+    seed: int = 0,
+    time: str | np.datetime64 | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    sigma: float = evaluate.ERROR,
+    step: str | None = None,
+    method: str | None = None,
+    raw: bool = False,
+    chunk: int = 64,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Fields from observations, one for each of their times.
+
+    Args:
+      trained: the model, on whose grid the fields are.
+      observations: path, DataFrame, xarray Dataset or pair, or array; columns, sigma (m/s), time and step are those
+        of `data.observations.collect`.
+      members: of the ensemble; even where they come in antithetic pairs.
+      seed: names the members; a field depends on it, its time and its observations, and on no other field.
+      method: one of METHODS; by default `default_method`.
+      raw: whether a calibration that came with the model is left out.
+      chunk: members sampled at a time.
+      progress: whether to say on stderr that a program is being compiled, and how far things are.
+
+    Returns:
+      eastward_ and northward_sea_water_velocity (realization, time, lat, lon), mean, standard deviation, 5 to 95 %
+      interval and prior mean (time, lat, lon) of each, and `observed`; m/s, NaN on land.
+
+    Raises:
+      InputError: observations that cannot be used, too many for the memory, a method or number of members that does
+        not exist.
+    """
+    method = method or default_method(trained)
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    evaluate.check_methods([method], members)
+    if members < 2:
+        raise InputError(f"an ensemble has at least two members, got {members}")
+    grid = Grid(trained.ocean, trained.lat, trained.lon)
+    frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step)
+    if len(frames) > MANY:
+        logging.warning("the observations have %d times; each gets a field, step= or time= joins them", len(frames))
+    estimates = []
+    for frame in tqdm.tqdm(frames, unit="field", disable=None if progress and len(frames) > 1 else True):
+        if progress:
+            _announce(trained, frame, members, method, chunk)
+        estimates.append(estimate(trained, frame, members, seed, method, raw, chunk))
+    return to_dataset(trained, estimates, _attributes(trained, frames, members, seed, method, raw))
+
+
+def default_method(trained: Model) -> str:
+    """The sampler that the model was calibrated for; else `given` if its network takes observations, else `kalman`."""
+    if trained.calibration is not None and trained.calibration.method in METHODS:
+        return trained.calibration.method
+    return "given" if trained.form == "conditional" else "kalman"
+
+
+def estimate(
+    trained: Model, frame: Observed, members: int, seed: int, method: str, raw: bool = False, chunk: int = 64
+) -> Estimate:
+    """The ensemble of one field.
+
+    Raises:
+      InputError: members that are not finite.
+    """
+    case = _case(trained, frame)
+    result = evaluate.run_method(method, trained, None, [case], members, seed, chunk, LEVELS)
+    made = result.members[0]
+    if len(made) < members:
+        raise InputError(f"{members - len(made)} of {members} members by {method} are not finite; try another method")
+    ocean = trained.ocean[..., None]
+    prior_mean = _to_velocity(trained, case.analysis.mean(case.observation.values))
+    prior_variance = trained.standardiser.restore_variance(np.asarray(crop(case.analysis.variance, ocean.shape[:2])))
+    calibration = None if raw else calibration_of(trained, method, len(made))
+    if calibration is not None:
+        made = calibration.apply(prior_mean, prior_variance, made)
+    antithetic = method in evaluate.PAIRED
+    if len(made) < (4 if antithetic else 2):
+        std = np.full(made.shape[1:], np.nan, np.float32)
+    else:
+        std = np.sqrt(np.maximum(metrics.ensemble_variance(made, antithetic), 0)).astype(np.float32)
+    if calibration is not None:
+        low, high = calibration.interval(prior_variance, made)
+    else:
+        half = _quantile(len(made), antithetic) * std
+        low, high = made.mean(0) - half, made.mean(0) + half
+    return Estimate(frame.time, made, prior_mean, std, low, high, case.observed)
+
+
+def calibration_of(trained: Model, method: str, members: int) -> Any | None:
+    """The model's calibration if it is for ensembles of this method and size; a warning if it is not."""
+    calibration = trained.calibration
+    if calibration is None or (calibration.method, calibration.members) == (method, members):
+        return calibration
+    logging.warning(
+        "the calibration of this model is for %d members of %s, not for %d of %s, and is not used",
+        calibration.members, calibration.method, members, method,
+    )  # fmt: skip
+    return None
+
+
+def _quantile(members: int, antithetic: bool) -> float:
+    """Of Student's t at 95 %; antithetic partners count once."""
+    independent = members // 2 if antithetic else members
+    return float(stats.t.ppf(0.95, max(independent - 1, 1)))
+
+
+def _case(trained: Model, frame: Observed) -> evaluate.Case:
+    """The observations of one field in the units and on the grid of the network, and the linear analysis of them."""
+    mean, std = (jnp.asarray(part)[None] for part in (trained.standardiser.mean, trained.standardiser.std))
+    given = frame.observation
+    valid = given.valid[:, None]
+    observation = observe.pad_grid(given, trained.ocean.shape, trained.padded).replace(
+        values=jnp.where(valid, (given.values - mean) / std, 0.0), sigma=jnp.where(valid, given.sigma / std, 1.0)
+    )
+    observed = np.asarray(given.on_grid(trained.ocean.shape)[0])
+    seconds = 0 if np.isnat(frame.time) else int(frame.time.astype("datetime64[s]").astype(np.int64))
+    # Keys take 31 bits; two times share them if they are 68 years apart.
+    return evaluate.Case(
+        pattern="observations",
+        frame=seconds % 2**31,
+        time=frame.time,
+        truth=None,
+        observed=observed,
+        observation=observation,
+        analysis=linear.analysis(trained.gaussian, observation),
+    )
+
+
+def _to_velocity(trained: Model, x: Any) -> np.ndarray:
+    velocity = trained.standardiser.restore(np.asarray(crop(x, trained.ocean.shape)))
+    return np.where(trained.ocean[..., None], velocity, np.nan).astype(np.float32)
+
+
+def _announce(trained: Model, frame: Observed, members: int, method: str, chunk: int) -> None:
+    """Says once for each program that it will be compiled."""
+    rows = frame.observation.size
+    program = (trained.network, trained.form, trained.padded, rows, members, method, chunk)
+    if program in _compiled:
+        return
+    _compiled.add(program)
+    print(
+        f"compiling for up to {rows} observations and {members} members; later calls do not wait for it",
+        file=sys.stderr,
+    )
+
+
+def _attributes(
+    trained: Model, frames: Sequence[Observed], members: int, seed: int, method: str, raw: bool
+) -> dict[str, Any]:
+    used = None if raw else trained.calibration
+    used = used if used is not None and (used.method, used.members) == (method, members) else None
+    interval = (
+        "5 to 95 %, calibrated on held-out frames"
+        if used is not None
+        else "5 to 95 % of Student's t with the ensemble's own mean and standard deviation, not calibrated"
+    )
+    versions = {name: importlib.metadata.version(name) for name in ("jax_repaint", "jax", "flax", "numpy")}
+    words = ", ".join(f"{name} {version}" for name, version in versions.items())
+    fingerprint = models.fingerprint(trained)
+    unknown = any(np.isnat(frame.time) for frame in frames)
+    return {
+        "Conventions": "CF-1.11",
+        "title": "Ocean currents inpainted from observations",
+        "source": f"jax_repaint, {method} sampler on model {fingerprint} ({trained.training.get('data', 'own data')})",
+        "history": f"jax_repaint.inpaint, model {fingerprint}, method {method}, seed {seed}",
+        "model_fingerprint": fingerprint,
+        "sampler": method,
+        "seed": seed,
+        "members": members,
+        "observations": sum(frame.count for frame in frames),
+        "interval": interval,
+        "versions": words,
+    } | ({"comment": "The time of the observations is not known; 1970-01-01 stands for it."} if unknown else {})
+
+
+def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mapping[str, Any]) -> xr.Dataset:
+    """The estimates as a CF data set; what the variables are stands in `inpaint`."""
+    times = np.array([EPOCH if np.isnat(one.time) else one.time for one in estimates])
+    means = np.stack([one.members.mean(0) for one in estimates])
+    base = readers.to_dataset(Fields(means, trained.ocean, trained.lat, trained.lon, times, "inpainted"))
+    y, x = base["ocean"].dims
+    calibrated = "calibrated " if "not calibrated" not in attributes["interval"] else ""
+    # (name, words, cell_methods) of the statistics.
+    statistics = {
+        "mean": ("mean of the ensemble", "realization: mean", means),
+        "standard_deviation": (
+            "standard deviation of a member",
+            "realization: standard_deviation",
+            np.stack([one.std for one in estimates]),
+        ),
+        "low": (f"lower end of the {calibrated}5 to 95 % interval", "", np.stack([one.low for one in estimates])),
+        "high": (f"upper end of the {calibrated}5 to 95 % interval", "", np.stack([one.high for one in estimates])),
+        "prior_mean": (
+            "best linear estimate from the same observations, from which the sampler starts",
+            "",
+            np.stack([one.prior_mean for one in estimates]),
+        ),
+    }
+    members = np.stack([one.members for one in estimates], 1)
+    encoding = {"_FillValue": readers.FILL}
+    content = {}
+    for c, direction in enumerate(("eastward", "northward")):
+        name = f"{direction}_sea_water_velocity"
+        words = {"standard_name": name, "long_name": f"{direction} current, members of the ensemble", "units": "m s-1"}
+        words["ancillary_variables"] = " ".join(f"{name}_{kind}" for kind in statistics)
+        content[name] = (("realization", "time", y, x), members[..., c].astype(np.float32), words, encoding)
+        for kind, (text, cell_methods, values) in statistics.items():
+            words = {"long_name": f"{direction} current, {text}", "units": "m s-1"}
+            if cell_methods:
+                words["cell_methods"] = cell_methods
+            content[f"{name}_{kind}"] = (("time", y, x), values[..., c].astype(np.float32), words, encoding)
+    content["observed"] = (
+        ("time", y, x),
+        np.stack([one.observed for one in estimates]).astype(np.int8),
+        {"long_name": "cells with an observation", "flag_values": np.array([0, 1], np.int8),
+         "flag_meanings": "inpainted observed"},
+    )  # fmt: skip
+    coordinates = {name: base[name] for name in ("time", "lat", "lon")}
+    coordinates["realization"] = (
+        "realization",
+        np.arange(len(members), dtype=np.int32),
+        {"standard_name": "realization", "long_name": "number of the member", "units": "1", "axis": "E"},
+    )
+    data = xr.Dataset(content, coordinates, dict(attributes))
+    data["ocean"] = base["ocean"]
+    return xr.decode_cf(data)
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("model", jax_repaint.SHIPPED, "Folder of a model; by default the one in the package.")
+    flags.DEFINE_string("observations", None, "CSV of points (lat, lon, u, v), or a file of fields with gaps.")
+    flags.DEFINE_string("out", None, "NetCDF file to write.")
+    flags.DEFINE_integer("members", 16, "Members of the ensemble.", lower_bound=2)
+    flags.DEFINE_integer("seed", 0, "Of the members.", lower_bound=0, upper_bound=2**31 - 1)
+    flags.DEFINE_string("time", None, "The one time that all observations count for.")
+    flags.DEFINE_string("step", None, "Times of points are rounded to multiples of this, such as 1h.")
+    flags.DEFINE_float("sigma", evaluate.ERROR, "Standard error in m/s of observations that bring none.")
+    flags.DEFINE_enum("method", None, METHODS, "Sampler; by default the one that the model is calibrated for.")
+    flags.DEFINE_bool("raw", False, "Leave out the calibration that came with the model.")
+    for key in ("lat", "lon", "u", "v", "sigma", "time"):
+        flags.DEFINE_string(f"{key}_name", "", f"Name of the column or variable that is {key}.")
+    flags.DEFINE_string("cache", None, "Private folder where compiled programs are kept for other runs.")
+    flags.DEFINE_string("export", None, "Folder for a program that inpaints without this package, for a vehicle.")
+    flags.DEFINE_integer("rows", 64, "Most observations that the exported program takes.", lower_bound=1)
+
+
+def main(_) -> None:
+    """Inpaints a file, or exports a program that inpaints."""
+    if FLAGS.cache:
+        jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if FLAGS.export:
+        from jax_repaint import export
+
+        print(export.export(jax_repaint.load(FLAGS.model), Path(FLAGS.export), FLAGS.rows, FLAGS.members, FLAGS.method))
+        return
+    if not (FLAGS.observations and FLAGS.out):
+        raise InputError("--observations=FILE and --out=FILE.nc are needed (or --export=FOLDER)")
+    files.check_writable(FLAGS.out, (".nc",))
+    columns = {key: getattr(FLAGS, f"{key}_name") for key in ("lat", "lon", "u", "v", "sigma", "time")}
+    fields = inpaint(
+        jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,
+        columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw,
+    )  # fmt: skip
+    readers.write_netcdf(fields, FLAGS.out)
+    count = fields.sizes["time"]
+    print(
+        f"wrote {FLAGS.out}: {count} field{'s' * (count > 1)} of {FLAGS.members} members from "
+        f"{fields.attrs['observations']} observations"
+    )
+
+
+if __name__ == "__main__":
+    _define_flags()
+    command.run(main)

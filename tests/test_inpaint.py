@@ -1,0 +1,576 @@
+"""Inpainting as a user does it: against dense algebra, in every form of observation, and with every mistake."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import xarray as xr
+from scipy import stats
+from scipy.interpolate import RegularGridInterpolator
+
+import jax_repaint
+from jax_repaint import export, guide, inpaint, metrics, model
+from jax_repaint.calibration import Calibration
+from jax_repaint.data import readers
+from jax_repaint.data.fields import Fields
+from jax_repaint.data.observations import Grid, collect
+from jax_repaint.errors import InputError
+
+U, V = "eastward_sea_water_velocity", "northward_sea_water_velocity"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    tiny.compile_once(tmp_path_factory.mktemp("compiled"))
+    yield
+    tiny.compile_as_usual()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tiny.model("anchored")
+
+
+@pytest.fixture(scope="module")
+def gaussian_model(trained):
+    """A network that adds nothing to the exact denoiser of its linear prior."""
+    return dataclasses.replace(trained, params=jax.tree.map(np.zeros_like, trained.params))
+
+
+GRID = Grid(tiny.fields().ocean, tiny.fields().lat, tiny.fields().lon)
+
+
+def table(count=6, seed=0, **columns):
+    """Points between ocean cells, with velocities and errors of their own."""
+    rng = np.random.default_rng(seed)
+    content = {
+        "lat": rng.uniform(18.011, 18.059, count),
+        "lon": rng.uniform(295.051, 295.109, count),
+        "u": rng.normal(0, 0.1, count),
+        "v": rng.normal(0, 0.1, count),
+    }
+    return pd.DataFrame(content | columns)
+
+
+def quietly(trained, observations, **options):
+    return inpaint.inpaint(trained, observations, **({"progress": False, "members": 4} | options))
+
+
+def dense(trained, points, sigma):
+    """Posterior mean and standard deviation (y, x, 2) in m/s of points, by matrices of the whole field."""
+    gaussian, standardiser = trained.gaussian, trained.standardiser
+    y, x = trained.ocean.shape
+    direction = np.asarray(gaussian.direction, np.float64)[:, :y, :x]
+    flat = direction.reshape(len(direction), -1)
+    wet = np.repeat(trained.ocean.ravel(), 2)
+    rest = float(gaussian.rest)
+    covariance = (flat.T * (np.asarray(gaussian.variance, np.float64) - rest)) @ flat + rest * np.diag(wet)
+    std = np.tile(standardiser.std.astype(np.float64), y * x)
+    covariance *= std[:, None] * std
+    mean = standardiser.restore(np.asarray(gaussian.mean)[:y, :x]).reshape(-1).astype(np.float64)
+    # Interpolation is linear in the field: its matrix is found from unit fields.
+    unit = np.eye(y * x).reshape(y, x, -1)
+    weights = RegularGridInterpolator((trained.lat, trained.lon), unit)(points[["lat", "lon"]].to_numpy())
+    a = np.einsum("mk,cd->mckd", weights, np.eye(2)).reshape(2 * len(points), -1)
+    errors = np.diag(np.broadcast_to(np.asarray(sigma, float).reshape(len(points), -1), (len(points), 2)).ravel() ** 2)
+    gain = covariance @ a.T @ np.linalg.inv(a @ covariance @ a.T + errors)
+    mean = mean + gain @ (points[["u", "v"]].to_numpy().reshape(-1) - a @ mean)
+    variance = np.diag(covariance - gain @ a @ covariance)
+    shape = (y, x, 2)
+    return mean.reshape(shape), np.sqrt(np.maximum(variance, 0)).reshape(shape)
+
+
+def both(fields, kind=""):
+    """(..., y, x, 2) of a result."""
+    return np.stack([fields[f"{name}{kind}"].values for name in (U, V)], -1)
+
+
+def test_points_give_the_posterior_of_dense_algebra(gaussian_model):
+    points = table(6)
+    # Two in one cell, of which one is hardly to be believed.
+    points.loc[5, ["lat", "lon"]] = points.loc[4, ["lat", "lon"]] + 0.001
+    sigma = np.array([0.01, 0.02, 0.05, 0.01, 0.01, 0.5])
+    fields = quietly(gaussian_model, points.assign(sigma=sigma), members=8)
+    mean, std = dense(gaussian_model, points, sigma)
+    ocean = GRID.ocean
+    np.testing.assert_allclose(both(fields, "_prior_mean")[0][ocean], mean[ocean], atol=1e-5)
+    # Antithetic members have the exact mean where everything is linear.
+    np.testing.assert_allclose(both(fields, "_mean")[0][ocean], mean[ocean], atol=1e-5)
+    samples = quietly(gaussian_model, points.assign(sigma=sigma), members=512, method="linear_samples", chunk=512)
+    spread = both(samples, "_standard_deviation")[0]
+    np.testing.assert_allclose(spread[ocean], std[ocean], rtol=0.2)
+    np.testing.assert_allclose(np.mean(spread[ocean] ** 2), np.mean(std[ocean] ** 2), rtol=0.05)
+
+
+def test_errors_of_u_and_v_may_differ(gaussian_model):
+    points = table(3)
+    sigma = np.array([[0.01, 0.5], [0.02, 0.3], [0.5, 0.01]])
+    fields = quietly(gaussian_model, points.assign(sigma_u=sigma[:, 0], v_std=sigma[:, 1]))
+    mean, _ = dense(gaussian_model, points, sigma)
+    np.testing.assert_allclose(both(fields, "_mean")[0][GRID.ocean], mean[GRID.ocean], atol=1e-5)
+
+
+def test_another_pattern_of_the_same_bucket_compiles_nothing(trained, caplog):
+    quietly(trained, table(6))
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG):
+        quietly(trained, table(9, seed=1))
+        again = [record.getMessage() for record in caplog.records if "ompiling" in record.getMessage()]
+        assert not again
+        quietly(trained, table(20, seed=1))
+    assert any("ompiling" in record.getMessage() for record in caplog.records)
+
+
+def test_the_first_call_says_that_it_is_compiling(trained, capsys, monkeypatch):
+    monkeypatch.setattr(inpaint, "_compiled", set())
+    for _ in range(2):
+        inpaint.inpaint(trained, table(6), 4)
+    assert capsys.readouterr().err.count("compiling for up to 16 observations and 4 members") == 1
+
+
+def test_a_field_depends_on_its_own_time_seed_and_observations_alone(trained):
+    points = table(8, time=["2020-01-01T00:10"] * 5 + ["2020-01-01T02:00Z"] * 3)
+    fields = quietly(trained, points)
+    assert list(fields.time.values) == [np.datetime64("2020-01-01T00:10"), np.datetime64("2020-01-01T02:00")]
+    alone = quietly(trained, points[5:])
+    np.testing.assert_array_equal(both(fields)[:, 1], both(alone)[:, 0])
+    assert np.nanmax(np.abs(both(quietly(trained, points[5:], seed=1)) - both(alone))) > 1e-3
+    together = quietly(trained, points, step="1D")
+    assert list(together.time.values) == [np.datetime64("2020-01-01")]
+    assert int(together.observed.sum()) == int((fields.observed.sum("time") > 0).sum())
+    other = quietly(trained, points, time="2021-05-05")
+    assert list(other.time.values) == [np.datetime64("2021-05-05")]
+    np.testing.assert_array_equal(other.observed.values[0], together.observed.values[0])
+
+
+def test_statistics_are_those_of_the_members(trained):
+    fields = quietly(trained, table(6), members=8)
+    members, ocean = both(fields), GRID.ocean
+    assert members.shape == (8, 1, 7, 12, 2)
+    std = np.sqrt(metrics.ensemble_variance(members, antithetic=True))
+    np.testing.assert_allclose(both(fields, "_mean"), members.mean(0), atol=1e-6)
+    np.testing.assert_allclose(both(fields, "_standard_deviation"), std, rtol=1e-4, atol=1e-6)
+    half = stats.t(df=3).ppf(0.95) * std
+    np.testing.assert_allclose(both(fields, "_low"), members.mean(0) - half, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(both(fields, "_high"), members.mean(0) + half, rtol=1e-4, atol=1e-5)
+    assert "not calibrated" in fields.attrs["interval"]
+    for name in fields.data_vars:
+        if name.startswith((U, V)):
+            assert np.isnan(fields[name].values[..., ~ocean]).all(), name
+            assert np.isfinite(fields[name].values[..., ocean]).all(), name
+
+
+def test_the_calibration_of_the_model_is_applied(trained, caplog):
+    calibration = Calibration.create(
+        method="kalman", members=8, antithetic=True, centres=(-10.0, -5.0), weight=(0.5, 0.5), spread=(2.0, 2.0),
+        scale=(3.0, 3.0), promised=True, frames=10, patterns=("line:3",), blocks=20, seed=0,
+        held_out={"mse_prior": 1.0, "mse_raw": 1.0, "mse_fused": 1.0, "spread_skill_raw": 1.0, "spread_skill": 1.0},
+    )  # fmt: skip
+    calibrated = dataclasses.replace(trained, calibration=calibration)
+    raw = quietly(calibrated, table(6), members=8, raw=True)
+    fields = quietly(calibrated, table(6), members=8)
+    np.testing.assert_array_equal(both(raw), both(quietly(trained, table(6), members=8)))
+    middle = (both(raw, "_mean") + both(raw, "_prior_mean")) / 2
+    np.testing.assert_allclose(both(fields, "_mean"), middle, atol=1e-6)
+    np.testing.assert_allclose(both(fields) - middle, 2 * (both(raw) - both(raw, "_mean")), atol=1e-5)
+    std = both(fields, "_standard_deviation")
+    np.testing.assert_allclose(std, 2 * both(raw, "_standard_deviation"), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(both(fields, "_high") - middle, 3 * std, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(middle - both(fields, "_low"), 3 * std, rtol=1e-3, atol=1e-5)
+    assert fields.attrs["interval"] == "5 to 95 %, calibrated on held-out frames"
+    assert fields[f"{U}_low"].attrs["long_name"].endswith("of the calibrated 5 to 95 % interval")
+    other = quietly(calibrated, table(6), members=4)
+    assert "for 8 members of kalman, not for 4 of kalman" in caplog.text
+    assert "not calibrated" in other.attrs["interval"]
+
+
+@pytest.mark.parametrize(
+    ("form", "calibrated", "expected"),
+    [("anchored", None, "kalman"), ("conditional", None, "given"), ("conditional", "kalman", "kalman")],
+)
+def test_the_method_is_that_of_the_calibration_or_of_the_network(trained, form, calibrated, expected):
+    calibration = calibrated and SimpleNamespace(method=calibrated)
+    assert inpaint.default_method(dataclasses.replace(trained, form=form, calibration=calibration)) == expected
+
+
+def test_the_file_is_cf_and_its_members_alone_have_the_names_of_currents(trained, tmp_path):
+    pytest.importorskip("cf_xarray")
+    points = table(8, time=["2020-01-01T00:00"] * 5 + ["2020-01-01T01:00"] * 3)
+    fields = trained.inpaint(points, members=4, progress=False)
+    readers.write_netcdf(fields, tmp_path / "fields.nc")
+    with xr.open_dataset(tmp_path / "fields.nc") as read:
+        xr.testing.assert_allclose(read.load(), fields)
+    with xr.open_dataset(tmp_path / "fields.nc", decode_cf=False) as stored:
+        land = stored[U].values[..., ~GRID.ocean]
+        assert (land == stored[U].attrs["_FillValue"]).all()
+        assert stored[U].attrs["_FillValue"] == readers.FILL
+        assert stored[U].dims == ("realization", "time", "lat", "lon")
+    names = read.cf.standard_names
+    assert (names[U], names[V], names["realization"]) == ([U], [V], ["realization"])
+    assert {key: read.cf.axes[key] for key in "XYT"} == {"X": ["lon"], "Y": ["lat"], "T": ["time"]}
+    assert (read.cf.coordinates["latitude"], read.cf.coordinates["longitude"]) == (["lat"], ["lon"])
+    for axis in ("lat", "lon", "time"):
+        assert read.indexes[axis].is_monotonic_increasing
+    assert {read[name].attrs["units"] for name in read.data_vars if name.startswith((U, V))} == {"m s-1"}
+    assert read[f"{U}_mean"].attrs["cell_methods"] == "realization: mean"
+    assert read[f"{V}_standard_deviation"].attrs["cell_methods"] == "realization: standard_deviation"
+    assert set(read[U].attrs["ancillary_variables"].split()) <= set(read.data_vars)
+    assert read.attrs["Conventions"] == "CF-1.11"
+    assert read.attrs["model_fingerprint"] == model.fingerprint(trained)
+    assert (int(read.attrs["seed"]), int(read.attrs["observations"]), read.attrs["sampler"]) == (0, 8, "kalman")
+    assert f"jax {jax.__version__}" in read.attrs["versions"]
+    np.testing.assert_array_equal(read.observed.sum(("lat", "lon")) > 0, [True, True])
+
+
+def test_opendrift_drifts_particles_with_the_members(trained, tmp_path):
+    oceandrift = pytest.importorskip("opendrift.models.oceandrift")
+    from opendrift.readers.reader_netCDF_CF_generic import Reader
+
+    points = table(8, time=["2020-01-01T00:00"] * 5 + ["2020-01-01T01:00"] * 3)
+    readers.write_netcdf(quietly(trained, points), tmp_path / "fields.nc")
+    reader = Reader(str(tmp_path / "fields.nc"))
+    assert len(reader.realizations) == 4
+    drift = oceandrift.OceanDrift(loglevel=50)
+    drift.add_reader(reader)
+    drift.set_config("environment:constant:land_binary_mask", 0)
+    drift.seed_elements(lon=295.08, lat=18.03, number=8, time=reader.start_time)
+    drift.run(steps=3, time_step=600)
+    assert np.ptp(drift.result.lon.values[:, -1]) > 0
+
+
+def test_a_curvilinear_grid_keeps_its_places(trained, tmp_path):
+    lat, lon = np.meshgrid(GRID.lat, GRID.lon, indexing="ij")
+    turned = dataclasses.replace(trained, lat=lat + 0.001 * np.arange(12), lon=lon + 0.001 * np.arange(7)[:, None])
+    velocity = np.full((7, 12, 2), np.nan)
+    velocity[4, 6] = 0.1, -0.2
+    readers.write_netcdf(quietly(turned, velocity, method="linear_samples"), tmp_path / "fields.nc")
+    with xr.open_dataset(tmp_path / "fields.nc") as read:
+        assert read[U].dims == ("realization", "time", "y", "x")
+        for axis, place in (("lat", turned.lat), ("lon", turned.lon)):
+            assert axis in read[U].coords
+            np.testing.assert_array_equal(read[axis], place)
+        np.testing.assert_allclose(read[f"{V}_prior_mean"][0, 4, 6], -0.2, atol=0.01)
+        assert "1970-01-01 stands for it" in read.attrs["comment"]
+
+
+@pytest.fixture(scope="module")
+def observed_field():
+    """A field with three observed cells, and the same as a table."""
+    velocity = np.full((7, 12, 2), np.nan)
+    cells = [(3, 6), (3, 7), (5, 2)]
+    for number, (y, x) in enumerate(cells):
+        velocity[y, x] = 0.1 * number, -0.05
+    rows = [(GRID.lat[y], GRID.lon[x], *velocity[y, x]) for y, x in cells]
+    return velocity, pd.DataFrame(rows, columns=["lat", "lon", "u", "v"])
+
+
+def forms(velocity, points, folder):
+    when = np.array(["2020-01-01"], "datetime64[ns]")
+    points.to_csv(folder / "plain.csv", index=False)
+    points.rename(columns={"lat": " Latitude", "u": "Vx"}).to_csv(folder / "named.csv", index=False, sep=";")
+    (folder / "commented.tsv").write_text("# a vehicle\n" + points.to_csv(index=False, sep="\t"))
+    fields = Fields.create(velocity[None], GRID.lat, GRID.lon, when, name="gappy")
+    for suffix in ("nc", "npz"):
+        readers.write(fields, folder / f"gappy.{suffix}")
+    dims = {"dims": ("lat", "lon"), "coords": {"lat": GRID.lat, "lon": GRID.lon}}
+    pair = tuple(xr.DataArray(velocity[..., c], **dims) for c in range(2))
+    upside_down = xr.Dataset({"uo": pair[0], "vo": pair[1]}).isel(lat=slice(None, None, -1))
+    return {
+        "csv": (folder / "plain.csv", {}),
+        "csv with other names": (str(folder / "named.csv"), {"columns": {"u": "vx"}}),
+        "tsv with a comment": (folder / "commented.tsv", {}),
+        "frame": (points.assign(depth=3.0), {}),
+        "frame to the west": (points.assign(lon=points.lon - 360), {}),
+        "netcdf": (folder / "gappy.nc", {}),
+        "npz": (folder / "gappy.npz", {}),
+        "pair": (pair, {}),
+        "dataset": (upside_down, {}),
+        "dataset in cm/s": (
+            xr.Dataset({n: (100 * a).assign_attrs(units="cm/s") for n, a in zip("uv", pair, strict=True)}), {}
+        ),
+        "fields": (fields, {}),
+        "array": (velocity, {}),
+        "array of float32": (velocity.astype(np.float32), {}),
+    }  # fmt: skip
+
+
+def test_every_form_of_the_same_observations_is_the_same(observed_field, tmp_path):
+    velocity, points = observed_field
+    given = forms(velocity, points, tmp_path)
+    (reference,) = collect(velocity, GRID)
+    for name, (source, options) in given.items():
+        (frame,) = collect(source, GRID, **options)
+        assert frame.count == 3, name
+        assert np.isnat(frame.time) == (name not in ("netcdf", "npz", "fields")), name
+        ours, theirs = (
+            o.adjoint(np.float32(o.valid)[:, None], (7, 12)) for o in (frame.observation, reference.observation)
+        )
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
+        for leaf in ("values", "sigma", "valid"):
+            ours, theirs = getattr(frame.observation, leaf), getattr(reference.observation, leaf)
+            np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=name)
+    (when,) = {frame.time for frame in collect(tmp_path / "gappy.nc", GRID, time="2021-02-03T04:05")}
+    assert when == np.datetime64("2021-02-03T04:05")
+
+
+def at(**changes):
+    """One good point with something changed."""
+    return pd.DataFrame([{"lat": 18.03, "lon": 295.08, "u": 0.1, "v": 0.2} | changes] * 2)
+
+
+def wrong_row(**changes):
+    frame = table(9).astype(object)
+    for name, value in changes.items():
+        frame.loc[[3, 7], name] = value
+    return frame
+
+
+def gappy(**changes):
+    velocity = np.full((7, 12, 2), np.nan)
+    velocity[5, 3] = 0.1
+    return changes.get("velocity", velocity)
+
+
+BAD = {
+    "no row": (at()[:0], "no observation"),
+    "no cell": (np.full((7, 12, 2), np.nan), "no observation"),
+    "a missing value": (wrong_row(u=np.nan), "u is missing or not finite in rows 3, 7"),
+    "a missing place": (wrong_row(lat=None), "lat is missing or not finite in rows 3, 7"),
+    "an infinite value": (wrong_row(v=np.inf), "v is missing or not finite"),
+    "words": (wrong_row(v="fast"), "v is not a number in rows 3, 7, such as 'fast'"),
+    "on land": (at(lat=18.0), "observation 0 at lat 18.0.* lies on land"),
+    "outside": (at(lon=290.0), "lies outside the domain"),
+    "error of zero": (at(sigma=0.0), "sigma must be positive, but is not in rows 0, 1"),
+    "negative error": (at(sigma=-0.1), "must be positive"),
+    "one error of two": (at(sigma_u=0.1), "error of one component only"),
+    "cm/s": (at(u=80.0), "velocities reach 80 m/s"),
+    "no column": (at().drop(columns="u"), "no column for u that could be recognised; it has lat, lon, v"),
+    "two columns": (at(uo=1.0), "several columns for u, u, uo"),
+    "two of one name": (at(U=1.0), "several columns of one name"),
+    "times that are numbers": (at(time=3), "time holds numbers"),
+    "times that are none": (at(time="noon"), "time is no date such as 2020-01-04T12:00 in rows 0, 1: 'noon'"),
+    "another grid": (np.zeros((6, 12, 2)), "not on the model's grid"),
+    "another array": (np.zeros((7, 12)), "not on the model's grid"),
+    "an array of text": (np.full((7, 12, 2), "a"), "holds numbers"),
+    "an array on land": (np.ones((7, 12, 2)), "observed but lies on land"),
+    "an infinite cell": (np.where(np.isnan(gappy()), np.nan, np.inf), "infinite"),
+    "a list": ([1, 2], "got list"),
+    "no file": ("nowhere.csv", "cannot read nowhere.csv: No such file"),
+    "no field file": ("nowhere.nc", "nowhere.nc"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_a_mistake_is_a_sentence(mistake):
+    source, message = BAD[mistake]
+    with pytest.raises(InputError, match=message) as caught:
+        collect(source, GRID)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": {"u": "speed"}}, "no column 'speed'; it has lat, lon, u, v"),
+        ({"columns": {"w": "w"}}, "not to 'w'"),
+        ({"time": "noon"}, "'noon' is not a date"),
+        ({"step": "1h"}, "goes with a column of times"),
+        ({"sigma": 0.0}, "must be positive"),
+    ],
+)
+def test_a_wrong_option_is_a_sentence(options, message):
+    with pytest.raises(InputError, match=message):
+        collect(at(), GRID, **options)
+
+
+def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
+    times = table(4, time="2020-01-01")
+    with pytest.raises(InputError, match="not a fixed duration"):
+        collect(times, GRID, step="often")
+    with pytest.raises(InputError, match="goes with tables"):
+        collect(gappy(), GRID, step="1h")
+    shifted = Fields.create(tiny.fields().velocity, GRID.lat + 0.01, GRID.lon, tiny.fields().time)
+    with pytest.raises(InputError, match="another grid than the model"):
+        collect(shifted, GRID)
+    with pytest.raises(InputError, match="has 60 times"):
+        collect(tiny.fields(), GRID, time="2020-01-01")
+    curvilinear = GRID._replace(lat=np.repeat(GRID.lat[:, None], 12, 1), lon=np.repeat(GRID.lon[None], 7, 0))
+    with pytest.raises(InputError, match="regular grid"):
+        collect(at(), curvilinear)
+    with pytest.raises(InputError, match="'magic' is not one of"):
+        quietly(trained, at(), method="magic")
+    with pytest.raises(InputError, match="antithetic pairs: 3 is odd"):
+        quietly(trained, at(), members=3)
+    monkeypatch.setattr(guide, "_free_memory", lambda: 2**20)
+    with pytest.raises(InputError, match="fit"):
+        quietly(trained, table(500))
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_file(trained, tmp_path, monkeypatch):
+    model.save(trained, tmp_path / "model")
+    table(6, speed=0.3).rename(columns={"u": "easting"}).to_csv(tmp_path / "track.csv", index=False)
+    command = [sys.executable, "-m", "jax_repaint.inpaint", "--model=model", "--observations=track.csv", "--members=4"]
+    command += ["--out=out/fields.nc", "--u_name=easting", "--seed=3", "--time=2020-01-04T12:00"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "compiling" in done.stderr
+    assert "wrote out/fields.nc: 1 field of 4 members from 6 observations" in done.stdout
+    with xr.open_dataset(tmp_path / "out" / "fields.nc") as fields:
+        ours = quietly(trained, table(6), seed=3, time="2020-01-04T12:00")
+        np.testing.assert_allclose(both(fields), both(ours), atol=1e-5)
+
+
+def options(**changes):
+    names = {f"{key}_name": "" for key in ("lat", "lon", "u", "v", "sigma", "time")}
+    usual = {
+        "model": "model", "observations": "track.csv", "out": "fields.nc", "members": 4, "seed": 0, "time": None,
+        "step": None, "sigma": 0.005, "method": None, "raw": False, "cache": None, "export": None, "rows": 4,
+    }  # fmt: skip
+    return SimpleNamespace(**(usual | names | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": "fields.csv"}, r"suffix must be one of \.nc"),
+        ({"out": None}, "are needed"),
+        ({"observations": None}, "are needed"),
+        ({"model": "nowhere"}, "no model in nowhere"),
+        ({"observations": "nowhere.csv"}, "nowhere.csv"),
+        ({"export": "vehicle", "members": 2}, "antithetic pairs, two of them"),
+    ],
+)
+def test_mistakes_of_the_command_write_nothing(trained, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    model.save(trained, "model")
+    at().to_csv("track.csv")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(inpaint, "FLAGS", options(**changes))
+    with pytest.raises(InputError, match=message):
+        inpaint.main([])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_package_is_cheap_to_import_and_brings_a_model():
+    code = "import sys, jax_repaint; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    shipped = jax_repaint.load()
+    assert shipped.ocean.shape == (44, 94)
+    assert model.fingerprint(jax_repaint.load("ram_head")) == model.fingerprint(shipped)
+    with pytest.raises(InputError, match="no model in elsewhere"):
+        jax_repaint.load("elsewhere")
+
+
+ALONE = """
+import sys, numpy as np, jax
+from jax import export
+jax.numpy.linalg.qr(jax.numpy.eye(2))  # loads LAPACK, which jax 0.7 does not do for an exported program
+run = jax.jit(export.deserialize(bytearray(open("vehicle/inpaint.jaxexport", "rb").read())).call)
+given = np.load("given.npz")
+names = ("cells", "weights", "values", "sigma", "valid", "seed")
+members, mean, std = run(*(given[name] for name in names))
+np.savez("made.npz", members=members, mean=mean, std=std)
+assert not [name for name in sys.modules if name.startswith(("jax_repaint", "flax"))]
+"""
+
+
+@pytest.mark.slow
+def test_an_exported_program_makes_the_same_members_without_this_package(trained, tmp_path, capsys):
+    pytest.importorskip("flatbuffers")
+    text = export.export(trained, tmp_path / "vehicle", rows=10, members=4, platforms=("cpu",))
+    assert "up to 10 observations, 4 members" in text
+    description = json.loads((tmp_path / "vehicle" / export.DESCRIPTION).read_text())
+    assert description["model_fingerprint"] == model.fingerprint(trained)
+    assert description["inputs"]["cells"] == [[10, 4], "int32"]
+    (frame,) = collect(table(6, sigma=0.02), GRID)
+    names = ("cells", "weights", "values", "sigma", "valid")
+    padded = {name: np.array(getattr(frame.observation, name))[:10] for name in names}
+    # What stands in unused rows does not matter.
+    padded["values"][6:], padded["weights"][6:] = 9.0, 0.25
+    np.savez(tmp_path / "given.npz", **padded, seed=np.int32(5))
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "vehicle" / export.GRID) as grid, np.load(tmp_path / "made.npz") as made:
+        np.testing.assert_array_equal(grid["ocean"], GRID.ocean)
+        exact = inpaint.estimate(trained, frame, 4, 5, "kalman")
+        np.testing.assert_allclose(made["members"], exact.members, atol=2e-5)
+        np.testing.assert_allclose(made["mean"], exact.members.mean(0), atol=1e-5)
+        np.testing.assert_allclose(made["std"], exact.std, atol=2e-5)
+
+
+def damaged(content, rng):
+    """The bytes with their end cut off, or some bits turned."""
+    if rng.integers(3) == 0:
+        return content[: rng.integers(len(content))]
+    turned = bytearray(content)
+    for at in rng.integers(len(content), size=1 + rng.integers(6)):
+        turned[at] ^= 1 << rng.integers(8)
+    return bytes(turned)
+
+
+def outcome(call, *arguments):
+    """What comes back, or None, and the sentence that it was refused with."""
+    try:
+        return call(*arguments), ""
+    except InputError as e:
+        return None, str(e)
+
+
+def test_damaged_tables_are_read_or_refused_in_a_sentence(tmp_path):
+    content = table(6, time="2020-01-01T00:00", sigma=0.01).to_csv(index=False).encode()
+    refused = 0
+    for number in range(60):
+        path = tmp_path / "damaged.csv"
+        path.write_bytes(damaged(content, np.random.default_rng(number)))
+        frames, sentence = outcome(collect, path, GRID)
+        refused += frames is None
+        assert "\n" not in sentence
+        assert all(np.isfinite(np.asarray(frame.observation.values)).all() for frame in frames or ())
+    assert 20 < refused < 60
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('"heads": 2', '"heads": 0'),
+        ('"blocks": 1', '"blocks": 1000000000'),
+        ('"steps": 250', '"steps": Infinity'),
+        ('"steps": 250', '"steps": 90000000000'),
+        ('"training": {', '"training": ' + 20000 * "[" + "{"),
+        ('"grid": null', '"grid": [3, 4]'),
+    ],
+)
+def test_numbers_out_of_proportion_are_refused_at_once(trained, tmp_path, change):
+    model.save(trained, tmp_path / "model")
+    path = tmp_path / "model" / model.DESCRIPTION
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+    with pytest.raises(InputError):
+        model.load(tmp_path / "model")
+
+
+def test_damaged_models_are_read_or_refused_in_a_sentence(trained, tmp_path):
+    folder = tmp_path / "model"
+    model.save(trained, folder)
+    whole = {name: (folder / name).read_bytes() for name in (model.WEIGHTS, model.DESCRIPTION)}
+    refused = 0
+    for number in range(60):
+        rng = np.random.default_rng(number)
+        chosen = (model.WEIGHTS, model.DESCRIPTION)[number % 2]
+        for name, content in whole.items():
+            # The header of the weights, most of whose bytes are numbers that no check can find fault with.
+            end = 3000 if name == model.WEIGHTS else len(content)
+            (folder / name).write_bytes(damaged(content[:end], rng) + content[end:] if name == chosen else content)
+        loaded, sentence = outcome(model.load, folder)
+        refused += loaded is None
+        assert "\n" not in sentence
+    assert refused > 30
