@@ -269,7 +269,7 @@ def import_model(path: str | os.PathLike, config: ConfigDict, fields: Fields | N
     training, ocean = fields_lib.prepare(fields.select(split.train), standardiser, GRID)
     validation, _ = fields_lib.prepare(fields.select(split.validation), standardiser, GRID)
     gaussian, kernel, choice = train.fit_priors(
-        fields.select(split.train), training, validation, ocean, config.model.rank, config.model.gp_steps
+        fields.select(split.train), training, validation, ocean, config.model.rank, config.model.gp_steps, standardiser
     )
     land = np.where(ocean[..., None], np.asarray(gaussian.mean), standardiser.land_value)
     sigma = np.asarray(make_schedule(checkpoint.schedule).sigma)

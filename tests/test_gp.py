@@ -247,6 +247,10 @@ def test_posterior_samples_have_the_analytic_moments(problem, name):
     assert not np.any(draws[:, ~ocean])
     _, covariance, _ = dense_analysis(kernel, problem)
     points, water = positions.reshape(-1, 2), np.repeat(ocean.reshape(-1), 2)
+    scale = np.array([2.0, 0.5])
+    rows = root.rows(scale) * np.tile(scale, ocean.sum())[:, None]
+    exact = dense(kernel, points, points)[np.ix_(water, water)]
+    np.testing.assert_allclose(rows @ rows.T, exact, atol=1e-5 * exact.max())
     cases = [
         (draws, result.background, dense(kernel, points, points)),
         (samples, result.mean(observation.values), covariance),

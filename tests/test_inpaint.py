@@ -17,7 +17,7 @@ from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
 
 import jax_repaint
-from jax_repaint import export, guide, inpaint, metrics, model
+from jax_repaint import export, inpaint, memory, metrics, model
 from jax_repaint.calibration import Calibration
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
@@ -408,7 +408,7 @@ def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
         quietly(trained, at(), method="magic")
     with pytest.raises(InputError, match="antithetic pairs: 3 is odd"):
         quietly(trained, at(), members=3)
-    monkeypatch.setattr(guide, "_free_memory", lambda: 2**20)
+    monkeypatch.setattr(memory, "available", lambda: 2**20)
     with pytest.raises(InputError, match="fit"):
         quietly(trained, table(500))
 

@@ -204,6 +204,40 @@ def test_select_finds_the_true_rank_from_few_frames():
     assert error(chosen) < error(gaussian)
 
 
+def test_a_blend_is_that_of_the_two_covariances(fields):
+    root = np.random.default_rng(4).normal(size=(SEA.size, SEA.size)).astype(np.float32) / 8
+    blend = linear.fit(fields, OCEAN, 150, share=0.3, kernel_root=root)
+    anomaly = on_sea(fields) - on_sea(fields).mean(0)
+    expected = 0.3 * anomaly.T @ anomaly / len(anomaly) + 0.7 * root.astype(float) @ root.T
+    values = np.linalg.eigvalsh(expected)[::-1]
+    rank = blend.variance.size
+    assert rank == min(150, SEA.size - 1)
+    np.testing.assert_allclose(blend.variance[:40], values[:40], rtol=1e-4)
+    np.testing.assert_allclose(total(blend), values.sum(), rtol=1e-5)
+    e = on_sea(blend.direction)[:20]
+    np.testing.assert_allclose(e @ expected @ e.T, np.diag(values[:20]), atol=1e-3 * values[0])
+    for wrong in ({"share": 0.5}, {"share": 1.5, "kernel_root": root}):
+        with pytest.raises(InputError, match="share of the training covariance"):
+            linear.fit(fields, OCEAN, 5, **wrong)
+
+
+def test_a_kernel_helps_where_frames_are_few():
+    """Frames of a smooth Gaussian process: its kernel is the covariance that eight of them cannot tell."""
+    y, x = np.indices(SHAPE).reshape(2, -1)[:, OCEAN.reshape(-1)]
+    kernel = np.exp(-((y[:, None] - y) ** 2 + (x[:, None] - x) ** 2) / 12.0)
+    root = np.kron(np.linalg.cholesky(kernel + 1e-6 * np.eye(len(y))), np.eye(2)).astype(np.float32)
+    frames = on_grid(np.random.default_rng(5).normal(size=(60, SEA.size)) @ root.T)
+    patterns = [
+        observe.from_cells(observe.cells(OCEAN, 0.2, np.random.default_rng(i)), np.zeros((*SHAPE, 2)), ERROR, OCEAN)
+        for i in range(3)
+    ]
+    errors = {}
+    for share in (1.0, 0.1):
+        prior = linear.fit(frames[:8], OCEAN, 64, share=share, kernel_root=root)
+        errors[share] = linear.select(prior, frames[8:], patterns)[1].error
+    assert errors[0.1] < 0.6 * errors[1.0]
+
+
 def test_select_counts_each_pattern_relative_to_climatology(gaussian, fields):
     pattern = observe.from_cells(OCEAN & (np.indices(SHAPE)[0] == 4), fields[0], ERROR, OCEAN)
     _, one = linear.select(gaussian, fields[:9], [pattern], ranks=(12,), rests=(1.0,))

@@ -245,6 +245,13 @@ class PriorRoot:
         values = jnp.matmul(self.root, noise, precision=jax.lax.Precision.HIGHEST).reshape(-1, 2)
         return background.reshape(-1, 2).at[self.cells].add(values).reshape(background.shape)
 
+    def rows(self, scale: np.ndarray) -> Float[np.ndarray, "2n 2n"]:
+        """L of both components together, component fastest, each divided by its entry of `scale` (2,)."""
+        root = np.asarray(self.root)
+        if len(root) == len(self.cells):
+            root = np.kron(root, np.eye(2, dtype=root.dtype))
+        return root / np.tile(np.asarray(scale, root.dtype), len(self.cells))[:, None]
+
 
 def prior_root(kernel: Kernel, ocean: Cells, positions: np.ndarray) -> PriorRoot:
     """The root from which the prior is drawn; costly (N^3 / 3, for divergence_free 8 N^3 / 3): keep it.

@@ -4,7 +4,9 @@
 
 which is probabilistic principal component analysis (Tipping and Bishop 1999, "Probabilistic Principal Component
 Analysis", eq. 8). The number of directions and the size of the rest decide how far it trusts the sample covariance;
-`select` chooses both on validation frames.
+`select` chooses both on validation frames. Few or unsteady frames say little of a covariance; then a share of a fitted
+kernel is blended in, as hybrid data assimilation does (Hamill and Snyder 2000, "A hybrid ensemble Kalman filter - 3D
+variational analysis scheme", eq. 4).
 """
 
 import dataclasses
@@ -28,42 +30,64 @@ RESTS = (0.3, 1.0, 3.0)
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What `select` found: number of directions, factor on the variance left out, mean square error by that."""
+    """What `select` found: number of directions, factor on the variance left out, mean square error by that.
+
+    `share` is that of the training covariance in a blend with a kernel.
+    """
 
     rank: int
     rest: float
     error: float
+    share: float = 1.0
 
 
-def fit(x: np.ndarray, ocean: np.ndarray, rank: int, seed: int = 0) -> PrincipalGaussian:
+def fit(
+    x: np.ndarray,
+    ocean: np.ndarray,
+    rank: int,
+    seed: int = 0,
+    *,
+    share: float = 1.0,
+    kernel_root: np.ndarray | None = None,
+) -> PrincipalGaussian:
     """Mean, leading EOFs and remaining variance of training fields.
 
-    lambda_i = s_i^2 / n with s_i the singular values of the anomalies (n, values on ocean), found from a random sketch
-    with power passes (Halko, Martinsson and Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1).
+    Sigma = share X^T X / n + (1 - share) R R^T,   X the anomalies (n, values on ocean), R a root of a covariance
+
+    lambda_i are the squared singular values of the rows of both parts together, found from a random sketch with power
+    passes (Halko, Martinsson and Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1).
 
     Args:
       x: (n, y, x, c) standardised fields, zero on land.
       ocean: (y, x) bool.
-      rank: directions to keep; fewer if there are fewer frames or values.
+      rank: directions to keep; fewer if there are fewer rows or values.
+      share: of the training covariance, 0..1; 1 without a kernel.
+      kernel_root: R (values, values), standardised, component fastest.
 
     Raises:
-      InputError: fewer than two frames.
+      InputError: fewer than two frames, a share outside [0, 1] or below 1 without a kernel.
     """
     n, (y, width), components = len(x), ocean.shape, x.shape[-1]
     if n < 2:
         raise InputError(f"a covariance needs at least two frames, got {n}")
+    if not 0 <= share <= 1 or (share < 1 and kernel_root is None):
+        raise InputError(f"the share of the training covariance is 1, or in [0, 1] beside a kernel; got {share}")
     values = np.asarray(x, np.float32)[:, ocean].reshape(n, -1)
     mean = values.mean(0, dtype=np.float64).astype(np.float32)
-    anomaly = values - mean
-    size = anomaly.shape[1]
-    rank = min(rank, n - 1, size - 1)
-    sketch = min(rank + OVERSAMPLING, n, size)
+    rows = (values - mean) * np.float32(np.sqrt(share / n))
+    size = rows.shape[1]
+    most = n - 1
+    if share < 1:
+        rows = np.concatenate([rows, np.sqrt(np.float32(1 - share)) * kernel_root.T])
+        most = len(rows)
+    rank = min(rank, most, size - 1)
+    sketch = min(rank + OVERSAMPLING, len(rows), size)
     basis = np.random.default_rng(seed).standard_normal((size, sketch), np.float32)
     for _ in range(POWER_PASSES + 1):
-        basis, _ = np.linalg.qr(anomaly.T @ (anomaly @ basis))
-    _, singular, turn = np.linalg.svd(anomaly @ basis, full_matrices=False)
-    variance = singular[:rank].astype(np.float64) ** 2 / n
-    total = float(np.einsum("nv,nv->", anomaly, anomaly, dtype=np.float64)) / n
+        basis, _ = np.linalg.qr(rows.T @ (rows @ basis))
+    _, singular, turn = np.linalg.svd(rows @ basis, full_matrices=False)
+    variance = singular[:rank].astype(np.float64) ** 2
+    total = float(np.einsum("nv,nv->", rows, rows, dtype=np.float64))
     # Fields with fewer degrees of freedom than directions leave nothing; a noise floor keeps Sigma invertible.
     rest = max((total - variance.sum()) / (size - rank), 1e-6 * total / size)
     direction = np.zeros((rank, y, width, components), np.float32)

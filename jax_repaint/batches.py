@@ -1,0 +1,270 @@
+"""The batches of a sweep: points x cases x members that one compiled program samples together.
+
+Points are grouped by what makes another program (points.same_program). A batch is as large as pays on the device and
+fits into its memory, which compiling the program tells beforehand. What a batch holds changes no member of it.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from jax_repaint import device, ensemble, evaluate
+from jax_repaint.evaluate import Case
+from jax_repaint.model import Model
+from jax_repaint.points import Program, same_program
+from jax_repaint.posterior import evidence_for
+from jax_repaint.sample import first_failure
+from jax_repaint.study import Estimates, Study, Where, to_velocity
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Numbers of points and cases of one compiled program."""
+
+    points: list[int]
+    cases: list[Where]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Numbers of points, and cases of one seed, that are sampled together and written as one part."""
+
+    points: list[int]
+    cases: list[Where]
+
+
+def make_groups(study: Study) -> list[Group]:
+    """The groups of a study, in the order of their first points."""
+    groups: dict[Hashable, Group] = {}
+    for point, program in zip(study.points, study.programs, strict=True):
+        for where in study.cases[point.consecutive]:
+            # The gains of posterior samplers have a row for each observation.
+            key = same_program(point, program), None if point.repaint else where.size
+            group = groups.setdefault(key, Group([], []))
+            if point.number not in group.points:
+                group.points.append(point.number)
+            if point.number == group.points[0]:
+                group.cases.append(where)
+    return list(groups.values())
+
+
+def left_of(
+    study: Study, group: Group, done: Collection[str] = (), index: int = 0, count: int = 1
+) -> dict[Where, list[int]]:
+    """Numbers of the points that are not done of each case of process `index` of `count`; no finished cases."""
+    left = {}
+    for where in group.cases[index::count]:
+        numbers = [number for number in group.points if study.task(study.points[number], where) not in done]
+        if numbers:
+            left[where] = numbers
+    return left
+
+
+def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int, int]:
+    """Points and cases of a batch of about `rows` members: all points of as many cases as fit, or some of one case.
+
+    All batches are of about the same size, so that little of the last one is filled up.
+    """
+    members = study.config.members
+    most = max(map(len, left.values()))
+    if not study.points[next(iter(left.values()))[0]].repaint:
+        # Posterior samplers take points and cases one by one; several cases make a part worth writing.
+        most = 1
+    points = min(max(rows // members, 1), most)
+    points = math.ceil(most / math.ceil(most / points))
+    cases = max(rows // (points * members), 1) if points == most else 1
+    seeds = [where.seed for where in left]
+    of_seed = max(seeds.count(seed) for seed in set(seeds))
+    return points, math.ceil(of_seed / math.ceil(of_seed / min(cases, of_seed)))
+
+
+def make_batches(left: dict[Where, list[int]], shape: tuple[int, int]) -> list[Batch]:
+    """What is left of a group in batches of a shape."""
+    most_points, most_cases = shape
+    batches = []
+    for _, of_seed in itertools.groupby(left, lambda where: where.seed):
+        of_seed = list(of_seed)
+        for start in range(0, len(of_seed), most_cases):
+            cases = of_seed[start : start + most_cases]
+            numbers = sorted({number for where in cases for number in left[where]})
+            batches += [Batch(numbers[i : i + most_points], cases) for i in range(0, len(numbers), most_points)]
+    return batches
+
+
+# --- sampling -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Samples:
+    """What a batch made of one task.
+
+    Attributes:
+      x: (members, stages, y, x, 2) m/s, NaN on land.
+      failed_at: where each member failed up to the end of each stage, (members, stages) of text; empty if it did not.
+      seconds: of the device.
+    """
+
+    x: np.ndarray
+    failed_at: np.ndarray
+    seconds: float
+
+
+@dataclasses.dataclass
+class Sampler:
+    """Samples the batches of one group.
+
+    Attributes:
+      shape: points and cases of a batch.
+      chunk: members a call of the device.
+      memory, seconds: see device.Compiled; None for samples of the linear prior, which have no program of their own.
+    """
+
+    study: Study
+    group: Group
+    trained: Model
+    shape: tuple[int, int] = (1, 1)
+    chunk: int = 1
+    memory: int | None = None
+    seconds: float | None = None
+    evidence: dict[int, tuple[bytes, Any]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def plan(cls, study: Study, group: Group, left: dict[Where, list[int]], example: Estimates) -> "Sampler":
+        """Compiles the program of a group for the largest batch that pays and fits.
+
+        Args:
+          left: what is to be sampled.
+          example: any case of the group.
+        """
+        made = cls(study, group, study.models[study.points[group.points[0]].model])
+        budget = int(study.config.memory_gb * 1e9) or device.free_memory()
+        rows = study.config.batch or device.usual_batch()
+        while True:
+            made.shape = shape_of(study, left, rows)
+            # A posterior sampler takes its cases one by one.
+            of_batch = study.config.members * (math.prod(made.shape) if made.repaint else 1)
+            chunk = math.ceil(of_batch / math.ceil(of_batch / rows))
+            made.chunk = -(-chunk // jax.local_device_count()) * jax.local_device_count()
+            try:
+                made._compile(example)
+            except jax.errors.JaxRuntimeError as e:
+                if not device.is_full(e):
+                    raise
+                made.memory = 2 * budget
+            if made.memory is None or made.memory <= budget or made.chunk <= jax.local_device_count():
+                return made
+            fitting = max(min(int(made.chunk * budget / made.memory), made.chunk - 1), 1)
+            logging.warning(
+                "%d members a call need %.2g GB and %.2g are free; taking %d",
+                made.chunk, made.memory / 1e9, budget / 1e9, fitting,
+            )  # fmt: skip
+            rows = fitting
+
+    @property
+    def repaint(self) -> bool:
+        """Whether the group belongs to the RePaint family."""
+        return self.study.points[self.group.points[0]].repaint
+
+    def _compile(self, example: Estimates) -> None:
+        program = self.study.programs[self.group.points[0]]
+        rows = np.zeros(self.chunk, np.int32)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.chunk))
+        numbers = np.zeros(self.chunk, np.float32)
+        if program is None:
+            return
+        if self.repaint:
+            stages = jax.tree.map(lambda leaf: numbers, program)
+            known = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((self.shape[1], *leaf.shape), leaf.dtype), example.known
+            )
+            shared = self.trained.denoiser, known, self.trained.steps
+            compiled = device.compile_ahead(ensemble._repaint_rows, rows, (keys, stages, numbers), shared)
+        else:
+            evidence = self._evidence(self.group.points[0], example.case)
+            shared = self.trained.denoiser, evidence, self.trained.gaussian, example.case.analysis, program
+            compiled = device.compile_ahead(ensemble._posterior_rows, rows, (keys, numbers), shared)
+        self.memory = compiled.memory
+        self.seconds = compiled.seconds + (self.seconds or 0)
+
+    def run(self, batch: Batch, estimates: Sequence[Estimates]) -> dict[tuple[int, int], Samples]:
+        """Samples of every (number of the point, number of the case in the batch)."""
+        if self.repaint:
+            return self._repaint(batch, estimates)
+        made = {}
+        for number, (case, one) in itertools.product(batch.points, enumerate(estimates)):
+            made[number, case] = self._independent(number, batch.cases[case].seed, one.case)
+        return made
+
+    def _repaint(self, batch: Batch, estimates: Sequence[Estimates]) -> dict[tuple[int, int], Samples]:
+        study = self.study
+        # A batch of another shape would be another program.
+        points = _filled(batch.points, self.shape[0])
+        chosen = _filled(list(range(len(estimates))), self.shape[1])
+        known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[estimates[i].known for i in chosen])
+        frames = [batch.cases[i].frame for i in chosen]
+        programs = [study.programs[number] for number in points]
+        decay = [study.points[number].hyper.get("var_decay", 0.1) for number in points]
+
+        def call(chunk: int) -> Any:
+            return ensemble.repaint_sweep(
+                self.trained.denoiser, known, self.trained.steps, programs, frames=frames,
+                members=study.config.members, seed=batch.cases[0].seed, var_decay=decay, chunk=chunk,
+            )  # fmt: skip
+
+        began = time.perf_counter()
+        outcome, self.chunk = device.with_less_memory(call, self.chunk)
+        seconds = (time.perf_counter() - began) / (len(batch.points) * len(batch.cases))
+        made = {}
+        for p, number in enumerate(batch.points):
+            for case in range(len(batch.cases)):
+                failed_at = _failures(study.programs[number], outcome.failed[p, case])
+                made[number, case] = Samples(to_velocity(self.trained, outcome.x[p, case]), failed_at, seconds)
+        return made
+
+    def _independent(self, number: int, seed: int, case: Case) -> Samples:
+        members, program, trained = self.study.config.members, self.study.programs[number], self.trained
+        evidence = None if program is None else self._evidence(number, case)
+
+        def call(chunk: int) -> np.ndarray:
+            if program is None:
+                return evaluate.linear_samples(trained, case, members, seed, chunk)
+            return ensemble.posterior_ensemble(
+                trained.denoiser, evidence, trained.gaussian, case.analysis, program,
+                frame=case.frame, members=members, seed=seed, chunk=chunk,
+            )  # fmt: skip
+
+        began = time.perf_counter()
+        x, self.chunk = device.with_less_memory(call, self.chunk)
+        seconds = time.perf_counter() - began
+        x = to_velocity(trained, x)[:, None]
+        finite = np.isfinite(x[..., trained.ocean, :]).all((-1, -2))
+        return Samples(x, np.where(finite, "", "somewhere"), seconds)
+
+    def _evidence(self, number: int, case: Case) -> Any:
+        """The gains of one point, kept from one frame to the next under the same pattern."""
+        pattern, program = case.observed.tobytes(), self.study.programs[number]
+        if self.evidence.get(number, (b"",))[0] != pattern:
+            made = evidence_for(program, self.trained.gaussian.ocean, case.observation, self.trained.gaussian)
+            self.evidence[number] = pattern, made
+        made = self.evidence[number][1]
+        return made.replace(observation=case.observation)
+
+
+def _filled(items: list[int], count: int) -> list[int]:
+    return items + items[-1:] * (count - len(items))
+
+
+def _failures(stages: Program, failed: np.ndarray) -> np.ndarray:
+    """Texts (members, stages) of Outcome.failed."""
+    made = np.full(failed.shape, "", object)
+    for member, stage in np.argwhere(failed >= 0):
+        made[member, stage] = str(first_failure(stages, failed[member]))
+    return made

@@ -1,0 +1,277 @@
+"""The table and the pictures of a sweep, from its rows (results.SCHEMA).
+
+One line is one point, pattern, stage and size of the ensemble, over the frames on which no member failed. Two
+comparisons stand in it, each on the same frames with a paired block-bootstrap interval (metrics.ratio_of_means):
+
+    member over seed_gp    one member against the Gaussian process of earlier results, which is how those were counted
+    mean over best         the mean of the ensemble against the best deterministic baseline there
+
+and the other two pairings in table.csv. An average of ratios and a ratio of averages are different numbers: the first
+is ruled by frames on which the baseline is nearly perfect.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jax_repaint import metrics, plots
+from jax_repaint.errors import InputError
+from jax_repaint.files import whole_file
+from jax_repaint.results import BASELINES
+
+FILES = ("rows.parquet", "table.csv", "table.txt", "sweep.png", "seed_gp.png")
+SCORES = list(metrics.FrameScores.__dataclass_fields__)
+SUMMARY = ("mse_member", "mse_mean", "component_rmse", "vector_rmse", "crps", "spread_skill", "coverage90",
+           "small_scale", "calls", "seconds")  # fmt: skip
+PAIRS = [(kind, against) for against in ("seed_gp", "best") for kind in ("member", "mean")]
+STATISTICS = ("median", "average", "ratio", "lo", "hi", "wins", "worst")
+NAMES = {
+    "distance": "distance to the nearest observation",
+    "coverage": "share of cells observed",
+    "calls": "network calls a member",
+}
+
+
+def compare(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line for each (pattern, point, stage, members) of `rows`.
+
+    Columns: those names, label, method, settings; frames, failed (of them, where a member failed), failed_at (the
+    first); the columns of metrics.summary, whose ratio is `mean over best`; and {member, mean}_over_{seed_gp,
+    best}_{median, average, ratio, lo, hi, wins, worst}. NaN where every frame failed.
+    """
+    order = list(dict.fromkeys(rows["pattern"]))
+    lines = []
+    for (pattern, point, stage, members), mine in rows.groupby(["pattern", "point", "stage", "members"], sort=True):
+        mine = mine.sort_values(["frame", "seed"])
+        first = mine.iloc[0]
+        failed = mine["failed_members"] > 0
+        best = min(BASELINES, key=lambda name, mine=mine: _mean_or_inf(mine[f"mse_{name}"]))
+        line = {
+            "pattern": pattern, "point": point, "stage": stage, "members": members, "label": first["label"],
+            "method": first["method"], "settings": first["settings"], "frames": len(mine), "failed": int(failed.sum()),
+            "failed_at": mine["failed_at"][failed].iloc[0] if failed.any() else "", "best": best,
+            "coverage": float((mine["observed"] / mine["ocean"]).mean()),
+        }  # fmt: skip
+        line |= {f"mse_{name}": float(mine[f"mse_{name}"][~failed | failed.all()].mean()) for name in BASELINES}
+        if not failed.all():
+            line |= _scores(mine[~failed], best, mine["seed"].nunique())
+        lines.append(line)
+    table = pd.DataFrame(lines)
+    for name in (*SUMMARY, *(f"{kind}_over_{against}_{s}" for kind, against in PAIRS for s in STATISTICS)):
+        if name not in table:
+            table[name] = math.nan
+    return table.sort_values(
+        ["pattern", "point", "stage", "members"], key=lambda c: c.map(order.index) if c.name == "pattern" else c,
+        ignore_index=True,
+    )  # fmt: skip
+
+
+def _mean_or_inf(values: pd.Series) -> float:
+    return math.inf if values.isna().any() else float(values.mean())
+
+
+def _scores(mine: pd.DataFrame, best: str, seeds: int) -> dict[str, Any]:
+    """Scores and comparisons of one line; the seeds of one frame lie within its block."""
+    block = int(mine["block"].iloc[0]) * seeds
+    frames = [metrics.FrameScores(**row) for row in mine[SCORES].to_dict("records")]
+    calls, seconds = float(mine["calls"].mean()), float(mine["device_seconds"].mean())
+    line = metrics.summary(str(mine["method"].iloc[0]), frames, calls, seconds)
+    line = {key: line[key] for key in SUMMARY}
+    for kind, against in PAIRS:
+        base = best if against == "best" else "seed_gp"
+        ours, theirs = mine[f"mse_{kind}"].to_numpy(), mine[f"mse_{base}"].to_numpy()
+        found = metrics.ratio_of_means(ours, theirs, block, 0)
+        numbers = SimpleNamespace(**vars(found), average=float(np.mean(ours / theirs)))
+        line |= {f"{kind}_over_{against}_{name}": getattr(numbers, name) for name in STATISTICS}
+    return line
+
+
+def _interval(line: pd.Series, name: str) -> str:
+    value, lo, hi = (line[f"{name}_{part}"] for part in ("ratio", "lo", "hi"))
+    if not math.isfinite(value):
+        return metrics.DASH
+    return f"{value:.3f}" if not math.isfinite(lo) else f"{value:.3f} [{lo:.3f}, {hi:.3f}]"
+
+
+def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
+    """The table as text: for each pattern the scores, and the two comparisons of the module docstring.
+
+    Args:
+      table: of `compare`.
+      every_stage: whether all stages are shown, or the last one of each point.
+    """
+    if not every_stage:
+        last = table.groupby(["pattern", "point"])["stage"].transform("max")
+        table = table[table["stage"] == last]
+
+    def number(value: float, form: str) -> str:
+        return f"{value:{form}}" if math.isfinite(value) else metrics.DASH
+
+    parts = []
+    for pattern, mine in table.groupby("pattern", sort=False):
+        names = [f"{line['label']} S{line['stage']}" if every_stage else line["label"] for _, line in mine.iterrows()]
+        width = max(map(len, names))
+        best = ", ".join(dict.fromkeys(mine["best"]))
+        bases = ", ".join(f"{name} {mine[f'mse_{name}'].iloc[0]:.3g}" for name in BASELINES)
+        scores, ratios = [], []
+        for name, (_, line) in zip(names, mine.iterrows(), strict=True):
+            failed = f"{line['failed']}/{line['frames']}" if line["failed"] else metrics.DASH
+            scores.append(
+                {"point": name.ljust(width), "members": line["members"], "failed": failed}
+                | {title: number(line[key], form) for title, key, form in (
+                    ("MSE member", "mse_member", ".3g"), ("MSE mean", "mse_mean", ".3g"), ("CRPS", "crps", ".3g"),
+                    ("spread/skill", "spread_skill", ".2f"), ("in 90 %", "coverage90", ".3f"),
+                    ("small scales", "small_scale", ".2f"), ("calls", "calls", ".0f"), ("s", "seconds", ".3g"),
+                )}
+            )  # fmt: skip
+            row = {"point": name.ljust(width)}
+            for kind, against in (("member", "seed_gp"), ("mean", "best")):
+                prefix = f"{kind}_over_{against}"
+                row |= {
+                    f"median {kind}": number(line[f"{prefix}_median"], ".3f"),
+                    f"average {kind}": number(line[f"{prefix}_average"], ".3f"),
+                    f"ratio {kind}": _interval(line, prefix),
+                    f"wins {kind}": number(line[f"{prefix}_wins"], ".0%"),
+                    f"worst {kind}": number(line[f"{prefix}_worst"], ".2f"),
+                }
+            ratios.append(row)
+        parts.append(
+            f"{pattern}, {mine['frames'].max()} frames; MSE of the baselines: {bases}\n{_columns(scores)}\n"
+            f"one member over seed_gp (left), mean over the best baseline, {best} (right)\n{_columns(ratios)}"
+        )
+    where = table[table["failed"] > 0]
+    notes = [f"{line['label']}: first failed in {line['failed_at']}" for _, line in where.iterrows()]
+    parts.append("\n".join([*dict.fromkeys(notes), "ratios over the frames without a failed member; 95 % intervals"]))
+    return "\n\n".join(parts)
+
+
+def _columns(lines: Sequence[dict[str, Any]]) -> str:
+    """Lines under the first word of their columns' names, aligned."""
+    head = [
+        key if key.split()[-1] not in ("member", "mean") or key.startswith("MSE") else key.split()[0]
+        for key in lines[0]
+    ]
+    cells = [head, *([str(value) for value in line.values()] for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    texts = ["  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in cells]  # fmt: skip
+    return "\n".join(text.rstrip() for text in texts)
+
+
+# --- pictures -------------------------------------------------------------------------------------------------
+
+
+def curves(table: pd.DataFrame, x: str, curve: str, comparison: str) -> list[plots.Curve]:
+    """One curve for each pattern and value of the setting `curve`.
+
+    Args:
+      table: of `compare`.
+      x: a setting of the points, or label, stage, calls, members, coverage, pattern.
+      comparison: such as member_over_seed_gp.
+
+    Raises:
+      InputError: no point has that setting.
+    """
+    settings = pd.DataFrame(table["settings"].map(json.loads).to_list(), index=table.index)
+    table = table.assign(
+        calls=table["calls"] / table["members"], **{n: settings[n] for n in settings if n not in table}
+    )
+    if x != "stage":
+        table = table[table["stage"] == table.groupby(["pattern", "point"])["stage"].transform("max")]
+    if x != "members":
+        table = table[table["members"] == table["members"].max()]
+    for name in (x, curve):
+        if name and name not in table:
+            raise InputError(f"the points of this sweep have no setting {name!r} to draw")
+    table = table[table[x].notna()]
+    several = table["pattern"].nunique() > 1 and x not in ("coverage", "pattern")
+    named = table[curve].astype(str) if curve else pd.Series("", index=table.index)
+    if several:
+        named = named.str.cat(table["pattern"], sep=", ").str.strip(", ")
+    if not several and not curve:
+        named = table["method"]
+    made = []
+    for name, line in table.groupby(named, sort=False):
+        line = line.sort_values(x) if line[x].dtype.kind in "if" else line
+        value, lo, hi = (line[f"{comparison}_{part}"].to_numpy() for part in ("ratio", "lo", "hi"))
+        places = line[x].to_numpy() if line[x].dtype.kind in "if" else line[x].astype(str).to_numpy(str)
+        made.append(plots.Curve(str(name), places, value, lo, hi))
+    return made
+
+
+def distances(rows: pd.DataFrame) -> dict[str, metrics.DistanceErrors]:
+    """Errors by distance of the whole ensembles' means after the last stage, by point (and pattern of several)."""
+    rows = rows[rows["failed_members"] == 0]
+    last = rows.groupby("point")[["stage", "members"]].transform("max")
+    rows = rows[(rows["stage"] == last["stage"]) & (rows["members"] == last["members"])]
+    several = rows["pattern"].nunique() > 1
+    made = {}
+    for (pattern, label), mine in rows.groupby(["pattern", "label"], sort=False):
+        frames = [
+            metrics.DistanceErrors(
+                *(np.asarray(row[f"distance_{part}"]) for part in ("edges", "cells", "mean", "linear"))
+            )
+            for row in mine.to_dict("records")
+        ]
+        made[f"{label}, {pattern}" if several else label] = metrics.DistanceErrors.average(frames)
+    return made
+
+
+def write(rows: pd.DataFrame, folder: Path, x: str = "label", curve: str = "", title: str = "") -> str:
+    """Writes FILES into `folder` and returns the table as text.
+
+    Args:
+      rows: of a whole sweep.
+      x, curve, title: of the pictures (points.default_config).
+    """
+    table = compare(rows)
+    with whole_file(folder / "rows.parquet") as temporary:
+        rows.to_parquet(temporary, index=False)
+    metrics.write_csv(table.to_dict("records"), folder / "table.csv")
+    text = format_lines(table, x == "stage")
+    if x == "distance":
+        text += "\n\n" + _format_distances(distances(rows))
+    with whole_file(folder / "table.txt") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    for name, comparison, score in (
+        ("sweep.png", "mean_over_best", "MSE of the mean over that of the best baseline"),
+        ("seed_gp.png", "member_over_seed_gp", "MSE of a member over that of seed_gp"),
+    ):
+        _draw(folder / name, rows, table, x, curve, comparison, score, title)
+    return text
+
+
+def _draw(
+    path: Path, rows: pd.DataFrame, table: pd.DataFrame, x: str, curve: str, comparison: str, score: str, title: str
+) -> None:
+    if not np.isfinite(table[f"{comparison}_ratio"]).any():
+        return
+    if x == "distance":
+        # Curves of different patterns are over different cells.
+        chosen = rows[rows["pattern"] == rows["pattern"].iloc[0]]
+        plots.distance(path, distances(chosen), "linear", title=f"{title}, {chosen['pattern'].iloc[0]}".strip(", "))
+        return
+    lines, reference = curves(table, x, curve, comparison), ("baseline", 1.0)
+    if x == "stage":
+        plots.stages(path, lines, score, title, reference)
+    else:
+        plots.sweep(path, lines, NAMES.get(x, x), score, title, reference)
+
+
+def _format_distances(errors: dict[str, metrics.DistanceErrors]) -> str:
+    """Vector RMSE by distance, m/s."""
+    lines = []
+    for name, one in errors.items():
+        bins = [f"{lo:g}..{hi:g}" for lo, hi in zip(one.edges[:-1], one.edges[1:], strict=True)]
+        for who, values in ((name, one.mean), ("  linear there", one.baseline)):
+            lines.append(
+                {"RMS error (m/s) by distance (cells)": who}
+                | dict(zip(bins, (f"{math.sqrt(2 * v):.4f}" for v in values), strict=True))
+            )
+    return _columns(lines)

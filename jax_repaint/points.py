@@ -1,0 +1,223 @@
+"""The points of a sweep: what a configuration asks for, checked, and sorted by the program that each needs.
+
+A configuration file holds `sweep(add)`, which calls `add` once a point with the settings that are its own, and
+`get_config(arg)`, which makes the rest of it:
+
+    def sweep(add):
+        for gamma in (0.3, 1.0, 3.0):
+            add(method="multistage", gamma=gamma)
+
+    def get_config(arg=""):
+        return smoke(default_config(sweep), arg)
+
+A point may say `label`, `method`, `model`, `prior` and `consecutive` (default_config has what it does not say) and
+every setting of its method: those of sample.method and `var_decay`, or `levels`, `sigma_max`, `sigma_min` and the
+others of posterior.Posterior.create.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jax_repaint import evaluate, sample
+from jax_repaint.errors import InputError
+from jax_repaint.model import Model
+from jax_repaint.posterior import Posterior
+from jax_repaint.sample import Repaint
+
+PRIORS = ("linear", "seed_gp", "gp")
+METHODS = (*evaluate.REPAINT, *evaluate.POSTERIOR, "linear_samples")
+OWN = ("label", "method", "model", "prior", "consecutive")
+_LEVELS = {"levels": "count", "sigma_max": "sigma_max", "sigma_min": "sigma_min"} | {
+    name: name for name in ("eta", "dps_step", "cg_steps", "second_order", "stop_sigma")
+}
+
+
+def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
+    """Every setting with its default, and the points that `sweep(add)` adds."""
+    points: list[dict[str, Any]] = []
+    sweep(lambda **settings: points.append(settings))
+    return ConfigDict(
+        {
+            "model": "",  # folder; empty for the model that comes with the package
+            "fields": "",  # file; empty for the data of the model's training
+            "part": "test",  # frames come from it; tune on "validation"
+            "frames": 32,
+            "consecutive": False,  # frames that follow each other, from a random one, instead of random ones
+            "patterns": "",  # such as "line:22,walk:90,cells:0.02"; empty for the three usual ones
+            "seeds": (0,),  # of patterns and members; the first one draws the frames
+            "members": 8,
+            "sizes": (),  # the first members of each ensemble are scored as smaller ensembles too; pairs, if even
+            "prior": "linear",  # what the RePaint family starts from: linear, gp or seed_gp
+            "resample_steps": 5,  # of the RePaint family
+            "levels": 16,  # of posterior samplers
+            "points": {f"p{number:03d}": settings for number, settings in enumerate(points)},
+            # What the picture shows: a setting of the points, or "stage", "calls", "members", "coverage", "pattern",
+            # "distance"; one line for each value of `curve`.
+            "x": "label",
+            "curve": "",
+            "title": "",
+            "batch": 0,  # members a call of the device; 0: as many as pay and fit
+            "memory_gb": 0.0,  # of one device; 0: most of what is free on it
+        }
+    )
+
+
+FREE = ("batch", "memory_gb", "title", "x", "curve")  # settings that change no row
+
+
+def smoke(config: ConfigDict, arg: str) -> ConfigDict:
+    """The same sweep in about a minute on two cores for `smoke`; unchanged for an empty `arg`.
+
+    Raises:
+      InputError: another `arg`.
+    """
+    if arg == "smoke":
+        config.frames = min(config.frames, 2)
+        config.members = min(config.members, 2)
+        config.sizes = tuple(size for size in config.sizes if size < config.members)
+        config.resample_steps = 1
+        config.levels = 4
+    elif arg:
+        raise InputError(f"the argument of a configuration is smoke or nothing, got {arg!r}")
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One point of a sweep.
+
+    Attributes:
+      number: its place in the sweep.
+      label: names it in tables.
+      method, model, prior, consecutive: see default_config.
+      hyper: hyperparameters of the method that it sets, with the sweep's defaults.
+    """
+
+    number: int
+    label: str
+    method: str
+    model: str
+    prior: str
+    consecutive: bool
+    hyper: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of it as one flat dictionary."""
+        return {name: getattr(self, name) for name in OWN} | self.hyper
+
+    @property
+    def paired(self) -> bool:
+        """Whether members come in antithetic pairs."""
+        return self.method in evaluate.PAIRED
+
+    def sizes(self, config: ConfigDict) -> tuple[int, ...]:
+        """Sizes of the ensembles that are scored; the last one is the whole."""
+        return (*(size for size in config.sizes if not (self.paired and size % 2)), config.members)
+
+    @property
+    def repaint(self) -> bool:
+        """Whether it belongs to the RePaint family."""
+        return self.method in evaluate.REPAINT
+
+
+def read_points(config: ConfigDict) -> list[Point]:
+    """The points of a configuration.
+
+    Raises:
+      InputError: no points, an unknown method or setting, members that do not come in the pairs of a method.
+    """
+    if not config.points:
+        raise InputError("the sweep has no points")
+    points, asked = [], sorted(config.points.to_dict().items())
+    for number, (name, own) in enumerate(asked):
+        method = own.get("method", "adaptive")
+        if method not in METHODS:
+            raise InputError(f"{name}: method {method!r} is not one of {', '.join(METHODS)}")
+        hyper = {key: value for key, value in own.items() if key not in OWN}
+        known = _settings(method)
+        unknown = [key for key in hyper if key not in known]
+        if unknown:
+            raise InputError(
+                f"{name}: method {method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}"
+            )
+        defaults = {key: config[key] for key in ("resample_steps", "levels") if key in known}
+        # What all points of a method have in common says nothing.
+        alike = [one for _, one in asked if one.get("method", "adaptive") == method]
+        said = [
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in hyper.items()
+            if len(alike) == 1 or any(one.get(key) != value for one in alike)
+        ]
+        common = {key: own.get(key, config[key]) for key in ("model", "prior", "consecutive")}
+        point = Point(number, own.get("label", " ".join([method, *said])), method, hyper=defaults | hyper, **common)
+        if point.prior not in PRIORS:
+            raise InputError(f"{name}: prior {point.prior!r} is not one of {', '.join(PRIORS)}")
+        if point.paired and config.members % 2:
+            raise InputError(f"{name}: the members of {method} come in antithetic pairs: {config.members} is odd")
+        points.append(point)
+    labels = [point.label for point in points]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise InputError(f"two points of the sweep are called {twice[0]!r}; give them labels")
+    return points
+
+
+def _settings(method: str) -> set[str]:
+    """Names of the settings of a method."""
+    if method in evaluate.REPAINT:
+        return {*inspect.signature(Repaint.create).parameters, *sample.METHODS[method], "var_decay"}
+    return set(_LEVELS) if method in evaluate.POSTERIOR else set()
+
+
+Program = tuple[Repaint, ...] | Posterior | None
+
+
+def make_program(point: Point, trained: Model) -> Program:
+    """Stages of the RePaint family, levels of a posterior sampler, or None for samples of the linear prior.
+
+    Raises:
+      InputError: a number is outside its range, with the name of the point.
+    """
+    try:
+        if point.repaint:
+            stages = {key: value for key, value in point.hyper.items() if key != "var_decay"}
+            return sample.method(point.method, trained.steps.steps, **stages)
+        if point.method in evaluate.POSTERIOR:
+            hyper = {_LEVELS[key]: value for key, value in point.hyper.items()}
+            usual = evaluate.levels_of(trained, point.method).sigma
+            ends = {"sigma_max": float(usual[0]), "sigma_min": float(usual[-1])}
+            return Posterior.create(**(ends | hyper), correction=point.method)
+    except InputError as e:
+        raise InputError(f"{point.label}: {e}") from e
+    return None
+
+
+def same_program(point: Point, program: Program) -> Hashable:
+    """Equal for points that one compiled program serves, which differ in numbers only, on the same cases."""
+    static = jax.tree.structure(program), tuple(leaf.shape for leaf in jax.tree.leaves(program))
+    return (
+        point.model,
+        point.method if program is None else type(program).__name__,
+        point.prior,
+        point.consecutive,
+        static,
+    )
+
+
+def calls_by_stage(program: Program) -> list[int]:
+    """Network calls of one member up to the end of each stage."""
+    if program is None:
+        return [0]
+    if isinstance(program, Posterior):
+        return [program.calls]
+    total, calls = 0, []
+    for stage in program:
+        total += stage.calls
+        calls.append(total)
+    return calls

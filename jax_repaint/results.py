@@ -1,0 +1,236 @@
+"""What a sweep keeps on disk: rows in Parquet parts that are written whole and checked by their names.
+
+    WORKDIR/config.json                     what the sweep is; a changed one is refused
+    WORKDIR/lock, lock.K                    held while a process writes here, free as soon as it is gone
+    WORKDIR/parts/UNIT-CHECKSUM.parquet     rows of finished tasks
+
+A task is one point on one frame with one pattern and one seed; UNIT is the hash of the tasks that a part holds,
+CHECKSUM that of its bytes. Whatever is killed, a part is there and right, or its tasks are run again.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from absl import logging
+
+from jax_repaint import files
+from jax_repaint.checkpoint import flatten
+from jax_repaint.errors import InputError
+
+CONFIG, LOCK, PARTS = "config.json", "lock", "parts"
+BASELINES = ("climatology", "seed_gp", "gp", "linear")
+# One row is one point, pattern, frame, seed, stage and size of the ensemble.
+SCHEMA = pa.schema(
+    {
+        "task": pa.string(),  # hash of model, data, point, seed, pattern and frame
+        "point": pa.int64(),  # its number in the sweep
+        "label": pa.string(),
+        "method": pa.string(),
+        "settings": pa.string(),  # of the point, as JSON
+        "pattern": pa.string(),
+        "seed": pa.int64(),
+        "frame": pa.int64(),
+        "time": pa.timestamp("ns"),
+        "block": pa.int64(),  # frames within a decorrelation time, for intervals
+        "stage": pa.int64(),  # from 1
+        "observed": pa.int64(),  # cells given
+        "ocean": pa.int64(),  # cells in all
+        # Scores of metrics.FrameScores; empty if a member failed.
+        "members": pa.int64(),
+        "antithetic": pa.bool_(),
+        "cells": pa.int64(),
+        "mse_member": pa.float64(),
+        "mse_mean": pa.float64(),
+        "variance": pa.float64(),
+        "crps": pa.float64(),
+        "coverage90": pa.float64(),
+        "energy_member": pa.float64(),
+        "energy_truth": pa.float64(),
+        "failed_members": pa.int64(),  # whose values are not finite
+        "failed_at": pa.string(),  # where the first of them failed
+        **{f"mse_{name}": pa.float64() for name in BASELINES},
+        # Squared errors by distance to the nearest observation; edges in cells.
+        "distance_edges": pa.list_(pa.float64()),
+        "distance_cells": pa.list_(pa.int64()),
+        "distance_mean": pa.list_(pa.float64()),
+        "distance_linear": pa.list_(pa.float64()),
+        "calls": pa.int64(),  # of the network, for all members, up to this stage
+        "device_seconds": pa.float64(),  # the task's share of its batch, up to this stage
+        "compile_seconds": pa.float64(),  # of the task's program
+    }
+)
+KEY = ["point", "seed", "pattern", "frame", "stage", "members"]
+TIMES = ["device_seconds", "compile_seconds"]  # all that another run of the same task changes
+
+
+def digest(content: Any) -> str:
+    """16 hex digits that name what can be written as JSON."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def write_part(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes rows (columns of SCHEMA) whole, and returns the part.
+
+    Raises:
+      InputError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), buffer, compression="zstd")
+    content = buffer.getvalue()
+    unit = digest(sorted({row["task"] for row in rows}))
+    path = Path(workdir) / PARTS / f"{unit}-{_checksum(content)}.parquet"
+    with files.whole_file(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def read_parts(workdir: Path, remove_damaged: bool = False) -> pd.DataFrame:
+    """The rows of all parts that are whole, in the order of KEY; damaged parts are named in a warning.
+
+    Args:
+      remove_damaged: whether damaged parts are deleted too.
+    """
+    tables = [SCHEMA.empty_table()]
+    for path in sorted((Path(workdir) / PARTS).glob("[!.]*.parquet")):
+        content = path.read_bytes()
+        if path.stem.split("-")[-1] != _checksum(content):
+            logging.warning("%s is damaged; its rows are computed again", path)
+            if remove_damaged:
+                path.unlink(missing_ok=True)
+            continue
+        tables.append(pq.read_table(io.BytesIO(content), schema=SCHEMA))
+    rows = pa.concat_tables(tables).to_pandas()
+    # Only processes that knew nothing of each other can have run a task twice; their rows are alike.
+    return rows.drop_duplicates(["task", "stage", "members"]).sort_values(KEY, ignore_index=True)
+
+
+def remove_unfinished(workdir: Path) -> None:
+    """Deletes what killed processes were writing; for a process that is alone in `workdir`."""
+    for path in (Path(workdir) / PARTS).glob(".*.parquet"):
+        path.unlink(missing_ok=True)
+
+
+def claim(workdir: Path, sweep: Mapping[str, Any]) -> None:
+    """Makes `workdir` this sweep's, or sees that it is.
+
+    Args:
+      sweep: what it is, as JSON can hold it.
+
+    Raises:
+      InputError: the folder belongs to another sweep, with what differs; or to something else; or cannot be written.
+    """
+    path = Path(workdir) / CONFIG
+    ours = flatten(json.loads(json.dumps(sweep)))
+    if path.exists():
+        try:
+            theirs = flatten(json.loads(path.read_text()))
+        except (OSError, ValueError, AttributeError) as e:
+            raise InputError(f"{path} cannot be read ({e})") from e
+        names = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
+        if names:
+            shown = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:8])
+            more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
+            raise InputError(f"{workdir} holds another sweep ({shown}{more}); choose another workdir")
+        return
+    others = [p.name for p in Path(workdir).iterdir() if not p.name.startswith(LOCK)]
+    if others:
+        raise InputError(f"{workdir} is not empty and holds no sweep; choose another workdir")
+    with files.whole_file(path) as temporary:
+        temporary.write_text(json.dumps(sweep, indent=1, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def locked(workdir: Path, index: int = 0, count: int = 1) -> Iterator[None]:
+    """Holds `workdir` for process `index` of the `count` that share one sweep.
+
+    The system takes a lock back from a process that is gone, so none is ever stale. Where the file system has no
+    locks, a warning says so and nothing is held.
+
+    Raises:
+      InputError: another sweep, or the same process of this one, is running there; or the folder cannot be written.
+    """
+    workdir = Path(workdir)
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            shared, own = (stack.enter_context(open(workdir / n, "a+")) for n in (LOCK, f"{LOCK}.{index}"))
+            _share(shared, count, workdir)
+            _take(own, workdir)
+        except OSError as e:
+            if e.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL):
+                raise InputError(f"cannot write {workdir}: {e.strerror or e}") from e
+            logging.warning("%s has no locks (%s): see to it that no other sweep runs there", workdir, e.strerror)
+        yield
+
+
+def _share(file: io.TextIOWrapper, count: int, workdir: Path) -> None:
+    """The lock of the folder, which the processes of one sweep share; the first one writes how many they are."""
+    for _ in range(20):
+        if _try(file, fcntl.LOCK_EX):
+            _sign(file, count)
+            # Another one may step in between, when this lock is given up for a shared one.
+            if count == 1 or _try(file, fcntl.LOCK_SH):
+                return
+        elif count > 1 and _try(file, fcntl.LOCK_SH):
+            holder = _signature(file)
+            if holder.get("processes") == count:
+                return
+            raise InputError(
+                f"a sweep of {holder.get('processes')} processes is running in {workdir}; this one is of {count}"
+            )
+        # The first process of a sweep holds it alone for a moment.
+        time.sleep(0.05)
+    raise _running(file, workdir)
+
+
+def _take(file: io.TextIOWrapper, workdir: Path) -> None:
+    if not _try(file, fcntl.LOCK_EX):
+        raise _running(file, workdir)
+    _sign(file, 1)
+
+
+def _try(file: io.TextIOWrapper, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sign(file: io.TextIOWrapper, count: int) -> None:
+    file.truncate(0)
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "processes": count}, file)
+    file.flush()
+
+
+def _signature(file: io.TextIOWrapper) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        return json.load(file)
+    except ValueError:
+        return {}
+
+
+def _running(file: io.TextIOWrapper, workdir: Path) -> InputError:
+    holder = _signature(file)
+    return InputError(
+        f"another sweep is running in {workdir} (process {holder.get('pid', '?')} on {holder.get('host', '?')}); "
+        "wait for it, stop it, or choose another workdir"
+    )

@@ -1,0 +1,238 @@
+"""A sweep ready to run: its points, models and frames, and the cases that all points are tried on.
+
+A case is a pattern on a frame, drawn from a seed; what the baselines make of it does not depend on the point. A task
+is a point on a case, and has a name that is the same wherever and whenever it is run.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jax_repaint import evaluate, metrics, model, observe, results
+from jax_repaint.data import twin
+from jax_repaint.data.fields import Fields, Split, crop, pad
+from jax_repaint.demo import SHIPPED
+from jax_repaint.errors import InputError
+from jax_repaint.evaluate import Case
+from jax_repaint.model import Model
+from jax_repaint.points import FREE, Point, Program, make_program, read_points
+from jax_repaint.sample import Known
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """One case: all but the point of a task.
+
+    Attributes:
+      seed, pattern, frame: name it.
+      size: rows of its observation, which make another program of a posterior sampler.
+    """
+
+    seed: int
+    pattern: str
+    frame: int
+    size: int = dataclasses.field(compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimates:
+    """What does not depend on the point: the case, and what the baselines make of it.
+
+    Attributes:
+      case: with truth and observation.
+      scored: (y, x) bool.
+      baselines: (y, x, 2) m/s by name.
+      known: what the RePaint family starts from.
+    """
+
+    case: Case
+    scored: np.ndarray
+    baselines: dict[str, np.ndarray]
+    known: Known
+
+
+@dataclasses.dataclass
+class Study:
+    """A sweep ready to run.
+
+    Attributes:
+      config: of points.default_config.
+      points: and `programs`, in the same order.
+      models: by folder.
+      fields: the frames of all cases, `numbers` theirs in the series.
+      frames: numbers of the frames of points with random (False) and consecutive (True) frames.
+      blocks: frames within a decorrelation time, in the same way.
+    """
+
+    config: ConfigDict
+    points: list[Point]
+    programs: list[Program]
+    models: dict[str, Model]
+    fields: Fields
+    numbers: np.ndarray
+    frames: dict[bool, np.ndarray]
+    blocks: dict[bool, int]
+
+    @cached_property
+    def patterns(self) -> list[str]:
+        """Observation patterns."""
+        given = [part.strip() for part in self.config.patterns.split(",") if part.strip()]
+        return list(dict.fromkeys(given)) or list(observe.usual(self.fields.ocean))
+
+    @cached_property
+    def cases(self) -> dict[bool, list[Where]]:
+        """Cases of points with random and with consecutive frames."""
+        made = {}
+        for consecutive, frames in self.frames.items():
+            made[consecutive] = []
+            for seed, pattern, frame in itertools.product(self.config.seeds, self.patterns, frames.tolist()):
+                seen = observe.parse(pattern, self.fields.ocean, observe.pattern_rng(seed, frame))
+                made[consecutive].append(Where(seed, pattern, frame, observe.bucket(int(seen.sum()))))
+        return made
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the sweep is, as it is kept in the workdir."""
+        return {
+            "config": {key: value for key, value in self.config.to_dict().items() if key not in FREE},
+            "models": {folder: model.fingerprint(one) for folder, one in self.models.items()},
+            "frames": self.fields.hash(),
+        }
+
+    def task(self, point: Point, where: Where) -> str:
+        """Name of a point on a case: the same wherever and whenever it is run."""
+        own = {key: value for key, value in point.settings.items() if key != "label"}
+        own["model"] = self.identity["models"][point.model]
+        return results.digest(
+            [own, list(point.sizes(self.config)), self.identity["frames"], where.seed, where.pattern,
+             where.frame]
+        )  # fmt: skip
+
+
+def open_study(config: ConfigDict) -> Study:
+    """Reads models and frames.
+
+    Raises:
+      InputError: a value that cannot work, a model or fields that cannot be read.
+    """
+    _check(config)
+    points = read_points(config)
+    models = {folder: model.load(folder or SHIPPED) for folder in dict.fromkeys(p.model for p in points)}
+    programs = [make_program(point, models[point.model]) for point in points]
+    first = next(iter(models.values()))
+    fields, split = _series(first, config)
+    kinds = dict.fromkeys(point.consecutive for point in points)
+    frames = {kind: _frames(split, config, kind) for kind in kinds}
+    numbers = np.unique(np.concatenate(list(frames.values())))
+    chosen = fields.select(numbers) if fields is not None else twin.select(numbers, _twin(first))
+    for one in models.values():
+        one.check_grid(chosen)
+    blocks = {
+        kind: max(len(frames[kind]) // 4, 1) if kind else evaluate.block_length(split, len(frames[kind]))
+        for kind in kinds
+    }
+    study = Study(config, points, programs, models, chosen, numbers, frames, blocks)
+    names = [results.digest([study.task(point, where) for where in study.cases[point.consecutive]]) for point in points]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise InputError(f"{points[number].label} and {points[names.index(name)].label} are the same point")
+    return study
+
+
+def _check(config: ConfigDict) -> None:
+    for name in ("frames", "members"):
+        if config[name] < 1:
+            raise InputError(f"{name} must be at least 1, got {config[name]}")
+    for name in ("batch", "memory_gb"):
+        if config[name] < 0:
+            raise InputError(f"{name} must not be negative, got {config[name]}")
+    if config.part not in ("test", "validation"):
+        raise InputError(f"part must be test or validation, got {config.part!r}")
+    if not config.seeds or any(seed < 0 for seed in config.seeds):
+        raise InputError(f"seeds must be whole numbers from 0, at least one, got {config.seeds}")
+    if any(not 1 <= size < config.members for size in config.sizes) or len(set(config.sizes)) < len(config.sizes):
+        raise InputError(f"sizes must be from 1 and below members ({config.members}), got {config.sizes}")
+
+
+def _twin(trained: Model) -> twin.Twin:
+    return twin.Twin(seed=trained.training["config"]["data"]["twin_seed"])
+
+
+def _series(trained: Model, config: ConfigDict) -> tuple[Fields | None, Split]:
+    """Fields and their split; no fields where the twin can make single frames."""
+    data = trained.training["config"]["data"]
+    if config.fields or data["fields"] or data["block_split"]:
+        return evaluate.data_of(trained, config.fields or None)
+    parts = {name: np.arange(*trained.training["parts"][name]) for name in ("train", "validation", "test")}
+    return None, Split(**parts, decorrelation=trained.training["decorrelation"])
+
+
+def _frames(split: Split, config: ConfigDict, consecutive: bool) -> np.ndarray:
+    part = getattr(split, config.part)
+    seed, count = config.seeds[0], min(config.frames, part.size)
+    if not consecutive:
+        return evaluate.pick(dataclasses.replace(split, test=part), count, seed)
+    first = int(np.random.default_rng([seed, 0xC5]).integers(part.size - count + 1))
+    return part[first : first + count]
+
+
+# --- cases ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Cases:
+    """Makes the cases of a study for one model and one prior, a batch ahead of the device."""
+
+    study: Study
+    trained: Model
+    prior: str
+
+    def make(self, cases: Sequence[Where]) -> list[Estimates]:
+        """Cases in the order asked for."""
+        made = {}
+        for (seed, pattern), group in itertools.groupby(cases, lambda where: (where.seed, where.pattern)):
+            group = list(group)
+            numbers = [where.frame for where in group]
+            fields = self.study.fields.select(np.searchsorted(self.study.numbers, numbers))
+            for where, case in zip(
+                group, evaluate.make_cases(self.trained, fields, numbers, [pattern], seed), strict=True
+            ):
+                made[where] = self._estimate(case)
+        return [made[where] for where in cases]
+
+    def _estimate(self, case: Case) -> Estimates:
+        fields, ocean = self.study.fields, self.study.fields.ocean
+        known = evaluate.known_of(self.trained, case)
+        baselines = {
+            "climatology": to_velocity(self.trained, self.trained.gaussian.mean),
+            "linear": to_velocity(self.trained, case.analysis.mean(case.observation.values)),
+        }
+        for name in ("seed_gp", "gp") if self.trained.kernel is not None else ("seed_gp",):
+            analysis = evaluate.gp_analysis(self.trained, fields, name)(case)
+            mean = np.asarray(analysis.mean(analysis.observation.values))
+            baselines[name] = np.where(ocean[..., None], mean, np.nan).astype(np.float32)
+            if name == self.prior:
+                standardiser, multiple = self.trained.standardiser, self.trained.network.multiple
+                start = pad(standardiser.standardise(mean, ocean), multiple) * self.trained.gaussian.ocean
+                # One scale for u and v, whose variances are equal: v' of the samplers is about where, not which.
+                variance = np.asarray(analysis.variance) / np.mean(np.asarray(standardiser.std) ** 2)
+                known = known._replace(
+                    prior_mean=jnp.asarray(start, jnp.float32),
+                    prior_variance=jnp.asarray(pad(variance, multiple), jnp.float32),
+                )
+        if self.prior not in ("linear", *baselines):
+            raise InputError("this model was exported without a fitted GP to start from")
+        return Estimates(case, metrics.scored_cells(case.truth, ocean, case.observed), baselines, known)
+
+
+def to_velocity(trained: Model, x: np.ndarray | jax.Array) -> np.ndarray:
+    """(..., Y, X, 2) standardised to (..., y, x, 2) m/s, NaN on land."""
+    velocity = trained.standardiser.restore(np.asarray(crop(x, trained.ocean.shape)))
+    return np.where(trained.ocean[..., None], velocity, np.nan).astype(np.float32)

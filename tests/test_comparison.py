@@ -1,0 +1,152 @@
+"""The table of a sweep against the same numbers worked out by hand, and its pictures."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jax_repaint import comparison, metrics, results
+from jax_repaint.errors import InputError
+
+FRAMES = 6
+
+
+def make_rows():
+    """Two points with two stages on two patterns, two seeds; the second point fails on one frame."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for point, pattern, frame in np.ndindex(2, 2, FRAMES):
+        scale = 1 + 0.3 * frame
+        baselines = {
+            f"mse_{name}": scale * size
+            for name, size in zip(results.BASELINES, (0.4, 0.2 if pattern else 0.05, 0.3, 0.1), strict=True)
+        }
+        for seed, stage in np.ndindex(2, 2):
+            failed = point == 1 and frame == 2
+            scores = dict.fromkeys(comparison.SCORES, math.nan) | {"members": 4, "antithetic": False, "cells": 10}
+            if not failed:
+                scores |= {name: rng.uniform(0.5, 1) for name in comparison.SCORES if scores[name] != scores[name]}
+                scores |= {"mse_mean": 0.05 * scale * rng.uniform(0.8, 1.2), "mse_member": 0.08 * scale}
+            rows.append(
+                {"task": f"{point}{pattern}{frame}{seed}", "point": point, "label": f"p{point}", "method": "adaptive",
+                 "settings": json.dumps({"gamma": 10.0 ** point, "method": "adaptive", "prior": "linear"}),
+                 "pattern": ("line:3", "cells:0.1")[pattern], "seed": seed, "frame": 10 * frame, "block": 1,
+                 "stage": stage + 1, "observed": 5 + 5 * pattern, "ocean": 100,
+                 "failed_members": 4 * failed, "failed_at": "stage 1, iteration 7, t 3" if failed else "",
+                 "calls": 4 * (stage + 1) * 10, "device_seconds": 0.5, "compile_seconds": 1.0,
+                 "distance_edges": [1.0, 2.0, math.inf], "distance_cells": [2, 4],
+                 "distance_mean": [0.1 * scale, 0.2], "distance_linear": [0.3, math.nan]}
+                | baselines | scores
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows()
+
+
+@pytest.fixture(scope="module")
+def table(rows):
+    return comparison.compare(rows)
+
+
+def test_lines_are_in_the_order_of_points(table):
+    assert len(table) == 2 * 2 * 2
+    assert table["pattern"].tolist() == ["line:3"] * 4 + ["cells:0.1"] * 4
+    assert table["point"].tolist() == [0, 0, 1, 1] * 2
+    assert table["best"].tolist() == ["seed_gp"] * 4 + ["linear"] * 4
+
+
+def test_ratios_are_those_of_the_frames(rows, table):
+    for line in table.to_dict("records"):
+        mine = rows[(rows["point"] == line["point"]) & (rows["pattern"] == line["pattern"])]
+        mine = mine[(mine["stage"] == line["stage"]) & (mine["failed_members"] == 0)].sort_values(["frame", "seed"])
+        assert (line["frames"], line["failed"]) == (12, 2 * line["point"])
+        for kind, against in comparison.PAIRS:
+            base = mine["mse_seed_gp" if against == "seed_gp" else f"mse_{line['best']}"].to_numpy()
+            ours = mine[f"mse_{kind}"].to_numpy()
+            name = f"{kind}_over_{against}"
+            assert line[f"{name}_average"] == pytest.approx(np.mean(ours / base))
+            assert line[f"{name}_median"] == pytest.approx(np.median(ours / base))
+            assert line[f"{name}_ratio"] == pytest.approx(ours.mean() / base.mean())
+            assert line[f"{name}_worst"] == pytest.approx(np.max(ours / base))
+            assert line[f"{name}_wins"] == pytest.approx(np.mean(ours < base))
+            # The two seeds of a frame are one block.
+            expected = metrics.ratio_of_means(ours, base, 2, 0)
+            assert (line[f"{name}_lo"], line[f"{name}_hi"]) == (expected.lo, expected.hi)
+        assert line["mse_mean"] == pytest.approx(mine["mse_mean"].mean())
+        assert line["mse_linear"] == pytest.approx(mine["mse_linear"].mean())
+        assert line["spread_skill"] == pytest.approx(metrics.spread_skill(mine["variance"], mine["mse_mean"], 4))
+
+
+def test_points_that_always_fail_have_no_numbers(rows):
+    failed = rows.assign(
+        failed_members=4, failed_at="stage 1, iteration 0, t 3", **dict.fromkeys(("mse_mean", "crps"), math.nan)
+    )
+    table = comparison.compare(failed)
+    assert table[[f"{kind}_over_{b}_ratio" for kind, b in comparison.PAIRS]].isna().all(axis=None)
+    text = comparison.format_lines(table)
+    assert "12/12" in text
+    assert "p0: first failed in stage 1, iteration 0, t 3" in text
+
+
+def test_text_shows_the_last_stage_or_all(table):
+    text = comparison.format_lines(table)
+    assert text.count("p0 ") == 4
+    assert "p1: first failed in stage 1, iteration 7, t 3" in text
+    assert "best baseline, seed_gp" in text
+    assert "climatology 0.7" in text
+    assert "2/12" in text
+    every = comparison.format_lines(table, every_stage=True)
+    assert every.count("p0 S1") == every.count("p0 S2") == 4
+    line = table[(table["pattern"] == "line:3") & (table["stage"] == 2)].iloc[0]
+    assert f"{line['member_over_seed_gp_average']:.3f}" in text
+    assert f"{line['mean_over_best_ratio']:.3f} [{line['mean_over_best_lo']:.3f}, " in text
+
+
+@pytest.mark.parametrize(
+    ("x", "curve", "names", "places"),
+    [
+        ("gamma", "", ["line:3", "cells:0.1"], [1, 10]),
+        ("coverage", "label", ["p0", "p1"], [0.05, 0.1]),
+        ("pattern", "label", ["p0", "p1"], ["line:3", "cells:0.1"]),
+        ("calls", "method", ["adaptive, line:3", "adaptive, cells:0.1"], [20, 20]),
+        ("stage", "label", ["p0, line:3", "p1, line:3", "p0, cells:0.1", "p1, cells:0.1"], [1, 2]),
+        ("label", "", ["line:3", "cells:0.1"], ["p0", "p1"]),
+    ],
+)
+def test_curves(table, x, curve, names, places):
+    made = comparison.curves(table, x, curve, "mean_over_best")
+    assert [one.name for one in made] == names
+    assert made[0].x.tolist() == (pytest.approx(places) if x == "coverage" else places)
+    shown = table if x == "stage" else table[table["stage"] == 2]
+    drawn = sorted(np.concatenate([one.value for one in made]))
+    np.testing.assert_array_equal(drawn, sorted(shown["mean_over_best_ratio"]))
+
+
+def test_settings_that_no_point_has_are_named(table):
+    with pytest.raises(InputError, match="no setting 'temperature'"):
+        comparison.curves(table, "temperature", "", "mean_over_best")
+
+
+def test_distances_are_averages_over_cells(rows):
+    made = comparison.distances(rows)
+    assert list(made) == ["p0, line:3", "p0, cells:0.1", "p1, line:3", "p1, cells:0.1"]
+    scale = 1 + 0.3 * np.delete(np.arange(FRAMES), 2)
+    np.testing.assert_allclose(made["p1, line:3"].mean, [0.1 * scale.mean(), 0.2])
+    assert made["p1, line:3"].counts.tolist() == [2 * 2 * 5, 4 * 2 * 5]
+
+
+@pytest.mark.parametrize(("x", "curve"), [("gamma", ""), ("stage", "label"), ("distance", "")])
+def test_files_are_written(rows, tmp_path, x, curve):
+    text = comparison.write(rows, tmp_path, x, curve, "title")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(comparison.FILES)
+    assert (tmp_path / "table.txt").read_text() == text + "\n"
+    assert len(pd.read_csv(tmp_path / "table.csv")) == 8
+    assert len(pd.read_parquet(tmp_path / "rows.parquet")) == len(rows)
+    assert ("RMS error (m/s) by distance" in text) == (x == "distance")
+    for name in ("sweep.png", "seed_gp.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

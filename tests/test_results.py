@@ -1,0 +1,169 @@
+"""Parts of a sweep are whole or found out; a folder belongs to one sweep, and to one process of it at a time."""
+
+import errno
+import fcntl
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jax_repaint import results
+from jax_repaint.errors import InputError
+
+HOLD = (
+    "import sys, time; from jax_repaint import results\nwith results.locked(sys.argv[1]): print('in'); time.sleep(60)"
+)
+
+
+def row(task="a", point=0, frame=3, stage=1, members=4, **changes):
+    base = dict.fromkeys(results.SCHEMA.names, 0)
+    base |= {"task": task, "point": point, "frame": frame, "stage": stage, "members": members, "pattern": "line:3"}
+    base |= {"label": "p", "method": "plain", "settings": "{}", "antithetic": False, "failed_at": ""}
+    base |= {name: float(i) / 7 for i, name in enumerate(results.SCHEMA.names) if name.startswith(("mse", "crps"))}
+    base |= {f"distance_{name}": [1, 2] for name in ("edges", "cells", "mean", "linear")}
+    return base | {"time": np.datetime64("2020-01-01", "ns"), "mse_gp": None} | changes
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_back(tmp_path):
+    results.write_part(tmp_path, [row("b", 1, crps=math.nan), row("b", 1, stage=2, mse_mean=1 / 3)])
+    results.write_part(tmp_path, [row("a", 0, distance_edges=[0.0, math.inf])])
+    table = results.read_parts(tmp_path)
+    assert table["task"].tolist() == ["a", "b", "b"]
+    assert table["stage"].tolist() == [1, 1, 2]
+    assert table["mse_mean"][2] == 1 / 3
+    assert table["mse_gp"].isna().all()
+    assert list(table["distance_edges"][0]) == [0, math.inf]
+    assert table["time"][0] == pd.Timestamp("2020-01-01")
+    assert list(table.columns) == results.SCHEMA.names
+
+
+def test_names_tell_tasks_and_content_apart(tmp_path):
+    first = results.write_part(tmp_path, [row("a"), row("b")])
+    assert results.write_part(tmp_path, [row("a"), row("b")]) == first
+    other = results.write_part(tmp_path, [row("a"), row("b", crps=0.5)])
+    assert other.name.split("-")[0] == first.name.split("-")[0]
+    assert results.write_part(tmp_path, [row("a")]).name.split("-")[0] != first.name.split("-")[0]
+
+
+def test_a_task_run_twice_counts_once(tmp_path):
+    results.write_part(tmp_path, [row("a"), row("a", stage=2)])
+    results.write_part(tmp_path, [row("a", device_seconds=2.0), row("a", stage=2), row("b", 1)])
+    assert results.read_parts(tmp_path)["task"].tolist() == ["a", "a", "b"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty"])
+def test_damaged_parts_are_found_and_removed(tmp_path, caplog, harm):
+    whole = results.write_part(tmp_path, [row("a")])
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        damaged = results.write_part(tmp_path, [row(f"b{number}")])
+        content = bytearray(damaged.read_bytes())
+        place = int(rng.integers(len(content)))
+        if harm == "flip":
+            content[place] ^= 1 << rng.integers(8)
+        damaged.write_bytes(content if harm == "flip" else content[: place if harm == "cut" else 0])
+    assert results.read_parts(tmp_path)["task"].tolist() == ["a"]
+    assert caplog.text.count("is damaged") == 20
+    results.read_parts(tmp_path, remove_damaged=True)
+    assert list((tmp_path / "parts").iterdir()) == [whole]
+
+
+def test_what_a_killed_process_was_writing_is_ignored_and_removed(tmp_path):
+    whole = results.write_part(tmp_path, [row("a")])
+    (tmp_path / "parts" / ".b-0.xyz.parquet").write_bytes(b"PAR1")
+    assert results.read_parts(tmp_path)["task"].tolist() == ["a"]
+    results.remove_unfinished(tmp_path)
+    assert list((tmp_path / "parts").iterdir()) == [whole]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    results.write_part(tmp_path, [row("a")])
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"cannot write .*: No space left on device"):
+        results.write_part(tmp_path, [row("b")])
+    monkeypatch.undo()
+    assert results.read_parts(tmp_path)["task"].tolist() == ["a"]
+    assert len(list((tmp_path / "parts").iterdir())) == 1
+
+
+# --- whose folder -------------------------------------------------------------------------------------------
+
+
+def test_a_changed_sweep_is_refused_with_what_differs(tmp_path):
+    sweep = {"config": {"frames": 4, "points": {"p0": {"gamma": 0.1}}}, "models": {"": "abc"}}
+    results.claim(tmp_path, sweep)
+    results.claim(tmp_path, {**sweep})
+    changed = {"config": {"frames": 5, "points": {"p0": {"gamma": 0.1}, "p1": {"gamma": 3}}}, "models": {"": "abc"}}
+    with pytest.raises(InputError, match=r"frames: 4 there, 5 here; config.points.p1.gamma: None there, 3 here"):
+        results.claim(tmp_path, changed)
+
+
+def test_folders_of_something_else_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="not empty and holds no sweep"):
+        results.claim(tmp_path, {})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        results.claim(tmp_path, {})
+
+
+def test_unwritable_folders_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*file/sweep"), results.locked(tmp_path / "file" / "sweep"):
+        pass
+
+
+def test_two_sweeps_exclude_each_other(tmp_path):
+    with results.locked(tmp_path):
+        message = rf"another sweep is running in .* \(process {os.getpid()} on "
+        with pytest.raises(InputError, match=message), results.locked(tmp_path):
+            pass
+        with pytest.raises(InputError, match="another sweep is running"), results.locked(tmp_path, 0, 2):
+            pass
+    with results.locked(tmp_path, 1, 2), results.locked(tmp_path, 0, 2):
+        for index, count, message in ((1, 2, "another sweep"), (0, 1, "another sweep"), (0, 3, "of 2 processes")):
+            with pytest.raises(InputError, match=message), results.locked(tmp_path, index, count):
+                pass
+    with results.locked(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    with subprocess.Popen([sys.executable, "-uc", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "in\n"
+        with pytest.raises(InputError, match=f"process {holder.pid} on"), results.locked(tmp_path):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with results.locked(tmp_path):
+            pass
+
+
+def test_file_systems_without_locks_are_named(tmp_path, monkeypatch, caplog):
+    def none(file, kind):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with results.locked(tmp_path):
+        results.write_part(tmp_path, [row("a")])
+    assert "has no locks" in caplog.text
+
+
+def test_digests_do_not_depend_on_order():
+    contents = [{"a": 1, "b": [2.5]}, {"a": 1, "b": [2.0]}, {"a": 1}, {"a": "1", "b": [2.5]}]
+    assert results.digest(contents[0]) == results.digest(dict(reversed(contents[0].items())))
+    assert all(results.digest(one) != results.digest(other) for one, other in itertools.combinations(contents, 2))
