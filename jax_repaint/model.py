@@ -133,9 +133,7 @@ def make_schedule(numbers: dict[str, float]) -> Schedule:
     return Schedule.linear(int(steps), float(numbers["min_beta"]), float(numbers["max_beta"]))
 
 
-def make_denoiser(
-    form: str, graphdef: Any, params: dict, gaussian: PrincipalGaussian, schedule: Schedule
-) -> Denoiser:
+def make_denoiser(form: str, graphdef: Any, params: dict, gaussian: PrincipalGaussian, schedule: Schedule) -> Denoiser:
     """The denoiser of a form; the linear prior gives it the ocean, and those built on it more than that."""
     if form == "eps":
         return EpsDenoiser(params, schedule, graphdef)

@@ -26,6 +26,7 @@ import functools
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -512,11 +513,16 @@ def simulate(twin: Twin, window: int, hours: int = WINDOW) -> np.ndarray:
     return velocity
 
 
+_parsing = threading.Lock()
+
+
 def _window(twin: Twin, window: int, hours: int, folder: Path | None) -> np.ndarray:
     """A window from the cache, or simulated and put there."""
     path = folder and folder / f"{window:04d}.npy"
     if path and path.exists():
-        kept = np.load(path, allow_pickle=False, mmap_mode="r")
+        # NumPy parses the header as Python, which two threads must not do at once (CPython 3.11 then raises SystemError).
+        with _parsing:
+            kept = np.load(path, allow_pickle=False, mmap_mode="r")
         if len(kept) >= hours:
             return kept[:hours]
     velocity = simulate(twin, window, hours)
