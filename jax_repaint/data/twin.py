@@ -520,7 +520,7 @@ def _window(twin: Twin, window: int, hours: int, folder: Path | None) -> np.ndar
     """A window from the cache, or simulated and put there."""
     path = folder and folder / f"{window:04d}.npy"
     if path and path.exists():
-        # NumPy parses the header as Python, which two threads must not do at once (CPython 3.11 then raises SystemError).
+        # NumPy parses the header as Python; in CPython 3.11 two threads that do so at once raise SystemError.
         with _parsing:
             kept = np.load(path, allow_pickle=False, mmap_mode="r")
         if len(kept) >= hours:
