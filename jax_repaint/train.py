@@ -10,11 +10,13 @@
 
     python -m jax_repaint.train --config=configs/attn.py --workdir=runs/attn
 
-Starting it again on the same workdir continues the run, bit for bit as if it had never stopped.
+Starting it again on the same workdir continues the run, bit for bit as if it had never stopped. All devices share each
+batch, those of several processes too (distributed.py); the loss is that of one device but for rounding.
 """
 
 import dataclasses
 import importlib.metadata
+import json
 import math
 import signal
 import sys
@@ -32,9 +34,10 @@ import pandas as pd
 import tqdm
 from absl import flags, logging
 from flax import nnx, traverse_util
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from jax_repaint import command, files, guide, model, observe, plots
+from jax_repaint import command, distributed, files, guide, model, observe, plots
 from jax_repaint.array_types import Array, Field, Float, Key, Level
 from jax_repaint.checkpoint import Checkpoints, claim, holds_run
 from jax_repaint.conditional import ConditionalDenoiser
@@ -49,6 +52,8 @@ from jax_repaint.prior import gp, linear
 
 # Keys are folded from (seed, purpose, ...), so that no two purposes share a number.
 ORDER, NOISE, HELD_OUT = range(3)
+SHARES = (1.0, 0.5, 0.1)  # of the training covariance in the linear prior
+BLENDED = 6000  # ocean cells up to which a kernel's covariance is blended in; its root takes N^3 / 3 products
 
 
 class Diverged(Exception):
@@ -230,16 +235,26 @@ def prepare(fields: Fields, config: ConfigDict) -> Prepared:
     train, ocean = fields_lib.prepare(fields.select(split.train), standardiser, multiple)
     validation, _ = fields_lib.prepare(fields.select(split.validation), standardiser, multiple)
     gaussian, kernel, choice = fit_priors(
-        fields.select(split.train), train, validation, ocean, config.model.rank, config.model.gp_steps
+        fields.select(split.train), train, validation, ocean, config.model.rank, config.model.gp_steps, standardiser
     )
     return Prepared(train, validation, split, standardiser, gaussian, kernel, choice)
 
 
 def fit_priors(
-    fields: Fields, train: np.ndarray, validation: np.ndarray, ocean: np.ndarray, rank: int, gp_steps: int
+    fields: Fields,
+    train: np.ndarray,
+    validation: np.ndarray,
+    ocean: np.ndarray,
+    rank: int,
+    gp_steps: int,
+    standardiser: Standardiser,
 ) -> tuple[PrincipalGaussian, gp.Kernel, linear.Choice]:
-    """The linear prior, chosen on validation frames, and the GP by marginal likelihood of training frames."""
-    gaussian = linear.fit(train, ocean, rank)
+    """The linear prior, chosen on validation frames, and the GP by marginal likelihood of training frames.
+
+    The linear prior is the training covariance, or a blend with the covariance of the GP where that does better.
+    """
+    climatology = gp.background("climatology", fields.velocity, fields.ocean)
+    kernel, _ = gp.fit("matern32", fields.velocity, fields.ocean, fields.places(), climatology, gp_steps)
     frames = validation[np.unique(np.linspace(0, len(validation) - 1, 48).astype(int))]
     patterns = []
     for spec in observe.usual(fields.ocean):
@@ -247,10 +262,16 @@ def fit_priors(
             seen = observe.parse(spec, fields.ocean, observe.pattern_rng(0, draw))
             pattern = observe.from_cells(seen, np.zeros((*seen.shape, 2)), 0.01, fields.ocean)
             patterns.append(observe.pad_grid(pattern, seen.shape, ocean.shape))
-    gaussian, choice = linear.select(gaussian, frames, patterns)
+    root = None
+    if fields.ocean.sum() <= BLENDED:
+        root = gp.prior_root(kernel, fields.ocean, fields.places()).rows(standardiser.std)
+    found = []
+    for share in SHARES if root is not None else (1.0,):
+        gaussian = linear.fit(train, ocean, rank, share=share, kernel_root=root)
+        chosen, choice = linear.select(gaussian, frames, patterns)
+        found.append((choice.error, chosen, dataclasses.replace(choice, share=share)))
+    _, gaussian, choice = min(found, key=lambda candidate: candidate[0])
     logging.info("linear prior: %s", choice)
-    climatology = gp.background("climatology", fields.velocity, fields.ocean)
-    kernel, _ = gp.fit("matern32", fields.velocity, fields.ocean, fields.places(), climatology, gp_steps)
     return gaussian, kernel, choice
 
 
@@ -383,10 +404,12 @@ def make_steps(
     steps: Plan,
     ocean: Array,
     grid: tuple[int, int] | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[State, Array], tuple[State, Array]]:
     """dispatch(state, data) -> state, losses: `steps.dispatch` training steps in one call of the device.
 
-    `ocean` is (Y, X, 1); `grid` (y, x) is what it was before it was padded, which mirrors leave where it is.
+    `ocean` is (Y, X, 1); `grid` (y, x) is what it was before it was padded, which mirrors leave where it is. Devices of
+    `mesh` share each batch.
     """
     t = config.train
     key = jax.random.key(t.seed)
@@ -408,6 +431,7 @@ def make_steps(
             x0 = x0 * ocean[None]
         places = make_places(where, len(x0), stratified)
         keys = jax.random.split(noise, len(x0))
+        x0, keys, places = distributed.split((x0, keys, places), mesh)
         return jnp.mean(jax.vmap(loss, (None, 0, 0, 0, None))(params, x0, keys, places, True))
 
     def one(state: State, order: Array, data: Array) -> tuple[State, Array]:
@@ -442,7 +466,7 @@ def make_steps(
         value = jnp.where(jnp.isfinite(norm), value, norm)
         return State(params, ema, optimiser_state, state.step + 1, sums, state.best), value
 
-    @partial(jax.jit, donate_argnums=0, static_argnums=2)
+    @partial(distributed.jit, mesh=mesh, donate_argnums=0, static_argnums=2)
     def run(state: State, data: Array, count: int) -> tuple[State, Array]:
         epoch = state.step // steps.epoch
         order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch), len(data))
@@ -462,11 +486,15 @@ def make_steps(
     return dispatch
 
 
-def make_held_out(config: ConfigDict, loss: Loss, data: np.ndarray) -> Callable[[dict], Level]:
+def make_held_out(
+    config: ConfigDict, loss: Loss, data: np.ndarray, mesh: Mesh | None = None
+) -> Callable[[dict], Level]:
     """held_out(params): loss of validation frames, each with noise and level of its own that never change."""
     count = min(config.train.held_out or len(data), len(data))
     index = np.linspace(0, len(data) - 1, count).astype(int)
     batch = min(config.train.batch, count)
+    if mesh is not None:
+        batch = -(-batch // mesh.size) * mesh.size
     padding = -count % batch
     rows = np.pad(index, (0, padding), mode="edge").reshape(-1, batch)
     counted = (np.arange(count + padding) < count).reshape(-1, batch)
@@ -474,14 +502,15 @@ def make_held_out(config: ConfigDict, loss: Loss, data: np.ndarray) -> Callable[
     places = np.random.default_rng(0).permutation((np.arange(count) + 0.5) / count)
     places = np.pad(places, (0, padding), mode="edge").reshape(-1, batch).astype(np.float32)
     key = jax.random.fold_in(jax.random.key(config.train.seed), HELD_OUT)
-    kept, rows = jnp.asarray(data[np.unique(index)]), np.searchsorted(np.unique(index), rows)
+    kept, rows = distributed.replicate(data[np.unique(index)], mesh), np.searchsorted(np.unique(index), rows)
 
-    @jax.jit
+    @partial(distributed.jit, mesh=mesh)
     def held_out(params: dict, kept: Array) -> Level:
         def part(total: Level, now: tuple) -> tuple[Level, None]:
             rows, places, counted = now
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-            losses = jax.vmap(loss, (None, 0, 0, 0, None))(params, kept[rows], keys, places, False)
+            x0, keys, places = distributed.split((kept[rows], keys, places), mesh)
+            losses = jax.vmap(loss, (None, 0, 0, 0, None))(params, x0, keys, places, False)
             return total + jnp.sum(jnp.where(counted, losses, 0.0)), None
 
         inputs = (jnp.asarray(rows, jnp.int32), jnp.asarray(places), jnp.asarray(counted))
@@ -508,7 +537,7 @@ class Stop:
 
 
 def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progress: bool = True) -> Model | None:
-    """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM stopped it.
+    """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM stopped it (any process).
 
     Raises:
       InputError: configuration, data or workdir cannot be used.
@@ -516,38 +545,49 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     """
     workdir = Path(workdir)
     check_config(config)
+    mesh = distributed.over_all_devices(config.train.batch)
     if fields is None:
-        fields = load_fields(config.data.fields, config.data.frames, config.data.twin_seed)
+        settings = config.data.fields, config.data.frames, config.data.twin_seed
+        fields = distributed.at_all(lambda: load_fields(*settings))
     run = (workdir, config.to_dict(), {"fields": fields.hash(), "name": fields.name})
-    resuming = holds_run(*run)
+    distributed.check_same(json.dumps(run[1:]), "configuration and data")
+    (resuming,) = distributed.any_of(bool(distributed.at_first(lambda: holds_run(*run))))
     network = network_config(config)
     graphdef, params = unet.create(network, config.train.seed)
     if config.init_from and not resuming:
-        params = _weights_of(config.init_from, network)
+        params = distributed.at_first(lambda: _weights_of(config.init_from, network)) or params
     data = prepare(fields, config)
     steps = plan(len(data.train), config)
     # Only now: a run that is refused leaves a workdir that the corrected command can have.
     if not resuming:
-        claim(*run)
+        distributed.at_first(lambda: claim(*run))
     optimiser, rate = make_optimiser(config, steps)
     # A copy: the state is donated, and two names must not share one buffer.
     ema = jax.tree.map(jnp.copy, params)
     state = State(params, ema, optimiser.init(params), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
-    checkpoints = Checkpoints.open(workdir, config.train.keep)
-    restored = checkpoints.restore(state)
+    checkpoints = distributed.at_first(lambda: Checkpoints.open(workdir, config.train.keep))
+    restored = distributed.at_first(lambda: checkpoints.restore(state))
     if restored is not None:
         state = jax.tree.map(jnp.asarray, restored)
         if config.reset_best:
             state = state._replace(best=jnp.float32(jnp.inf))
+    state = distributed.replicate(distributed.same(state), mesh)
     loss = make_loss(config, data.gaussian, graphdef)
-    dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape)
-    held_out = make_held_out(config, loss, data.validation)
-    linear_loss = float(make_held_out(config, make_loss(config, data.gaussian, None), data.validation)({}))
+    dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape, mesh)
+    held_out = make_held_out(config, loss, data.validation, mesh)
+    linear_loss = float(make_held_out(config, make_loss(config, data.gaussian, None), data.validation, mesh)({}))
     logging.info("held-out loss of the exact Gaussian denoiser: %.5g", linear_loss)
-    log = Log(workdir, int(state.step) // steps.epoch, config.tensorboard)
+    first = jax.process_index() == 0
+    log = distributed.at_first(lambda: Log(workdir, int(state.step) // steps.epoch, config.tensorboard))
 
-    def export(state: State) -> Model:
-        trained = Model(
+    def save(state: State, best: bool) -> None:
+        distributed.at_first(lambda: checkpoints.save(int(state.step), state, best))
+
+    def record(row: dict[str, float]) -> None:
+        distributed.at_first(lambda: log.add(row))
+
+    def make_model(state: State) -> Model:
+        return Model(
             network=network,
             form=config.model.form,
             params=jax.tree.map(np.asarray, state.ema),
@@ -577,17 +617,20 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
                 "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
             },
         )
-        model.save(trained, workdir / "model")
-        return trained
 
-    frames = jnp.asarray(data.train)
+    def export(state: State) -> Model:
+        best = make_model(state)
+        distributed.at_first(lambda: model.save(best, workdir / "model"))
+        return best
+
+    frames = distributed.replicate(data.train, mesh)
     trained = None
     done = int(state.step)
     saved, began, begun = time.monotonic(), time.monotonic(), done
     with (
         Stop() as stop,
         tqdm.tqdm(
-            total=steps.total, initial=done, unit="step", desc="train", disable=None if progress else True
+            total=steps.total, initial=done, unit="step", desc="train", disable=None if progress and first else True
         ) as bar,
     ):
         while done < steps.total:
@@ -595,7 +638,7 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
             losses = np.asarray(losses)
             if not np.isfinite(losses).all():
                 at = done + int(np.flatnonzero(~np.isfinite(losses))[0])
-                last = checkpoints.last.latest_step()
+                last = int(distributed.same(np.int32(checkpoints.last.latest_step() or 0 if first else 0)))
                 kept = f"the state of step {last} is in {workdir}" if last else "no state was saved before"
                 raise Diverged(
                     f"the loss or its gradient is not finite at step {at}; {kept}. "
@@ -604,13 +647,15 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
             done += steps.dispatch
             bar.update(steps.dispatch)
             bar.set_postfix(loss=f"{losses.mean():.4g}")
+            late = time.monotonic() - saved > 60 * config.train.save_minutes
+            stopping, saving = distributed.any_of(stop.asked, late)
             if done % steps.epoch == 0:
                 plain, averaged = float(held_out(state.params)), float(held_out(state.ema))
                 if not math.isfinite(averaged):
                     raise Diverged(f"the held-out loss is not finite at step {done}")
                 sums = np.asarray(state.sums) / steps.epoch
                 seconds = time.monotonic() - began
-                log.add(
+                record(
                     {
                         "epoch": done // steps.epoch,
                         "step": done,
@@ -624,21 +669,28 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
                     }
                 )
                 better = averaged < float(state.best)
-                state = state._replace(sums=jnp.zeros(2), best=jnp.float32(averaged) if better else state.best)
+                best = jnp.float32(averaged) if better else state.best
+                state = state._replace(**distributed.replicate({"sums": jnp.zeros(2), "best": best}, mesh))
                 # The model first: a run killed in between repeats the epoch and writes both.
                 if better:
                     trained = export(state)
-                checkpoints.save(done, state, better)
+                save(state, better)
                 saved = began = time.monotonic()
                 begun = done
-            elif stop.asked or time.monotonic() - saved > 60 * config.train.save_minutes:
-                checkpoints.save(done, state, False)
+            elif stopping or saving:
+                save(state, False)
                 saved = time.monotonic()
-            if stop.asked:
-                checkpoints.close()
-                return None
-    checkpoints.close()
-    return trained or model.load(workdir / "model")
+            if stopping:
+                break
+    distributed.at_first(lambda: checkpoints.close())
+    if done < steps.total:
+        return None
+    if trained is None:
+        # The others take the place of theirs.
+        trained = distributed.at_first(lambda: model.load(workdir / "model")) or make_model(state)
+        training = json.loads(distributed.same_text(json.dumps(trained.training)))
+        trained = dataclasses.replace(trained, params=distributed.same(trained.params), training=training)
+    return trained
 
 
 def sigma_range(config: ConfigDict) -> tuple[float, float]:
@@ -701,6 +753,7 @@ def _define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/attn.py or configs/attn.py:smoke.")
     flags.DEFINE_string("workdir", None, "Folder of the run; an existing run in it is continued.")
     flags.mark_flags_as_required(["config", "workdir"])
+    distributed.define_flags()
 
 
 def main(_) -> None:
@@ -711,12 +764,14 @@ def main(_) -> None:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
     if trained is None:
-        print(f"stopped; the same command continues from {FLAGS.workdir}")
+        if jax.process_index() == 0:
+            print(f"stopped; the same command continues from {FLAGS.workdir}")
         sys.exit(143)
     loss = trained.training["held_out_loss"]
-    print(f"lowest held-out loss {loss:.5g}; the model is in {Path(FLAGS.workdir) / 'model'}")
+    if jax.process_index() == 0:
+        print(f"lowest held-out loss {loss:.5g}; the model is in {Path(FLAGS.workdir) / 'model'}")
 
 
 if __name__ == "__main__":
     _define_flags()
-    command.run(main)
+    command.run(distributed.connected(main))

@@ -283,7 +283,7 @@ def test_held_out_loss_is_fixed_and_knows_no_batches(noise_frames, frames):
         ("train.warmup_epochs", 3.0, "less than train.epochs"),
         ("noise.sigma_min", 200.0, "sigma_min < sigma_max"),
         ("noise.max_beta", 1.5, "beta"),
-        ("noise.steps", 0, "beta"),
+        ("noise.steps", 0, "2 to 1,000,000 steps, got 0"),
     ],
 )
 def test_values_that_cannot_work_are_refused(name, value, words):

@@ -1,0 +1,283 @@
+"""Runs every point of a sweep on the same held-out frames, and compares them with each other and with baselines.
+
+    python -m jax_repaint.sweep --config=configs/sweeps/gamma.py --workdir=sweeps/gamma
+    python -m jax_repaint.sweep --config=configs/sweeps/gamma.py --workdir=sweeps/gamma --dry_run
+
+Points that differ in numbers only are one compiled program. Its batch is points x frames x members, in chunks that fit
+into the memory of the device, spread over all local devices. Random keys depend on seed, frame, member and stage
+alone, so that the table is the same whatever the chunks, the devices, the processes and the order.
+
+Rows are written batch by batch (results.py). Started again on the same workdir, the sweep goes on where it was; the
+last process to finish writes rows.parquet, table.csv, table.txt and pictures.
+
+Several processes, on one machine or many, share a sweep with --process_index and --process_count; each takes every
+P-th case. With --distributed they learn their numbers from Slurm or the TPU pod (distributed.py).
+"""
+
+import concurrent.futures
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import flags, logging
+from ml_collections import config_flags
+
+from jax_repaint import command, comparison, distributed, metrics, results
+from jax_repaint.batches import Group, Sampler, Samples, left_of, make_batches, make_groups
+from jax_repaint.errors import InputError
+from jax_repaint.points import Point, calls_by_stage
+from jax_repaint.study import Cases, Estimates, Study, Where, open_study
+
+EDGES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, math.inf)  # cells, of errors by distance
+
+
+# --- rows -----------------------------------------------------------------------------------------------------
+
+
+def make_rows(
+    study: Study, point: Point, where: Where, estimates: Estimates, samples: Samples, compile_seconds: float
+) -> list[dict[str, Any]]:
+    """Rows of results.SCHEMA of one task: every stage, every size of the ensemble."""
+    case, scored, ocean = estimates.case, estimates.scored, study.fields.ocean
+    calls = calls_by_stage(study.programs[point.number])
+    common = {
+        "task": study.task(point, where),
+        "point": point.number,
+        "label": point.label,
+        "method": point.method,
+        "settings": json.dumps(point.settings, sort_keys=True),
+        "pattern": where.pattern,
+        "seed": where.seed,
+        "frame": where.frame,
+        "time": case.time,
+        "block": study.blocks[point.consecutive],
+        "observed": int(case.observed.sum()),
+        "ocean": int(ocean.sum()),
+        "antithetic": point.paired,
+        "cells": int(scored.sum()),
+        "compile_seconds": compile_seconds,
+    } | {f"mse_{name}": metrics.mse(field, case.truth, scored) for name, field in estimates.baselines.items()}
+    rows = []
+    for stage, size in itertools.product(range(len(calls)), point.sizes(study.config)):
+        share = size / study.config.members * (calls[stage] / calls[-1] if calls[-1] else 1)
+        row = common | {
+            "stage": stage + 1,
+            "members": size,
+            "calls": size * calls[stage],
+            "device_seconds": share * samples.seconds,
+        }
+        failed = [text for text in samples.failed_at[:size, stage] if text]
+        row |= {"failed_members": len(failed), "failed_at": failed[0] if failed else ""}
+        if not failed:
+            members = samples.x[:size, stage]
+            row |= vars(metrics.score(case.truth, members, scored, ocean, antithetic=point.paired))
+            row |= _by_distance(estimates, members.mean(0))
+        rows.append(row)
+    return rows
+
+
+def _by_distance(estimates: Estimates, mean: np.ndarray) -> dict[str, list[float]]:
+    case = estimates.case
+    errors = metrics.error_by_distance(
+        mean, estimates.baselines["linear"], case.truth, estimates.scored, case.observed, EDGES
+    )
+    return {
+        "distance_edges": list(EDGES),
+        "distance_cells": errors.counts.tolist(),
+        "distance_mean": errors.mean.tolist(),
+        "distance_linear": errors.baseline.tolist(),
+    }
+
+
+# --- the sweep ------------------------------------------------------------------------------------------------
+
+
+def run(study: Study, workdir: Path, index: int = 0, count: int = 1, progress: bool = True) -> str | None:
+    """Runs what is left of process `index` of `count`; the table if nothing is left of any, else None.
+
+    Raises:
+      InputError: the workdir is another's, is in use, or cannot be written.
+    """
+    if not 0 <= index < count:
+        raise InputError(f"process {index} is not one of {count}, which are numbered from 0")
+    workdir = Path(workdir)
+    with results.locked(workdir, index, count):
+        results.claim(workdir, study.identity)
+        if count == 1:
+            results.remove_unfinished(workdir)
+        done = set(results.read_parts(workdir, remove_damaged=True)["task"])
+        groups = make_groups(study)
+        mine = [(point, where) for group in groups for point in group.points for where in group.cases[index::count]]
+        before = sum(_weight(study, point) for point, where in mine if study.task(study.points[point], where) in done)
+        total, hidden = sum(_weight(study, point) for point, _ in mine), None if progress else True
+        with tqdm.tqdm(total=total, initial=before, unit="call", unit_scale=True, desc="sweep", disable=hidden) as bar:
+            for number, group in enumerate(groups, start=1):
+                bar.set_postfix_str(f"group {number} of {len(groups)}")
+                for rows in run_group(study, group, done, index, count):
+                    results.write_part(workdir, rows)
+                    finished = {(row["task"], row["point"]) for row in rows}
+                    done |= {task for task, _ in finished}
+                    bar.update(sum(_weight(study, point) for _, point in finished))
+        return conclude(study, workdir, groups)
+
+
+def _weight(study: Study, number: int) -> int:
+    """Network calls of a task, by which the time left is estimated."""
+    return study.config.members * max(calls_by_stage(study.programs[number])[-1], 1)
+
+
+def run_group(study: Study, group: Group, done: set[str], index: int, count: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each batch that is left of a group; the cases of the next one are made while the device works."""
+    left = left_of(study, group, done, index, count)
+    if not left:
+        return
+    point = study.points[group.points[0]]
+    cases = Cases(study, study.models[point.model], point.prior)
+    sampler = Sampler.plan(study, group, left, cases.make([next(iter(left))])[0])
+    batches = make_batches(left, sampler.shape)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(cases.make, batches[0].cases)
+        for batch, following in itertools.zip_longest(batches, batches[1:]):
+            estimates = coming.result()
+            if following is not None:
+                coming = pool.submit(cases.make, following.cases)
+            made = sampler.run(batch, estimates)
+            rows = []
+            for (number, case), samples in made.items():
+                task = study.points[number], batch.cases[case]
+                if study.task(*task) not in done:
+                    rows += make_rows(study, *task, estimates[case], samples, sampler.seconds or 0.0)
+            yield rows
+
+
+def conclude(study: Study, workdir: Path, groups: Sequence[Group]) -> str | None:
+    """Writes rows, table and pictures if every task is done, and returns the table as text."""
+    rows = results.read_parts(workdir)
+    wanted = {study.task(study.points[p], where) for group in groups for p in group.points for where in group.cases}
+    rows = rows[rows["task"].isin(wanted)]
+    left = len(wanted) - rows["task"].nunique()
+    if left:
+        logging.info("%d of %d tasks are left to other processes", left, len(wanted))
+        return None
+    return comparison.write(rows, workdir, study.config.x, study.config.curve, study.config.title)
+
+
+def describe(study: Study) -> str:
+    """What the sweep would do: groups, programs, batches, memory, time; compiles, and samples nothing."""
+    groups, lines, seconds, compiled = make_groups(study), [], 0.0, 0
+    for number, group in enumerate(groups, start=1):
+        text, sampler, spent = _describe_group(study, group)
+        lines.append(f"group {number}: {text}")
+        seconds += spent
+        compiled += sampler.seconds is not None
+    tasks = sum(len(group.points) * len(group.cases) for group in groups)
+    devices = f"{jax.local_device_count()} {jax.default_backend()} device{'s' * (jax.local_device_count() > 1)}"
+    lines.append(
+        f"{len(groups)} groups, {compiled} compilations, {tasks} tasks, about {duration(seconds)} on {devices}"
+    )
+    return "\n".join(lines)
+
+
+def _describe_group(study: Study, group: Group) -> tuple[str, Sampler, float]:
+    """Text, compiled sampler and estimated seconds of a group."""
+    point = study.points[group.points[0]]
+    cases = Cases(study, study.models[point.model], point.prior)
+    (example,) = cases.make(group.cases[:1])
+    began = time.perf_counter()
+    cases.make(group.cases[-1:])
+    host = (time.perf_counter() - began) * len(group.cases)
+    left = left_of(study, group)
+    sampler = Sampler.plan(study, group, left, example)
+    batches = make_batches(left, sampler.shape)
+    calls = len(group.points) * len(group.cases) * _weight(study, point.number)
+    on_device = calls * _seconds_a_call(study, sampler)
+    names = ", ".join(study.points[p].label for p in group.points[:4]) + ", ..." * (len(group.points) > 4)
+    program = "no program of its own"
+    if sampler.seconds is not None:
+        program = f"one program, compiled in {sampler.seconds:.1f} s, {sampler.memory / 1e9:.2g} GB"
+    text = "\n  ".join(
+        [
+            names,
+            f"{len(group.points)} points x {len(group.cases)} cases x {study.config.members} members, "
+            f"{calls} network calls",
+            f"{len(batches)} batches of up to {sampler.shape[0]} points x {sampler.shape[1]} cases, "
+            f"{sampler.chunk} members a call",
+            f"{program}; about {duration(on_device)} on the device",
+        ]
+    )
+    # The host makes cases while the device samples.
+    return text, sampler, (sampler.seconds or 0) + max(on_device, host)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _seconds_a_call(study: Study, sampler: Sampler) -> float:
+    """Time of one network call of one member, measured at the group's batch."""
+    program = study.programs[sampler.group.points[0]]
+    if program is None:
+        return 0.0
+    guided = program[0].guided if sampler.repaint else program.correction in ("cov_pigdm", "pigdm", "mmps", "dps")
+    denoiser = sampler.trained.denoiser
+    x = jnp.zeros((sampler.chunk, *sampler.trained.padded, 2))
+
+    def estimate(x: jax.Array, denoiser: Any) -> jax.Array:
+        return jax.vmap(lambda one: denoiser(one, jnp.float32(1.0)))(x)
+
+    def gradient(x: jax.Array, denoiser: Any) -> jax.Array:
+        return jax.grad(lambda x: jnp.sum(estimate(x, denoiser) ** 2))(x)
+
+    call = jax.jit(gradient if guided else estimate)
+    call(x, denoiser).block_until_ready()
+    began = time.perf_counter()
+    call(x, denoiser).block_until_ready()
+    return (time.perf_counter() - began) / sampler.chunk / jax.local_device_count()
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Sweep, such as configs/sweeps/gamma.py, with :smoke for a trial.")
+    flags.DEFINE_string("workdir", None, "Folder of the sweep; what is finished in it is not run again.")
+    flags.DEFINE_boolean("dry_run", False, "Say what would be done, with memory and time, and write nothing.")
+    flags.DEFINE_string("cache", None, "Private folder where compiled programs are kept for other runs.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    distributed.define_flags()
+
+
+def main(_) -> None:
+    """Runs or continues a sweep, and prints its table."""
+    if FLAGS.cache:
+        jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    study = open_study(FLAGS.config)
+    if FLAGS.dry_run:
+        print(describe(study))
+        return
+    index, count = FLAGS.process_index, FLAGS.process_count
+    if count is None:
+        index, count = jax.process_index(), jax.process_count()
+    text = run(study, Path(FLAGS.workdir), index, count)
+    if text is None:
+        print(f"process {index} of {count} is done; the last one writes the table")
+    else:
+        print(f"{text}\n\nwrote {', '.join(comparison.FILES)} in {FLAGS.workdir}")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    command.run(distributed.connected(main, together=False))

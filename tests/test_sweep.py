@@ -1,0 +1,515 @@
+"""A sweep gives the same rows however it is cut up, spread out, stopped and started again, and they are right."""
+
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from jax_repaint import comparison, ensemble, evaluate, metrics, model, results, sample, sweep
+from jax_repaint.batches import make_groups
+from jax_repaint.data import readers
+from jax_repaint.errors import InputError
+from jax_repaint.points import default_config, read_points, smoke
+from jax_repaint.posterior import Posterior, evidence_for
+from jax_repaint.study import Cases, open_study
+
+CONFIG = """
+from jax_repaint.points import default_config, smoke
+
+def sweep(add):
+    for floor in (0.2, 0.7):
+        add(method="two_stage", t_start=3, t_refine=2, noise_floor=floor)
+    add(method="kalman", levels=3)
+    add(method="gp_init", t_start=3, prior="seed_gp", label="seed's start")
+    add(method="guided", t_start=3, guidance_scale=1e30)
+
+def get_config(arg=""):
+    config = default_config(sweep)
+    config.frames, config.members, config.sizes, config.resample_steps = 2, 4, (2,), 2
+    config.patterns = "line:3,cells:0.1"
+    config.x = "method"
+    return smoke(config, arg)
+"""
+CASES = 2 * 2  # patterns, frames
+TASKS = 5 * CASES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    readers.write(tiny.fields(), folder / "tiny.nc")
+    model.save(tiny.model(data=readers.read(folder / "tiny.nc")), folder / "model")
+    (folder / "config.py").write_text(CONFIG)
+    tiny.compile_once(folder / "cache")
+    yield folder
+    tiny.compile_as_usual()
+
+
+def make_config(folder, points=5, **changes):
+    """The sweep of CONFIG with its first `points` points."""
+    scope = {}
+    exec(CONFIG, scope)
+    config = scope["get_config"]()
+    config.model, config.fields = str(folder / "model"), str(folder / "tiny.nc")
+    config.points = ConfigDict({name: config.points[name] for name in sorted(config.points)[:points]})
+    config.update(changes)
+    return config
+
+
+def go(config, workdir, **options):
+    text = sweep.run(open_study(config), workdir, progress=False, **options)
+    return text, results.read_parts(workdir)
+
+
+@pytest.fixture(scope="module")
+def study(folder):
+    return open_study(make_config(folder))
+
+
+@pytest.fixture(scope="module")
+def first(folder, study):
+    """Workdir and rows of a whole sweep."""
+    workdir = folder / "first"
+    text = sweep.run(study, workdir, progress=False)
+    assert text == (workdir / "table.txt").read_text().rstrip("\n")
+    return workdir, results.read_parts(workdir)
+
+
+def check_same(rows, expected, points=5, exact=False):
+    """Equal but for times; network outputs differ in the last digits between batches of different size."""
+    rows, expected = (r.drop(columns=results.TIMES) for r in (rows, expected[expected["point"] < points]))
+    pd.testing.assert_frame_equal(rows, expected, check_exact=exact, **({} if exact else {"rtol": 1e-4, "atol": 1e-9}))
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def test_every_task_has_its_rows(first):
+    rows = first[1]
+    assert rows["task"].nunique() == TASKS
+    assert not rows.duplicated(results.KEY).any()
+    stages = rows.groupby("method")["stage"].max()
+    assert stages.to_dict() == dict.fromkeys(stages.index, 1) | {"two_stage": 2}
+    assert len(rows) == 2 * (TASKS + 2 * CASES)
+    assert set(rows["members"]) == {2, 4}
+    calls = rows[rows["members"] == 4].groupby(["method", "stage"])["calls"].first()
+    assert calls["two_stage"].tolist() == [4 * 7, 4 * (7 + 5)]
+    assert (calls["gp_init"].tolist(), calls["kalman"].tolist()) == ([28], [12])
+
+
+def test_members_are_those_of_the_samplers(folder, study, first):
+    """Rows of one frame against the ensembles sampled one by one, with scores of their first members."""
+    rows, trained = first[1], model.load(folder / "model")
+    fields = readers.read(folder / "tiny.nc")
+    where = study.cases[False][3]
+    (case,) = evaluate.make_cases(trained, fields.select([where.frame]), [where.frame], [where.pattern], where.seed)
+    known = jax.tree.map(lambda leaf: leaf[None], evaluate.known_of(trained, case))
+    stages = sample.method("two_stage", 250, t_start=3, t_refine=2, noise_floor=0.7, resample_steps=2)
+    x = ensemble.repaint_ensemble(
+        trained.denoiser, known, trained.steps, stages, frames=[where.frame], members=4, seed=where.seed
+    ).x[0]
+    hyper = Posterior.create(min(evaluate.START, trained.sigma[1]), max(trained.sigma[0], 0.01), 3)
+    evidence = evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian)
+    pairs = ensemble.posterior_ensemble(
+        trained.denoiser, evidence, trained.gaussian, case.analysis, hyper,
+        frame=where.frame, members=4, seed=where.seed,
+    )  # fmt: skip
+    scored = metrics.scored_cells(case.truth, fields.ocean, case.observed)
+    for point, stage, members in ((1, 1, x[:, 0]), (1, 2, x[:, 1]), (2, 1, pairs)):
+        velocity = evaluate._to_velocity(trained, members)
+        for size in (2, 4):
+            expected = metrics.score(case.truth, velocity[:size], scored, fields.ocean, antithetic=point == 2)
+            keys = {"point": point, "seed": where.seed, "pattern": where.pattern, "frame": where.frame}
+            keys |= {"stage": stage, "members": size}
+            (row,) = rows[(rows[list(keys)] == list(keys.values())).all(axis=1)].to_dict("records")
+            for name, value in vars(expected).items():
+                assert row[name] == pytest.approx(value, rel=1e-4, nan_ok=True), name
+
+
+def test_baselines_are_those_of_evaluate(folder, study, first):
+    trained, fields = model.load(folder / "model"), readers.read(folder / "tiny.nc")
+    rows = first[1]
+    for where in study.cases[False][1:3]:
+        (case,) = evaluate.make_cases(trained, fields.select([where.frame]), [where.frame], [where.pattern], where.seed)
+        scored = metrics.scored_cells(case.truth, fields.ocean, case.observed)
+        mine = rows[(rows["frame"] == where.frame) & (rows["seed"] == where.seed) & (rows["pattern"] == where.pattern)]
+        for name in results.BASELINES:
+            made = evaluate.run_method(name, trained, fields, [case], 1).members[0][0]
+            np.testing.assert_allclose(mine[f"mse_{name}"], metrics.mse(made, case.truth, scored), rtol=1e-5)
+
+
+def test_the_prior_is_what_the_point_says(study):
+    where = study.cases[False][:1]
+    (linear,), (seed_gp,) = (Cases(study, study.models[p.model], p.prior).make(where) for p in study.points[2:4])
+    ocean = study.fields.ocean
+    trained = study.models[study.points[0].model]
+    start = evaluate._to_velocity(trained, seed_gp.known.prior_mean)
+    np.testing.assert_allclose(start[ocean], seed_gp.baselines["seed_gp"][ocean], atol=1e-6)
+    start = evaluate._to_velocity(trained, linear.known.prior_mean)
+    np.testing.assert_allclose(start[ocean], linear.baselines["linear"][ocean], atol=1e-6)
+    variance = np.asarray(seed_gp.known.prior_variance)
+    np.testing.assert_allclose(variance[..., 0], variance[..., 1], rtol=1e-6)
+    assert np.asarray(seed_gp.known.missing).sum() == linear.scored.sum()
+
+
+def test_a_point_that_diverges_is_marked_and_the_others_go_on(first):
+    workdir, rows = first
+    failed = rows[rows["method"] == "guided"]
+    assert (failed["failed_members"] == failed["members"]).all()
+    assert failed["failed_at"].str.match(r"stage 1, iteration \d, t 3").all()
+    assert failed[["mse_member", "mse_mean", "crps"]].isna().all(axis=None)
+    assert np.isfinite(rows[rows["method"] != "guided"]["mse_mean"]).all()
+    assert "2/2" in (workdir / "table.txt").read_text()
+
+
+def test_files(first):
+    workdir = first[0]
+    assert set(comparison.FILES) <= {path.name for path in workdir.iterdir()}
+    table = pd.read_csv(workdir / "table.csv")
+    assert len(table) == 2 * 2 * (5 + 2)
+    rows = pd.read_parquet(workdir / "rows.parquet")
+    check_same(rows, first[1], exact=True)
+
+
+# --- batches, devices, processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_rows_do_not_depend_on_the_batch(folder, first, tmp_path, batch):
+    check_same(go(make_config(folder, 3, batch=batch), tmp_path)[1], first[1], 3)
+
+
+def test_batches_keep_to_the_memory(folder, first, tmp_path, caplog):
+    check_same(go(make_config(folder, 2, batch=16, memory_gb=2e-4), tmp_path)[1], first[1], 2)
+    assert "members a call need" in caplog.text
+
+
+def test_one_program_a_group(folder, tmp_path, caplog):
+    with jax.log_compiles():
+        # No other test has chunks of this size.
+        go(make_config(folder, 3, members=10), tmp_path)
+    compiled = [m.split(" with ")[0] for m in caplog.messages if m.startswith("Compiling")]
+    assert sum("_repaint_rows" in m for m in compiled) == 1
+    assert sum("_posterior_rows" in m for m in compiled) == 1
+
+
+def test_two_processes_share_a_sweep(folder, first, tmp_path):
+    config = make_config(folder, 3)
+    text, rows = go(config, tmp_path, index=1, count=2)
+    assert text is None
+    assert rows["task"].nunique() == 3 * CASES / 2
+    assert not (tmp_path / "table.txt").exists()
+    text, rows = go(config, tmp_path, index=0, count=2)
+    check_same(rows, first[1], 3)
+    assert text == (tmp_path / "table.txt").read_text().rstrip("\n")
+    with pytest.raises(InputError, match="process 2 is not one of 2"):
+        go(config, tmp_path, index=2, count=2)
+
+
+def test_what_a_lost_process_left_is_taken_up(folder, first, tmp_path):
+    config = make_config(folder, 2)
+    go(config, tmp_path, index=1, count=3)
+    parts = sorted((tmp_path / "parts").iterdir())
+    text, rows = go(config, tmp_path)
+    assert text is not None
+    check_same(rows, first[1], 2)
+    assert set(parts) <= set((tmp_path / "parts").iterdir())
+
+
+def command(folder, workdir, *options):
+    """The command as a user types it."""
+    return [
+        sys.executable, "-m", "jax_repaint.sweep", f"--config={folder / 'config.py'}", f"--workdir={workdir}",
+        f"--config.model={folder / 'model'}", f"--config.fields={folder / 'tiny.nc'}", *options,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 8])
+def test_rows_do_not_depend_on_the_devices(folder, first, tmp_path, devices):
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(command(folder, tmp_path), env=os.environ | flags, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_same(results.read_parts(tmp_path), first[1])
+    assert f"wrote {', '.join(comparison.FILES)} in {tmp_path}" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_at_once(folder, first, tmp_path):
+    runs = [
+        subprocess.Popen(
+            command(folder, tmp_path, f"--process_index={index}", "--process_count=2"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    outputs = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    check_same(results.read_parts(tmp_path), first[1])
+    assert (tmp_path / "table.txt").exists()
+    assert any("wrote rows.parquet" in out for out, _ in outputs)
+
+
+# --- faults -------------------------------------------------------------------------------------------------
+
+# Everything is imported once, before JAX has threads; each attempt is a fork of its own, as a started command would be.
+KILLS = """
+import os, pathlib, random, signal, sys, time
+import tiny
+from ml_collections import ConfigDict
+from jax_repaint import files, results, sweep
+from jax_repaint.points import default_config
+from jax_repaint.study import open_study
+folder, workdir = map(pathlib.Path, sys.argv[1:])
+scope = {}
+exec((folder / "config.py").read_text(), scope)
+config = scope["get_config"]()
+config.model, config.fields, config.batch, config.frames = str(folder / "model"), str(folder / "tiny.nc"), 4, 8
+for name in ("p002", "p003", "p004"):
+    del config.points[name]
+rename = os.replace
+
+def slowly(source, target):
+    time.sleep(0.1)
+    rename(source, target)
+
+random.seed(0)
+for attempt in range(10):
+    before = len(list(workdir.glob("parts/*")))
+    child = os.fork()
+    if not child:
+        os.replace = slowly
+        tiny.compile_once(folder / "cache")
+        sweep.run(open_study(config), workdir, progress=False)
+        os._exit(0)
+    # Two of them early: before the first part, while the sweep compiles or holds its lock for the first time.
+    early, deadline = attempt in (0, 5), time.monotonic() + 200
+    while not early and time.monotonic() < deadline and len(list(workdir.glob("parts/[!.]*"))) <= before + attempt % 2:
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 2 if early else 0.1))
+    os.kill(child, signal.SIGKILL)
+    print(before, os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_no_row_is_lost(folder, tmp_path):
+    workdir = tmp_path / "killed"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, folder, workdir], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    parts, codes = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    assert codes.count(9) == 10, done.stdout
+    assert sorted(parts) == list(parts)
+    before = set((workdir / "parts").glob("[!.]*"))
+    assert 0 < len(before) < 2 * 2 * 8
+    config = make_config(folder, 2, batch=4, frames=8)
+    _, rows = go(config, workdir)
+    check_same(rows, go(config, tmp_path / "whole")[1], 2)
+    # Nothing that was there was done again.
+    assert before <= set((workdir / "parts").iterdir())
+    parts = [pd.read_parquet(path) for path in (workdir / "parts").iterdir()]
+    assert not pd.concat(parts).duplicated(results.KEY).any()
+
+
+def test_started_again_nothing_is_sampled(folder, first, monkeypatch):
+    workdir, rows = first
+    monkeypatch.setattr(ensemble, "repaint_sweep", None)
+    monkeypatch.setattr(ensemble, "posterior_ensemble", None)
+    text, again = go(make_config(folder), workdir)
+    check_same(again, rows, exact=True)
+    assert text == (workdir / "table.txt").read_text().rstrip("\n")
+
+
+def test_damaged_parts_are_computed_again(folder, first, tmp_path, caplog):
+    shutil.copytree(first[0], tmp_path / "copy")
+    parts = sorted((tmp_path / "copy" / "parts").iterdir())
+    for path, content in ((parts[0], parts[0].read_bytes()[:100]), (parts[1], b"")):
+        path.write_bytes(content)
+    _, rows = go(make_config(folder), tmp_path / "copy")
+    check_same(rows, first[1])
+    assert caplog.text.count("is damaged") == 2
+
+
+def test_a_full_disk_stops_the_sweep_and_loses_nothing(folder, first, tmp_path, monkeypatch):
+    write, count = Path.write_bytes, iter(range(100))
+
+    def full(path, content):
+        if next(count) >= 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, content)
+
+    config = make_config(folder, 2, batch=4)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        go(config, tmp_path)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "parts").iterdir())) == 3
+    check_same(go(config, tmp_path)[1], first[1], 2)
+
+
+def test_out_of_memory_halves_the_chunk(folder, first, tmp_path, monkeypatch, caplog):
+    sampled, sizes = ensemble.repaint_sweep, []
+
+    def small(*arguments, chunk, **options):
+        sizes.append(chunk)
+        if chunk > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return sampled(*arguments, chunk=chunk, **options)
+
+    monkeypatch.setattr(ensemble, "repaint_sweep", small)
+    check_same(go(make_config(folder, 2, batch=4), tmp_path)[1], first[1], 2)
+    assert sizes[:4] == [4, 2, 1, 1]
+    assert "out of memory with 4 members a call; going on with 2" in caplog.text
+
+    def none(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(ensemble, "repaint_sweep", none)
+    with pytest.raises(InputError, match="not enough memory for one member"):
+        go(make_config(folder, 2, batch=4), tmp_path / "none")
+
+
+def test_other_errors_of_the_device_are_not_hidden(folder, tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(ensemble, "repaint_sweep", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        go(make_config(folder, 2), tmp_path)
+
+
+def test_a_changed_sweep_is_refused(folder, first):
+    with pytest.raises(InputError, match=r"holds another sweep \(config.members: 4 there, 6 here\)"):
+        go(make_config(folder, members=6), first[0])
+
+
+# --- what is asked for --------------------------------------------------------------------------------------
+
+
+def test_dry_run_counts_and_writes_nothing(folder, study, tmp_path):
+    text = sweep.describe(study)
+    assert text.count("group") == len(make_groups(study)) + 1
+    assert f"{TASKS} tasks" in text.splitlines()[-1]
+    assert "4 compilations" in text
+    assert "2 points x 4 cases x 4 members, 384 network calls" in text
+    assert not any(tmp_path.iterdir())
+
+
+def test_frames_of_a_part_random_and_consecutive(folder):
+    parts = {name: tiny.model().training["parts"][name] for name in ("validation", "test")}
+
+    def one(add):
+        add(method="linear_samples", consecutive=True)
+        add(method="linear_samples", label="random")
+
+    for part in parts:
+        config = make_config(folder, frames=4, part=part)
+        config.points = default_config(one).points
+        made = open_study(config)
+        split = evaluate.data_of(model.load(folder / "model"), str(folder / "tiny.nc"))[1]
+        assert np.isin(made.numbers, getattr(split, part)).all()
+        assert (np.diff(made.frames[True]) == 1).all()
+        assert (np.diff(made.frames[False]) >= 1).all()
+        np.testing.assert_array_equal(made.fields.velocity, readers.read(folder / "tiny.nc").velocity[made.numbers])
+
+
+@pytest.mark.parametrize(
+    ("points", "changes", "message"),
+    [
+        ([], {}, "no points"),
+        ([{"method": "magic"}], {}, "p000: method 'magic' is not one of"),
+        ([{"method": "adaptive", "stages": 3}], {}, "method adaptive has no setting 'stages'"),
+        ([{"method": "kalman", "gamma": 3.0}], {}, "method kalman has no setting 'gamma'"),
+        ([{"gamma": 0.0}], {}, "adaptive gamma=0: gamma must be positive"),
+        ([{"prior": "oracle"}], {}, "prior 'oracle' is not one of"),
+        ([{}, {}], {}, "two points of the sweep are called 'adaptive'"),
+        ([{}, {"label": "again"}], {}, "again and adaptive are the same point"),
+        ([{"method": "kalman"}], {"members": 3}, "antithetic pairs: 3 is odd"),
+        ([{}], {"sizes": (8,)}, "sizes must be"),
+        ([{}], {"frames": 0}, "frames must be at least 1"),
+        ([{}], {"part": "train"}, "part must be test or validation"),
+        ([{}], {"seeds": ()}, "seeds must be"),
+        ([{}], {"batch": -1}, "batch must not be negative"),
+        ([{}], {"patterns": "circle:3"}, "'circle:3' is not one of"),
+        ([{"model": "nowhere"}], {}, "no model in nowhere"),
+    ],
+)
+def test_mistakes_are_named(folder, points, changes, message):
+    config = make_config(folder, **changes)
+    config.points = default_config(lambda add: [add(**point) for point in points]).points
+    with pytest.raises(InputError, match=message):
+        open_study(config)
+
+
+def test_points_say_what_differs(folder):
+    points = read_points(make_config(folder))
+    assert points[1].label == "two_stage noise_floor=0.7"
+    assert points[1].settings["resample_steps"] == 2
+    assert points[2].settings["levels"] == 3
+    assert [points[i].sizes(make_config(folder, sizes=(1, 2, 3))) for i in (0, 2)] == [(1, 2, 3, 4), (2, 4)]
+    assert json.loads(json.dumps(points[3].settings))["prior"] == "seed_gp"
+    assert smoke(make_config(folder), "smoke").resample_steps == 1
+    with pytest.raises(InputError, match="smoke or nothing"):
+        smoke(make_config(folder), "fast")
+
+
+SWEEPS = sorted((Path(__file__).parent.parent / "configs" / "sweeps").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_configurations_are_sweeps(folder, path):
+    """Each one opens on the tiny model, whole and as a trial, and draws a setting that its points have."""
+    file = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(file)
+    file.loader.exec_module(module)
+    for arg in ("", "smoke"):
+        config = module.get_config(arg)
+        config.model, config.fields, config.patterns = str(folder / "model"), str(folder / "tiny.nc"), "line:3"
+        for name in config.points if path.stem == "attention" else ():
+            if "standard" not in config.points[name].label:
+                config.points[name].model = str(folder / "model")
+            else:
+                del config.points[name]
+        made = open_study(config)
+        assert make_groups(made)
+        names = {name for point in made.points for name in point.settings}
+        assert {config.x, config.curve} <= names | {"", "stage", "calls", "members", "coverage", "pattern", "distance"}
+        assert f"--config=configs/sweeps/{path.name}" in module.__doc__
+    with pytest.raises(InputError, match="smoke or nothing"):
+        module.get_config("fast")
+
+
+def test_configurations_ask_what_the_notes_asked():
+    found = {path.stem for path in SWEEPS}
+    assert found == {
+        "anneal_floor", "attention", "bulk", "calls", "consecutive", "coverage", "ddpm_vs_gp", "distance",
+        "ensemble_size", "gamma", "guidance_scale", "head_to_head", "patterns", "stages", "two_stage", "x0_blend",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command(folder, tmp_path):
+    options = ["--config.points.p000.noise_floor=0.3", "--config.frames=2"]
+    dry, done, changed = (
+        subprocess.run(command(folder, tmp_path / "new", *more), capture_output=True, text=True)
+        for more in ((*options, "--dry_run"), options, ("--config.frames=3",))
+    )
+    assert (dry.returncode, done.returncode, changed.returncode) == (0, 0, 2), done.stderr
+    assert "compilations" in dry.stdout
+    assert "noise_floor=0.3" in done.stdout
+    assert "error: " in changed.stderr
+    assert "config.frames: 2 there, 3 here" in changed.stderr
