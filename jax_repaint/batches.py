@@ -22,7 +22,7 @@ from jax_repaint.model import Model
 from jax_repaint.points import Program, same_program
 from jax_repaint.posterior import evidence_for
 from jax_repaint.sample import first_failure
-from jax_repaint.study import Estimates, Study, Where, to_velocity
+from jax_repaint.study import Estimates, Study, Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Sampler:
         for p, number in enumerate(batch.points):
             for case in range(len(batch.cases)):
                 failed_at = _failures(study.programs[number], outcome.failed[p, case])
-                made[number, case] = Samples(to_velocity(self.trained, outcome.x[p, case]), failed_at, seconds)
+                made[number, case] = Samples(self.trained.to_velocity(outcome.x[p, case]), failed_at, seconds)
         return made
 
     def _independent(self, number: int, seed: int, case: Case) -> Samples:
@@ -244,7 +244,7 @@ class Sampler:
         began = time.perf_counter()
         x, self.chunk = device.with_less_memory(call, self.chunk)
         seconds = time.perf_counter() - began
-        x = to_velocity(trained, x)[:, None]
+        x = trained.to_velocity(x)[:, None]
         finite = np.isfinite(x[..., trained.ocean, :]).all((-1, -2))
         return Samples(x, np.where(finite, "", "somewhere"), seconds)
 

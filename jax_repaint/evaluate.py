@@ -138,14 +138,8 @@ def observation_of(trained: Model, velocity: np.ndarray, observed: np.ndarray) -
 
 def prior_of(trained: Model, case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance (y, x, 2) of the linear estimate, m/s and (m/s)^2."""
-    mean = _to_velocity(trained, case.analysis.mean(case.observation.values))
+    mean = trained.to_velocity(case.analysis.mean(case.observation.values))
     return mean, trained.standardiser.restore_variance(np.asarray(crop(case.analysis.variance, trained.ocean.shape)))
-
-
-def _to_velocity(trained: Model, x: np.ndarray) -> np.ndarray:
-    """(..., Y, X, 2) standardised to (..., y, x, 2) m/s, NaN on land."""
-    velocity = trained.standardiser.restore(np.asarray(crop(x, trained.ocean.shape)))
-    return np.where(trained.ocean[..., None], velocity, np.nan).astype(np.float32)
 
 
 def known_of(trained: Model, case: Case) -> Known:
@@ -172,7 +166,7 @@ def gp_analysis(trained: Model, fields: Fields, name: str) -> Callable[[Case], A
         if trained.kernel is None:
             raise InputError("this model was exported without a fitted GP")
         kernel, places = trained.kernel, fields.places()
-        background = np.where(ocean[..., None], _to_velocity(trained, trained.gaussian.mean), 0)
+        background = np.where(ocean[..., None], trained.to_velocity(trained.gaussian.mean), 0)
 
     def analyse(case: Case) -> Analysis:
         observation = observe.from_cells(case.observed, case.truth, ERROR, ocean)
@@ -227,21 +221,21 @@ def run_method(
     calls = 0
     frames = [case.frame for case in cases]
     if name == "climatology":
-        made = [_to_velocity(trained, trained.gaussian.mean)[None] for _ in cases]
+        made = [trained.to_velocity(trained.gaussian.mean)[None] for _ in cases]
     elif name in ("seed_gp", "gp"):
         estimate = _gp_estimate(trained, fields, name)
         made = [estimate(case)[None] for case in cases]
     elif name == "linear":
-        made = [_to_velocity(trained, case.analysis.mean(case.observation.values))[None] for case in cases]
+        made = [trained.to_velocity(case.analysis.mean(case.observation.values))[None] for case in cases]
     elif name == "linear_samples":
-        made = [_to_velocity(trained, linear_samples(trained, case, members, seed, chunk)) for case in cases]
+        made = [trained.to_velocity(linear_samples(trained, case, members, seed, chunk)) for case in cases]
     elif name in REPAINT:
         known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[known_of(trained, case) for case in cases])
         stages = method(name, trained.steps.steps)
         outcome = repaint_ensemble(
             trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk
         )
-        made = [_to_velocity(trained, x[:, -1]) for x in survivors(name, stages, frames, outcome)]
+        made = [trained.to_velocity(x[:, -1]) for x in survivors(name, stages, frames, outcome)]
         calls = sum(stage.calls for stage in stages)
     elif name in POSTERIOR:
         hyper = levels_of(trained, name, count)
@@ -252,7 +246,7 @@ def run_method(
                 trained.denoiser, evidence, trained.gaussian, case.analysis, hyper,
                 frame=case.frame, members=members, seed=seed, chunk=chunk,
             )  # fmt: skip
-            made.append(_to_velocity(trained, x))
+            made.append(trained.to_velocity(x))
         calls = hyper.calls
     else:
         raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
@@ -470,7 +464,7 @@ def example(trained: Model, case: Case, members: np.ndarray, spread: np.ndarray)
         truth=case.truth,
         observed=case.observed,
         values=case.truth,
-        prior_mean=_to_velocity(trained, case.analysis.mean(case.observation.values)),
+        prior_mean=trained.to_velocity(case.analysis.mean(case.observation.values)),
         mean=members.mean(0),
         member=members[0],
         spread=np.nan_to_num(spread),

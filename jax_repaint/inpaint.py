@@ -137,7 +137,7 @@ def estimate(
     if len(made) < members:
         raise InputError(f"{members - len(made)} of {members} members by {method} are not finite; try another method")
     ocean = trained.ocean[..., None]
-    prior_mean = _to_velocity(trained, case.analysis.mean(case.observation.values))
+    prior_mean = trained.to_velocity(case.analysis.mean(case.observation.values))
     prior_variance = trained.standardiser.restore_variance(np.asarray(crop(case.analysis.variance, ocean.shape[:2])))
     calibration = None if raw else calibration_of(trained, method, len(made))
     if calibration is not None:
@@ -193,11 +193,6 @@ def _case(trained: Model, frame: Observed) -> evaluate.Case:
         observation=observation,
         analysis=linear.analysis(trained.gaussian, observation),
     )
-
-
-def _to_velocity(trained: Model, x: Any) -> np.ndarray:
-    velocity = trained.standardiser.restore(np.asarray(crop(x, trained.ocean.shape)))
-    return np.where(trained.ocean[..., None], velocity, np.nan).astype(np.float32)
 
 
 def _announce(trained: Model, frame: Observed, members: int, method: str, chunk: int) -> None:

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_repaint.calibration import Calibration
 from jax_repaint.conditional import ConditionalDenoiser
-from jax_repaint.data.fields import Fields, Standardiser, padded_shape
+from jax_repaint.data.fields import Fields, Standardiser, crop, padded_shape
 from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDenoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
@@ -99,6 +99,11 @@ class Model:
     def denoiser(self) -> Denoiser:
         """D(x; sigma) on the padded grid."""
         return make_denoiser(self.form, unet.structure(self.network)[0], self.params, self.gaussian, self.steps)
+
+    def to_velocity(self, x: np.ndarray | jax.Array) -> np.ndarray:
+        """(..., Y, X, 2) standardised to (..., y, x, 2) m/s, float32, NaN on land."""
+        velocity = self.standardiser.restore(np.asarray(crop(x, self.ocean.shape)))
+        return np.where(self.ocean[..., None], velocity, np.nan).astype(np.float32)
 
     def check_grid(self, fields: Fields) -> None:
         """Raises InputError unless the fields are on this model's grid."""

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from jax_repaint import evaluate, metrics, model, observe, results
 from jax_repaint.data import twin
-from jax_repaint.data.fields import Fields, Split, crop, pad
+from jax_repaint.data.fields import Fields, Split, pad
 from jax_repaint.demo import SHIPPED
 from jax_repaint.errors import InputError
 from jax_repaint.evaluate import Case
@@ -211,8 +210,8 @@ class Cases:
         fields, ocean = self.study.fields, self.study.fields.ocean
         known = evaluate.known_of(self.trained, case)
         baselines = {
-            "climatology": to_velocity(self.trained, self.trained.gaussian.mean),
-            "linear": to_velocity(self.trained, case.analysis.mean(case.observation.values)),
+            "climatology": self.trained.to_velocity(self.trained.gaussian.mean),
+            "linear": self.trained.to_velocity(case.analysis.mean(case.observation.values)),
         }
         for name in ("seed_gp", "gp") if self.trained.kernel is not None else ("seed_gp",):
             analysis = evaluate.gp_analysis(self.trained, fields, name)(case)
@@ -230,9 +229,3 @@ class Cases:
         if self.prior not in ("linear", *baselines):
             raise InputError("this model was exported without a fitted GP to start from")
         return Estimates(case, metrics.scored_cells(case.truth, ocean, case.observed), baselines, known)
-
-
-def to_velocity(trained: Model, x: np.ndarray | jax.Array) -> np.ndarray:
-    """(..., Y, X, 2) standardised to (..., y, x, 2) m/s, NaN on land."""
-    velocity = trained.standardiser.restore(np.asarray(crop(x, trained.ocean.shape)))
-    return np.where(trained.ocean[..., None], velocity, np.nan).astype(np.float32)

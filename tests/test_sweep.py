@@ -127,7 +127,7 @@ def test_members_are_those_of_the_samplers(folder, study, first):
     )  # fmt: skip
     scored = metrics.scored_cells(case.truth, fields.ocean, case.observed)
     for point, stage, members in ((1, 1, x[:, 0]), (1, 2, x[:, 1]), (2, 1, pairs)):
-        velocity = evaluate._to_velocity(trained, members)
+        velocity = trained.to_velocity(members)
         for size in (2, 4):
             expected = metrics.score(case.truth, velocity[:size], scored, fields.ocean, antithetic=point == 2)
             keys = {"point": point, "seed": where.seed, "pattern": where.pattern, "frame": where.frame}
@@ -154,9 +154,9 @@ def test_the_prior_is_what_the_point_says(study):
     (linear,), (seed_gp,) = (Cases(study, study.models[p.model], p.prior).make(where) for p in study.points[2:4])
     ocean = study.fields.ocean
     trained = study.models[study.points[0].model]
-    start = evaluate._to_velocity(trained, seed_gp.known.prior_mean)
+    start = trained.to_velocity(seed_gp.known.prior_mean)
     np.testing.assert_allclose(start[ocean], seed_gp.baselines["seed_gp"][ocean], atol=1e-6)
-    start = evaluate._to_velocity(trained, linear.known.prior_mean)
+    start = trained.to_velocity(linear.known.prior_mean)
     np.testing.assert_allclose(start[ocean], linear.baselines["linear"][ocean], atol=1e-6)
     variance = np.asarray(seed_gp.known.prior_variance)
     np.testing.assert_allclose(variance[..., 0], variance[..., 1], rtol=1e-6)
