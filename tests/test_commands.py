@@ -154,7 +154,7 @@ def test_evaluate_compares_and_writes(folder, tmp_path):
     done = subprocess.run([sys.executable, "-m", f"jax_repaint.{command[0]}", *command[1:]], cwd=folder,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fields.nc", "figure.png", "table.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["details.csv", "fields.nc", "figure.png", "table.csv"]
     table = (tmp_path / "table.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * 4
     for name in ("line:3", "cells:0.1", "linear_samples"):

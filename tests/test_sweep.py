@@ -286,7 +286,7 @@ def slowly(source, target):
 
 random.seed(0)
 for attempt in range(10):
-    before = len(list(workdir.glob("parts/*")))
+    before = len(list(workdir.glob("parts/[!.]*")))
     child = os.fork()
     if not child:
         os.replace = slowly
