@@ -2,8 +2,9 @@
 
     python -m jax_repaint.train --config=configs/conditional.py --workdir=runs/conditional --config.init_from=runs/tiny
 
-It starts from a run of configs/tiny.py, or without `init_from` from the model that comes with the package, and from the best linear estimate given x and the observations
-together. The held-out loss is in units of that estimate's expected error.
+It starts from a run of configs/tiny.py, or without `init_from` from the model that comes with the package, and from the
+best linear estimate given x and the observations together. The held-out loss is in units of that estimate's expected
+error.
 `configs/conditional.py:smoke` takes less than a minute on two cores.
 """
 
