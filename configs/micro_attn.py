@@ -1,0 +1,26 @@
+"""The attention UNet of the experiments on a CPU, on the Ram Head twin.
+
+    python -m jax_repaint.train --config=configs/micro_attn.py --workdir=runs/micro_attn
+
+eps prediction at 250 linear steps like configs/attn.py, with a quarter of its width and from half the grid on:
+0.6 million parameters and 0.13 GFLOP a call, for experiments of many thousand calls a field on a CPU. Six epochs take
+a quarter of an hour on two quiet cores.
+`configs/micro_attn.py:smoke` takes less than a minute.
+"""
+
+from jax_repaint.train import default_config, smoke
+
+
+def get_config(arg: str = ""):
+    """`arg`: empty, or `smoke`."""
+    config = default_config()
+    config.model.network = "micro_attn"
+    config.model.form = "eps"
+    config.train.epochs = 6
+    config.train.warmup_epochs = 0.5
+    config.train.batch = 16
+    config.train.learning_rate = 1e-3
+    config.train.ema = 0.999
+    config.train.dispatch = 10
+    config.train.held_out = 256
+    return smoke(config, arg)
