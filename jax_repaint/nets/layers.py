@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_repaint.array_types import Array
+from jax_repaint.nets.convolution import Conv, ConvTranspose
 
 
 class GroupNorm(nnx.Module):
@@ -40,18 +41,18 @@ class GroupNorm(nnx.Module):
         return (centred * factor + offset).astype(x.dtype)
 
 
-def conv(inputs: int, outputs: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
+def conv(inputs: int, outputs: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Conv:
     """size x size convolution; zero padding that keeps (stride 1) or divides (stride 2) the grid."""
     pad = (size - stride + 1) // 2
-    return nnx.Conv(
+    return Conv(
         inputs, outputs, (size, size), strides=stride, padding=((pad, pad), (pad, pad)),
         dtype=dtype, param_dtype=jnp.float32, rngs=rngs,
     )  # fmt: skip
 
 
-def conv_up(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.ConvTranspose:
+def conv_up(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> ConvTranspose:
     """Transposed 4x4 convolution of stride 2: doubles the grid exactly."""
-    return nnx.ConvTranspose(
+    return ConvTranspose(
         inputs, outputs, (4, 4), strides=2, padding=((2, 2), (2, 2)),
         dtype=dtype, param_dtype=jnp.float32, rngs=rngs,
     )  # fmt: skip

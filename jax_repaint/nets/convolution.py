@@ -1,0 +1,81 @@
+"""Convolutions of fields whose gradient with respect to the field is as fast inside of a loop as outside.
+
+On a CPU XLA brings convolutions into the form of its fast kernels in the outermost computation only. The gradient's
+convolution, with the kernel turned around and its channels exchanged, stays in a slow form inside of `lax.scan`, where
+all samplers are: five times slower for a whole network (benchmarks/unet.py). Here that form is written out.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_repaint.array_types import Array
+
+Pair = tuple[int, int]
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def convolve(x: Array, kernel: Array, stride: int = 1, pad: Pair = (0, 0), dilation: int = 1) -> Array:
+    """The convolution of `x` (b, y, x, i), with `dilation` - 1 zeros between its cells, and `kernel` (k, k, i, o).
+
+    Args:
+      pad: zeros before and after, in y and in x.
+    """
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), (pad, pad), lhs_dilation=(dilation, dilation), dimension_numbers=LAYOUT
+    )
+
+
+def _forward(x: Array, kernel: Array, stride: int, pad: Pair, dilation: int) -> tuple[Array, tuple[Array, Array]]:
+    return convolve(x, kernel, stride, pad, dilation), (x, kernel)
+
+
+def _backward(stride: int, pad: Pair, dilation: int, kept: tuple[Array, Array], above: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+
+    def plain(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), (pad, pad), lhs_dilation=(dilation, dilation), dimension_numbers=LAYOUT
+        )
+
+    def of_field(above: Array, kernel: Array) -> Array:
+        return jax.linear_transpose(lambda x: plain(x, kernel), x)(above)[0]
+
+    def of_field_in_a_loop(above: Array, kernel: Array) -> Array:
+        # Without the barrier XLA folds the exchange of channels back into the convolution.
+        turned = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+        size, before = kernel.shape[0], kernel.shape[0] - 1 - pad[0]
+        pads = []
+        for wide, made in zip(x.shape[1:3], above.shape[1:3], strict=True):
+            after = (wide - 1) * dilation + size - ((made - 1) * stride + 1) - before
+            pads.append((before, after))
+        return jax.lax.conv_general_dilated(
+            above, turned, (dilation, dilation), pads, lhs_dilation=(stride, stride), dimension_numbers=LAYOUT
+        )
+
+    to_field = jax.lax.platform_dependent(above, kernel, cpu=of_field_in_a_loop, default=of_field)
+    return to_field, jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(above)[0]
+
+
+convolve.defvjp(_forward, _backward)
+
+
+class Conv(nnx.Conv):
+    """nnx.Conv by `convolve`, of square kernels and strides."""
+
+    def __call__(self, x: Array) -> Array:
+        """(b, y, x, inputs) to (b, y', x', outputs)."""
+        x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
+        return convolve(x, kernel, self.strides, self.padding[0]) + bias[None, None, None]
+
+
+class ConvTranspose(nnx.ConvTranspose):
+    """nnx.ConvTranspose by `convolve`, of square kernels and strides."""
+
+    def __call__(self, x: Array) -> Array:
+        """(b, y, x, inputs) to (b, y', x', outputs)."""
+        x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
+        return convolve(x, kernel, 1, self.padding[0], self.strides) + bias[None, None, None]

@@ -1,0 +1,73 @@
+"""The convolution and its written out gradient against the library's, whose gradient is derived by JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_repaint.nets import convolution
+from jax_repaint.nets.layers import conv, conv_up
+
+F32 = jnp.dtype("float32")
+
+
+def library(x, kernel, stride, pad, dilation):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride,) * 2, (pad,) * 2, lhs_dilation=(dilation,) * 2, dimension_numbers=convolution.LAYOUT
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "pad", "dilation", "grid"),
+    [
+        (1, 1, (0, 0), 1, (5, 7)),
+        (3, 1, (1, 1), 1, (5, 7)),
+        (4, 2, (1, 1), 1, (6, 8)),
+        (4, 2, (1, 1), 1, (7, 9)),  # a last row that no output has seen
+        (4, 1, (2, 2), 2, (3, 5)),
+        (3, 2, (0, 2), 1, (6, 9)),
+    ],
+)
+@pytest.mark.parametrize("looped", [False, True])
+def test_gradients_are_those_of_the_library(size, stride, pad, dilation, grid, looped):
+    rng = np.random.default_rng(size + 10 * stride)
+    x, kernel = (jnp.asarray(rng.standard_normal(s), F32) for s in ((2, *grid, 3), (size, size, 3, 4)))
+    made, pull = jax.vjp(lambda x, k: convolution.convolve(x, k, stride, pad, dilation), x, kernel)
+    theirs, their_pull = jax.vjp(lambda x, k: library(x, k, stride, pad, dilation), x, kernel)
+    np.testing.assert_allclose(made, theirs, atol=1e-6)
+    above = jnp.asarray(rng.standard_normal(made.shape), F32)
+    if looped:
+        _, (of_x, of_kernel) = jax.lax.scan(lambda carry, a: (carry, pull(a)), 0, above[None])
+        of_x, of_kernel = of_x[0], of_kernel[0]
+    else:
+        of_x, of_kernel = pull(above)
+    for mine, expected in zip((of_x, of_kernel), their_pull(above), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=1e-5)
+
+
+def test_layers_are_those_of_the_library():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 3))
+    for ours, theirs in (
+        (conv(3, 4, 4, 2, F32, nnx.Rngs(1)), nnx.Conv(3, 4, (4, 4), 2, padding=((1, 1),) * 2, rngs=nnx.Rngs(1))),
+        (conv_up(3, 4, F32, nnx.Rngs(1)), nnx.ConvTranspose(3, 4, (4, 4), 2, padding=((2, 2),) * 2, rngs=nnx.Rngs(1))),
+    ):
+        ours.bias[...] = theirs.bias[...] = jnp.arange(4, dtype=F32)
+        np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_in_a_loop_the_kernel_keeps_the_fast_layout():
+    if jax.default_backend() != "cpu":
+        pytest.skip("the form that XLA needs on a CPU")
+    kernel, x = jnp.ones((3, 3, 4, 8)), jnp.ones((2, 6, 8, 4))
+
+    def looped(x, kernel):
+        def step(x, _):
+            made, pull = jax.vjp(lambda x: convolution.convolve(x, kernel, 1, (1, 1)), x)
+            return pull(made)[0], None
+
+        return jax.lax.scan(step, x, length=3)[0]
+
+    text = jax.jit(looped).lower(x, kernel).compile().as_text()
+    assert "b01f_01io->b01f" in text
+    assert "b01f_01oi->b01f" not in text
