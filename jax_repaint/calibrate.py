@@ -40,15 +40,19 @@ def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0) ->
 
     Args:
       fields: consecutive frames; the first 1,024 are used.
-      pattern: of the observations, the same in all frames.
+      pattern: of the observations, the same in all frames but for their gaps.
     """
     fields = fields.select(slice(RECORD))
     observed = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, 0))
-    (first,) = evaluate.make_cases(trained, fields.select([0]), [0], [pattern], seed)
-    scored = metrics.scored_cells(first.truth, fields.ocean, observed)
-    errors = []
-    for velocity in fields.velocity:
-        case = dataclasses.replace(first, observation=evaluate.observation_of(trained, velocity, observed))
+    (case,) = evaluate.make_cases(trained, fields.select([0]), [0], [pattern], seed)
+    errors, gappy = [], fields.gaps > 0
+    for frame, velocity in enumerate(fields.velocity):
+        if gappy:
+            # Gaps make a pattern of its own, and an analysis, of every frame.
+            (case,) = evaluate.make_cases(trained, fields.select([frame]), [0], [pattern], seed)
+        else:
+            case = dataclasses.replace(case, observation=evaluate.observation_of(trained, velocity, observed))
+        scored = metrics.scored_cells(velocity, fields.ocean, observed)
         errors.append(metrics.mse(evaluate.prior_of(trained, case)[0], velocity, scored))
     return calibration.independent_length(np.log(errors))
 

@@ -100,21 +100,22 @@ def make_cases(
     """Every pattern on every frame; patterns with a random part are drawn anew for each frame.
 
     Args:
-      fields: the frames to inpaint, on the model's grid.
+      fields: the frames to inpaint, on the model's grid; what falls into their gaps is neither observed nor scored.
       numbers: their numbers in the series, which name them in every random key.
 
     Raises:
-      InputError: no pattern or one that cannot be drawn, no cell left to score, gaps, another grid.
+      InputError: no pattern or one that cannot be drawn, no cell left to observe or to score, another grid.
     """
     if not patterns:
         raise InputError("at least one pattern is needed")
     trained.check_grid(fields)
-    if fields.gaps:
-        raise InputError(f"{fields.name}: frames with gaps cannot be scored by this command")
     cases, known = [], {}
     for pattern in patterns:
         for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
-            observed = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, int(number)))
+            drawn = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, int(number)))
+            observed = drawn & np.isfinite(velocity).all(-1)
+            if not observed.any():
+                raise InputError(f"{fields.name}: {pattern} meets no cell with a value in frame {number}")
             metrics.scored_cells(velocity, fields.ocean, observed)
             observation = observation_of(trained, velocity, observed)
             # A fixed pattern has one analysis for all its frames.

@@ -4,9 +4,10 @@
     python -m jax_repaint.levels --model=runs/conditional/model --pattern=walk:90
 
 For held-out frames x0 and x = x0 + sigma n it prints, at every level, the mean square of D(x; sigma) - x0 over ocean
-cells, the same of the exact Gaussian denoiser of the training covariance, and the ratio of the two. Where that is not
-below 1 the network has learnt nothing that the covariance does not say. With a pattern both are given observations:
-the Gaussian by a Kalman analysis, a conditional network as it was trained, others by the sampler's correction `kalman`.
+cells that have a value, the same of the exact Gaussian denoiser of the training covariance, and the ratio of the two.
+Where that is not below 1 the network has learnt nothing that the covariance does not say. With a pattern both are given
+observations: the Gaussian by a Kalman analysis, a conditional network as it was trained, others by the sampler's
+correction `kalman`.
 """
 
 from pathlib import Path
@@ -19,11 +20,12 @@ from absl import flags
 
 from jax_repaint import command, evaluate, files, guide, metrics, model
 from jax_repaint.array_types import Array, Field, Float, Key, Level
-from jax_repaint.data.fields import Fields
+from jax_repaint.data.fields import Fields, prepare_with_gaps
 from jax_repaint.denoise import Denoiser, PrincipalGaussian
 from jax_repaint.ensemble import member_keys
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
+from jax_repaint.prior import linear
 
 DENOISING = 7  # names the noise of this module among the members of a frame
 COLUMNS = ("sigma", "network", "gaussian", "ratio", "lo", "hi")
@@ -35,11 +37,12 @@ def _errors(
     gaussian: PrincipalGaussian,
     sigmas: Float[Array, "n"],
     x0: Field,
+    scored: Float[Array, "y x 1"],
     evidence: guide.Evidence,
     key: Key,
 ) -> Float[Array, "n 2"]:
-    """Mean square errors of network and Gaussian on one frame at every level."""
-    cells = gaussian.ocean.sum() * x0.shape[-1]
+    """Mean square errors of network and Gaussian on one frame at every level, over the cells where `scored` is 1."""
+    count = scored.sum() * x0.shape[-1]
 
     def one(now: tuple[Level, Array]) -> Float[Array, "2"]:
         sigma, number = now
@@ -51,7 +54,7 @@ def _errors(
             estimates = tuple(guide.kalman(lambda x, e=e: e, x, sigma, sigma, here) for e in estimates)
             if informed:
                 estimates = denoiser.given(x, sigma, here), estimates[1]
-        return jnp.stack([jnp.sum(gaussian.ocean * (e - x0) ** 2) / cells for e in estimates])
+        return jnp.stack([jnp.sum(scored * (e - x0) ** 2) / count for e in estimates])
 
     return jax.lax.map(one, (sigmas, jnp.arange(len(sigmas), dtype=jnp.int32)))
 
@@ -78,18 +81,20 @@ def denoising_errors(
     outside = (np.asarray(sigmas) < 0.999 * low) | (np.asarray(sigmas) > 1.001 * high)
     if outside.any():
         raise InputError(f"the network was trained for noise from {low:g} to {high:g}, not for {sigmas[outside][0]:g}")
-    cases = evaluate.make_cases(trained, fields, numbers, [pattern or "cells:0.02"], seed)
+    trained.check_grid(fields)
+    cases = evaluate.make_cases(trained, fields, numbers, [pattern], seed) if pattern else [None] * len(fields)
     keys = member_keys(seed, numbers, [DENOISING])[:, 0]
+    frames, _, present = prepare_with_gaps(fields, trained.standardiser, trained.padded)
+    frames = linear.fill(trained.gaussian, frames, present, seed)
     rows = []
-    for case, key in zip(cases, keys, strict=True):
-        x0 = trained.standardiser.standardise(case.truth, fields.ocean)
-        x0 = jnp.asarray(np.pad(x0, [(0, n - m) for n, m in zip(trained.padded, fields.shape, strict=True)] + [(0, 0)]))
+    for case, key, x0, scored in zip(cases, keys, frames, present[..., None], strict=True):
         evidence = guide.Evidence(trained.gaussian.ocean)
         if pattern:
             noise = guide.noise_covariance(case.observation)
             evidence = guide.Evidence(evidence.ocean, case.observation, noise, trained.gaussian)
         levels = jnp.asarray(sigmas, jnp.float32)
-        rows.append(np.asarray(_errors(trained.denoiser, trained.gaussian, levels, x0, evidence, key)))
+        parts = jnp.asarray(x0), jnp.asarray(scored, jnp.float32), evidence, key
+        rows.append(np.asarray(_errors(trained.denoiser, trained.gaussian, levels, *parts)))
     return np.stack(rows)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 from scipy import ndimage
 
+from jax_repaint import locate
 from jax_repaint.array_types import Array, Bool, Cells, Field, Float, Int, Values
 from jax_repaint.errors import InputError
 
@@ -67,6 +68,16 @@ class Observation:
     def of(self, field: Field) -> "Observation":
         """The same positions with the noise-free values of `field`."""
         return self.replace(values=self.apply(field))
+
+    def within(self, present: Cells) -> "Observation":
+        """The same positions; those that see a cell where `present` (y, x) is False only pad."""
+        seen = (present.reshape(-1)[self.cells] | (self.weights == 0)).all(-1) & self.valid
+        return self.replace(
+            weights=jnp.where(seen[:, None], self.weights, 0.0),
+            values=jnp.where(seen[:, None], self.values, 0.0),
+            sigma=jnp.where(seen[:, None], self.sigma, 1.0),
+            valid=seen,
+        )
 
 
 def bucket(count: int) -> int:
@@ -150,13 +161,13 @@ def from_points(
     ocean: np.ndarray,
     size: int | None = None,
 ) -> Observation:
-    """An observation at points, through bilinear weights on the ocean corners of a regular grid.
+    """An observation at points, through bilinear weights on the ocean corners of the cell that holds each.
 
     Args:
       lat, lon: (m,) degrees.
       velocity: (m, 2) u, v.
       sigma: scalar, (2,) or (m, 2).
-      grid_lat, grid_lon: (y,), (x,) degrees, increasing.
+      grid_lat, grid_lon: degrees, (y,) and (x,) increasing, or (y, x) each on a curvilinear grid.
       ocean: (y, x) bool.
       size: rows to pad to.
 
@@ -170,28 +181,45 @@ def from_points(
         raise InputError(f"velocities must be (m, 2), u and v of each point, got {velocity.shape}")
     if not lat.shape == lon.shape == velocity.shape[:1]:
         raise InputError(f"{lat.size} latitudes, {lon.size} longitudes and {len(velocity)} velocities were given")
-    row, col = _fractional_index(lat, grid_lat), _fractional_index(lon, grid_lon)
-    outside = ~((np.abs(row - (len(grid_lat) - 1) / 2) <= len(grid_lat) / 2)
-                & (np.abs(col - (len(grid_lon) - 1) / 2) <= len(grid_lon) / 2))  # fmt: skip
-    if outside.any():
-        i = int(np.flatnonzero(outside)[0])
-        raise InputError(
-            f"observation {i} at lat {lat[i]}, lon {lon[i]} lies outside the domain "
-            f"(lat {grid_lat[0]:.4f}..{grid_lat[-1]:.4f}, lon {grid_lon[0]:.4f}..{grid_lon[-1]:.4f})"
-        )
-    nearest = np.rint(np.clip(row, 0, len(grid_lat) - 1)), np.rint(np.clip(col, 0, len(grid_lon) - 1))
+    finite = np.isfinite(lat) & np.isfinite(lon)
+    if not finite.all():
+        i = int(np.argmin(finite))
+        raise InputError(f"observation {i} at lat {lat[i]}, lon {lon[i]} has no finite position")
+    row, col = _place(lat, lon, np.asarray(grid_lat, float), np.asarray(grid_lon, float))
+    y, x = ocean.shape
+    nearest = np.rint(np.clip(row, 0, y - 1)), np.rint(np.clip(col, 0, x - 1))
     on_land = ~ocean[nearest[0].astype(int), nearest[1].astype(int)]
     if on_land.any():
         i = int(np.flatnonzero(on_land)[0])
         raise InputError(f"observation {i} at lat {lat[i]}, lon {lon[i]} lies on land")
-    y0 = np.clip(np.floor(row), 0, len(grid_lat) - 2).astype(int)
-    x0 = np.clip(np.floor(col), 0, len(grid_lon) - 2).astype(int)
+    y0, x0 = np.clip(np.floor(row), 0, y - 2).astype(int), np.clip(np.floor(col), 0, x - 2).astype(int)
     fy, fx = np.clip(row - y0, 0, 1), np.clip(col - x0, 0, 1)
     ys = np.stack([y0, y0, y0 + 1, y0 + 1], -1)
     xs = np.stack([x0, x0 + 1, x0, x0 + 1], -1)
     weights = np.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], -1) * ocean[ys, xs]
     weights /= weights.sum(-1, keepdims=True)
-    return from_weights(ys * len(grid_lon) + xs, weights, velocity, sigma, size)
+    return from_weights(ys * x + xs, weights, velocity, sigma, size)
+
+
+def _place(
+    lat: np.ndarray, lon: np.ndarray, grid_lat: np.ndarray, grid_lon: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of points in units of cells; refuses those more than half a cell outside."""
+    if grid_lat.ndim == 1:
+        (row, y), (col, x) = (
+            (_fractional_index(value, axis), axis.size) for value, axis in ((lat, grid_lat), (lon, grid_lon))
+        )
+        domain = f" (lat {grid_lat[0]:.4f}..{grid_lat[-1]:.4f}, lon {grid_lon[0]:.4f}..{grid_lon[-1]:.4f})"
+    else:
+        row, col, distance = locate.fractional_index(lat, lon, grid_lat, grid_lon)
+        y, x = grid_lat.shape
+    inside = (np.abs(row - (y - 1) / 2) <= y / 2) & (np.abs(col - (x - 1) / 2) <= x / 2)
+    if not inside.all():
+        i = int(np.argmin(inside))
+        if grid_lat.ndim == 2:
+            domain = f", {distance[i]:.3g} km from its nearest cell"
+        raise InputError(f"observation {i} at lat {lat[i]}, lon {lon[i]} lies outside the domain{domain}")
+    return row, col
 
 
 def _fractional_index(value: np.ndarray, axis: np.ndarray) -> np.ndarray:

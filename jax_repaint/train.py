@@ -10,6 +10,8 @@
 
     python -m jax_repaint.train --config=configs/attn.py --workdir=runs/attn
 
+Of fields with gaps, as radars have them, the average is over ocean cells that have a value.
+
 Starting it again on the same workdir continues the run, bit for bit as if it had never stopped. All devices share each
 batch, those of several processes too (distributed.py); the loss is that of one device but for rounding.
 """
@@ -53,6 +55,7 @@ from jax_repaint.prior import gp, linear
 # Keys are folded from (seed, purpose, ...), so that no two purposes share a number.
 ORDER, NOISE, HELD_OUT = range(3)
 SHARES = (1.0, 0.5, 0.1)  # of the training covariance in the linear prior
+EXPECTED = 2048  # frames, evenly spread, at most, from which EM finds what fills gaps
 BLENDED = 6000  # ocean cells up to which a kernel's covariance is blended in; its root takes N^3 / 3 products
 
 
@@ -197,23 +200,33 @@ def load_fields(path: str, frames: int, seed: int = 0) -> Fields:
 
 
 def split_fields(fields: Fields, data: ConfigDict) -> Split:
-    """The split that `config.data` describes."""
+    """The split that `config.data` describes, without frames that are nearly all gap."""
     if data.block_split:
-        return fields_lib.block_split(fields)
-    parts = (_part(data[name]) for name in ("train", "validation", "test"))
-    return fields_lib.split(fields, *parts, allow_short_gap=data.allow_short_gap)
+        split = fields_lib.block_split(fields)
+    else:
+        parts = (_part(data[name]) for name in ("train", "validation", "test"))
+        split = fields_lib.split(fields, *parts, allow_short_gap=data.allow_short_gap)
+    return fields_lib.well_covered(fields, split)
+
+
+# Frames (n, Y, X, 2); with gaps also which cells are present, (n, Y, X, 1) bool.
+Frames = Array | tuple[Array, Array]
+
+
+def _parts(frames: Frames) -> tuple[Array, ...]:
+    return frames if isinstance(frames, tuple) else (frames,)
 
 
 class Prepared(NamedTuple):
     """Data as the device sees it, and the priors fitted to the training part.
 
     Attributes:
-      train, validation: (n, Y, X, 2) standardised and padded.
+      train, validation: standardised and padded.
       split, standardiser, gaussian, kernel, choice: see Model and prior/linear.py.
     """
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: Frames
+    validation: Frames
     split: Split
     standardiser: Standardiser
     gaussian: PrincipalGaussian
@@ -232,12 +245,31 @@ def prepare(fields: Fields, config: ConfigDict) -> Prepared:
         )
     standardiser = Standardiser.from_fields(fields, split.train, config.data.shared_scale)
     multiple = unet.NETWORKS[config.model.network].multiple
-    train, ocean = fields_lib.prepare(fields.select(split.train), standardiser, multiple)
-    validation, _ = fields_lib.prepare(fields.select(split.validation), standardiser, multiple)
-    gaussian, kernel, choice = fit_priors(
-        fields.select(split.train), train, validation, ocean, config.model.rank, config.model.gp_steps, standardiser
+    parts = [fields.select(index) for index in (split.train, split.validation)]
+    (train, ocean, present), (validation, _, validation_present) = (
+        fields_lib.prepare_with_gaps(part, standardiser, multiple) for part in parts
     )
+    if any(part.gaps for part in parts):
+        shares = [100 * (1 - part.gaps) for part in parts]
+        logging.info("%.3g %% of the training values and %.3g %% of the validation values are present", *shares)
+    else:
+        present = validation_present = None
+    gaussian, kernel, choice = fit_priors(
+        parts[0], train, validation, ocean, config.model.rank, config.model.gp_steps, standardiser,
+        present, validation_present,
+    )  # fmt: skip
+    if present is not None:
+        # The network sees all cells. A draw of the prior given the present ones leaves their joint distribution as it
+        # is, where the Gaussian is right. Its mean would be too calm beside real neighbours, and tell at every noise
+        # level what the present cells hold; zeros would be edges that no field has. The loss counts none of them.
+        train = _filled(gaussian, train, present, 0), present[..., None]
+        validation = _filled(gaussian, validation, validation_present, 1), validation_present[..., None]
     return Prepared(train, validation, split, standardiser, gaussian, kernel, choice)
+
+
+def _filled(gaussian: PrincipalGaussian, x: np.ndarray, present: np.ndarray, seed: int) -> np.ndarray:
+    # Another machine may find the directions with other signs, which turns the draws round.
+    return np.asarray(distributed.same(linear.fill(gaussian, x, present, seed)))
 
 
 def fit_priors(
@@ -248,14 +280,19 @@ def fit_priors(
     rank: int,
     gp_steps: int,
     standardiser: Standardiser,
+    present: np.ndarray | None = None,
+    validation_present: np.ndarray | None = None,
 ) -> tuple[PrincipalGaussian, gp.Kernel, linear.Choice]:
     """The linear prior, chosen on validation frames, and the GP by marginal likelihood of training frames.
 
-    The linear prior is the training covariance, or a blend with the covariance of the GP where that does better.
+    The linear prior is the training covariance, or a blend with the covariance of the GP where that does better. Fields
+    with gaps, where `present` and `validation_present` (n, Y, X) tell which cells have a value, are first filled with
+    draws of the Gaussian that EM finds, whose covariance is the one that it expects.
     """
     climatology = gp.background("climatology", fields.velocity, fields.ocean)
     kernel, _ = gp.fit("matern32", fields.velocity, fields.ocean, fields.places(), climatology, gp_steps)
-    frames = validation[np.unique(np.linspace(0, len(validation) - 1, 48).astype(int))]
+    shown = np.unique(np.linspace(0, len(validation) - 1, 48).astype(int))
+    frames = validation[shown]
     patterns = []
     for spec in observe.usual(fields.ocean):
         for draw in range(1 if spec.startswith("line") else 2):
@@ -265,10 +302,15 @@ def fit_priors(
     root = None
     if fields.ocean.sum() <= BLENDED:
         root = gp.prior_root(kernel, fields.ocean, fields.places()).rows(standardiser.std)
+    seen = None
+    if present is not None:
+        some = np.unique(np.linspace(0, len(train) - 1, EXPECTED).astype(int))
+        train = _filled(linear.fit_with_gaps(train[some], present[some], ocean, rank), train, present, 0)
+        seen = validation_present[shown]
     found = []
     for share in SHARES if root is not None else (1.0,):
         gaussian = linear.fit(train, ocean, rank, share=share, kernel_root=root)
-        chosen, choice = linear.select(gaussian, frames, patterns)
+        chosen, choice = linear.select(gaussian, frames, patterns, present=seen)
         found.append((choice.error, chosen, dataclasses.replace(choice, share=share)))
     _, gaussian, choice = min(found, key=lambda candidate: candidate[0])
     logging.info("linear prior: %s", choice)
@@ -322,12 +364,13 @@ def network_config(config: ConfigDict) -> unet.UNetConfig:
     )
 
 
-Loss = Callable[[dict, Field, Key, Level, bool], Level]
+Loss = Callable[..., Level]
 
 
 def make_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.GraphDef | None) -> Loss:
     """loss(params, x0, key, place, training) of one frame; `place` in 0..1 says where on the range its noise lies.
 
+    With one argument more, present (Y, X, 1) bool, only ocean cells that are present count, and are observed.
     Without a network (graphdef None) the loss of the exact Gaussian denoiser, which a network has to beat.
     """
     schedule = model.make_schedule(dict(config.noise))
@@ -338,7 +381,7 @@ def make_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.Gra
     if form == "conditional":
         return _make_conditional_loss(config, gaussian, graphdef)
 
-    def loss(params: dict, x0: Field, key: Key, place: Level, training: bool) -> Level:
+    def loss(params: dict, x0: Field, key: Key, place: Level, training: bool, present: Array | None = None) -> Level:
         if form == "eps":
             t = jnp.minimum((place * schedule.steps).astype(jnp.int32), schedule.steps - 1)
             sigma = schedule.sigma[t]
@@ -354,9 +397,20 @@ def make_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.Gra
             denoiser = model.make_denoiser(form, graphdef, params, gaussian, schedule)
             estimate = denoiser(x, sigma, dropout if training else None)
         error = estimate - x0
-        return weight * jnp.sum(cells * error**2) / (cells.sum() * x0.shape[-1])
+        counted = cells if present is None else _present_cells(cells, ocean, present)
+        return weight * jnp.sum(counted * error**2) / (_count(counted, present) * x0.shape[-1])
 
     return loss
+
+
+def _present_cells(cells: Array, ocean: Array, present: Array) -> Array:
+    """`cells` without those of the ocean that are not present."""
+    return jnp.where((ocean > 0) & ~present, 0.0, cells)
+
+
+def _count(cells: Array, present: Array | None) -> Level:
+    # Mirrored frames may have all that is present on land.
+    return cells.sum() if present is None else jnp.maximum(cells.sum(), 1.0)
 
 
 def _make_conditional_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.GraphDef | None) -> Loss:
@@ -365,18 +419,20 @@ def _make_conditional_loss(config: ConfigDict, gaussian: PrincipalGaussian, grap
     table = observe.pattern_table(wet, config.observed.patterns, config.observed.rows, config.train.seed)
     cells, counts = (jnp.asarray(part) for part in table)
 
-    def observe_some(x0: Field, key: Key) -> guide.Evidence:
+    def observe_some(x0: Field, key: Key, present: Array | None) -> guide.Evidence:
         which, noise = jax.random.split(key)
         number = jax.random.randint(which, (), 0, len(counts))
         seen = observe.from_table(cells[number], counts[number], x0, config.observed.error)
+        if present is not None:
+            seen = seen.within(present[..., 0])
         values = seen.values + seen.sigma * jax.random.normal(noise, seen.values.shape)
         return guide.Evidence(gaussian.ocean, seen.replace(values=values), guide.noise_covariance(seen), gaussian)
 
-    def loss(params: dict, x0: Field, key: Key, place: Level, training: bool) -> Level:
+    def loss(params: dict, x0: Field, key: Key, place: Level, training: bool, present: Array | None = None) -> Level:
         sigma = jnp.exp(low + (high - low) * place)
         noise, pattern, dropout = jax.random.split(key, 3)
         x = x0 + sigma * jax.random.normal(noise, x0.shape)
-        evidence = observe_some(x0, pattern)
+        evidence = observe_some(x0, pattern, present)
         gain = guide.kalman_gain(gaussian, evidence.observation, evidence.noise, sigma)
         evidence = evidence.replace(gain=gain)
         if graphdef is None:
@@ -384,9 +440,12 @@ def _make_conditional_loss(config: ConfigDict, gaussian: PrincipalGaussian, grap
         else:
             denoiser = ConditionalDenoiser(params, gaussian, graphdef)
             estimate = denoiser.given(x, sigma, evidence, dropout if training else None)
+        # Of all ocean cells, with gaps too: a weight that network and Gaussian share.
         expected = guide.remaining_variance(gaussian, evidence.observation, gain, sigma)
-        error = gaussian.ocean * (estimate - x0)
-        return jnp.sum(error**2) / (gaussian.ocean.sum() * x0.shape[-1]) / expected
+        ocean = gaussian.ocean
+        counted = ocean if present is None else _present_cells(ocean, ocean, present)
+        error = counted * (estimate - x0)
+        return jnp.sum(error**2) / (_count(counted, present) * x0.shape[-1]) / expected
 
     return loss
 
@@ -405,7 +464,7 @@ def make_steps(
     ocean: Array,
     grid: tuple[int, int] | None = None,
     mesh: Mesh | None = None,
-) -> Callable[[State, Array], tuple[State, Array]]:
+) -> Callable[[State, Frames], tuple[State, Array]]:
     """dispatch(state, data) -> state, losses: `steps.dispatch` training steps in one call of the device.
 
     `ocean` is (Y, X, 1); `grid` (y, x) is what it was before it was padded, which mirrors leave where it is. Devices of
@@ -421,7 +480,8 @@ def make_steps(
         for inner, side in zip(grid or ocean.shape[:2], ocean.shape[:2], strict=True)
     )
 
-    def batch_loss(params: dict, x0: Array, key: Key) -> Level:
+    def batch_loss(params: dict, frames: tuple[Array, ...], key: Key) -> Level:
+        x0, *present = frames
         where, noise, mirror = jax.random.split(key, 3)
         if t.flips:
             # East-west mirrors turn u round, north-south mirrors v; the coast stays, which is why this is off.
@@ -429,12 +489,15 @@ def make_steps(
             x0 = jnp.where(turned[0], x0[:, :, columns] * jnp.array([-1.0, 1.0])[None, None, None], x0)
             x0 = jnp.where(turned[1], x0[:, rows] * jnp.array([1.0, -1.0])[None, None, None], x0)
             x0 = x0 * ocean[None]
+            present = [jnp.where(turned[0], cells[:, :, columns], cells) for cells in present]
+            present = [jnp.where(turned[1], cells[:, rows], cells) for cells in present]
         places = make_places(where, len(x0), stratified)
         keys = jax.random.split(noise, len(x0))
-        x0, keys, places = distributed.split((x0, keys, places), mesh)
-        return jnp.mean(jax.vmap(loss, (None, 0, 0, 0, None))(params, x0, keys, places, True))
+        x0, keys, places, *present = distributed.split((x0, keys, places, *present), mesh)
+        axes = (None, 0, 0, 0, None, *(0 for _ in present))
+        return jnp.mean(jax.vmap(loss, axes)(params, x0, keys, places, True, *present))
 
-    def one(state: State, order: Array, data: Array) -> tuple[State, Array]:
+    def one(state: State, order: Array, data: Frames) -> tuple[State, Array]:
         count = t.batch * t.accumulate
         begin = (state.step % steps.epoch) * count
         index = jax.lax.dynamic_slice(order, (begin,), (count,)).reshape(t.accumulate, t.batch)
@@ -442,7 +505,8 @@ def make_steps(
 
         def add(total: tuple, part: tuple) -> tuple[tuple, None]:
             rows, part_key = part
-            new = jax.value_and_grad(batch_loss)(state.params, data[rows], part_key)
+            frames = tuple(part[rows] for part in _parts(data))
+            new = jax.value_and_grad(batch_loss)(state.params, frames, part_key)
             return jax.tree.map(jnp.add, total, new), None
 
         total = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -467,14 +531,14 @@ def make_steps(
         return State(params, ema, optimiser_state, state.step + 1, sums, state.best), value
 
     @partial(distributed.jit, mesh=mesh, donate_argnums=0, static_argnums=2)
-    def run(state: State, data: Array, count: int) -> tuple[State, Array]:
-        epoch = state.step // steps.epoch
-        order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch), len(data))
+    def run(state: State, data: Frames, count: int) -> tuple[State, Array]:
+        epoch, frames = state.step // steps.epoch, len(_parts(data)[0])
+        order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch), frames)
         if count == 1:
             return one(state, order, data)
         return jax.lax.scan(lambda s, _: one(s, order, data), state, length=count)
 
-    def dispatch(state: State, data: Array) -> tuple[State, Array]:
+    def dispatch(state: State, data: Frames) -> tuple[State, Array]:
         if not on_cpu:
             return run(state, data, steps.dispatch)
         losses = []
@@ -486,12 +550,11 @@ def make_steps(
     return dispatch
 
 
-def make_held_out(
-    config: ConfigDict, loss: Loss, data: np.ndarray, mesh: Mesh | None = None
-) -> Callable[[dict], Level]:
+def make_held_out(config: ConfigDict, loss: Loss, data: Frames, mesh: Mesh | None = None) -> Callable[[dict], Level]:
     """held_out(params): loss of validation frames, each with noise and level of its own that never change."""
-    count = min(config.train.held_out or len(data), len(data))
-    index = np.linspace(0, len(data) - 1, count).astype(int)
+    frames = len(_parts(data)[0])
+    count = min(config.train.held_out or frames, frames)
+    index = np.linspace(0, frames - 1, count).astype(int)
     batch = min(config.train.batch, count)
     if mesh is not None:
         batch = -(-batch // mesh.size) * mesh.size
@@ -502,15 +565,18 @@ def make_held_out(
     places = np.random.default_rng(0).permutation((np.arange(count) + 0.5) / count)
     places = np.pad(places, (0, padding), mode="edge").reshape(-1, batch).astype(np.float32)
     key = jax.random.fold_in(jax.random.key(config.train.seed), HELD_OUT)
-    kept, rows = distributed.replicate(data[np.unique(index)], mesh), np.searchsorted(np.unique(index), rows)
+    kept = distributed.replicate(tuple(part[np.unique(index)] for part in _parts(data)), mesh)
+    rows = np.searchsorted(np.unique(index), rows)
 
     @partial(distributed.jit, mesh=mesh)
-    def held_out(params: dict, kept: Array) -> Level:
+    def held_out(params: dict, kept: tuple[Array, ...]) -> Level:
         def part(total: Level, now: tuple) -> tuple[Level, None]:
             rows, places, counted = now
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-            x0, keys, places = distributed.split((kept[rows], keys, places), mesh)
-            losses = jax.vmap(loss, (None, 0, 0, 0, None))(params, x0, keys, places, False)
+            x0, *present = (frames[rows] for frames in kept)
+            x0, keys, places, *present = distributed.split((x0, keys, places, *present), mesh)
+            axes = (None, 0, 0, 0, None, *(0 for _ in present))
+            losses = jax.vmap(loss, axes)(params, x0, keys, places, False, *present)
             return total + jnp.sum(jnp.where(counted, losses, 0.0)), None
 
         inputs = (jnp.asarray(rows, jnp.int32), jnp.asarray(places), jnp.asarray(counted))
@@ -557,7 +623,7 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     if config.init_from and not resuming:
         params = distributed.at_first(lambda: _weights_of(config.init_from, network)) or params
     data = prepare(fields, config)
-    steps = plan(len(data.train), config)
+    steps = plan(len(data.split.train), config)
     # Only now: a run that is refused leaves a workdir that the corrected command can have.
     if not resuming:
         distributed.at_first(lambda: claim(*run))
@@ -615,6 +681,7 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
                 "linear_prior": dataclasses.asdict(data.choice),
                 "config": config.to_dict(),
                 "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+                **_missing(fields, data.split),
             },
         )
 
@@ -691,6 +758,14 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
         training = json.loads(distributed.same_text(json.dumps(trained.training)))
         trained = dataclasses.replace(trained, params=distributed.same(trained.params), training=training)
     return trained
+
+
+def _missing(fields: Fields, split: Split) -> dict[str, dict[str, float]]:
+    """What a model of fields with gaps says of them: fractions of ocean values, and frames that were left out."""
+    if not fields.gaps:
+        return {}
+    missing = {name: fields.select(getattr(split, name)).gaps for name in ("train", "validation")}
+    return {"missing": missing | {"frames_left_out": int((fields.coverage < fields_lib.LEAST_COVERAGE).sum())}}
 
 
 def sigma_range(config: ConfigDict) -> tuple[float, float]:

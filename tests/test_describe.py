@@ -1,10 +1,7 @@
 """What is said about a file is true of it, and the command is one line where it cannot be."""
 
-import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,17 +120,3 @@ class TestCommand:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == "error: table.csv is none of NetCDF, Zarr, .npz, .mat, .pickle\n"
         assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
-
-
-def test_the_blocks_of_the_documentation_run(request, tmp_path):
-    text = (request.config.rootpath / "docs/formats.md").read_text()
-    blocks = re.findall(r"^```(python|bash)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert [language for language, _ in blocks] == ["python", "bash", "python"]
-    for language, block in blocks:
-        program = ["bash", "-ec"] if language == "bash" else [sys.executable, "-c"]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(
-            [*program, block], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PATH": path}
-        )
-        assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"currents.nc", "picture.png", "surface.npz"}

@@ -133,7 +133,7 @@ def test_what_repaint_knows(cases, trained):
         np.testing.assert_array_equal(known.prior_variance, case.analysis.variance)
 
 
-def test_other_grids_and_gaps_are_refused(trained, fields):
+def test_other_grids_are_refused_and_gaps_are_not_observed(trained, fields):
     shifted = dataclasses.replace(fields, lon=LON + 0.1)
     land = dataclasses.replace(fields, ocean=OCEAN & (np.indices(SHAPE)[0] > 0))
     for other in (shifted, land):
@@ -141,8 +141,12 @@ def test_other_grids_and_gaps_are_refused(trained, fields):
             evaluate.make_cases(trained, other, NUMBERS, PATTERNS)
     velocity = fields.velocity.copy()
     velocity[0, 5, 5] = np.nan
-    with pytest.raises(InputError, match="frames with gaps"):
-        evaluate.make_cases(trained, dataclasses.replace(fields, velocity=velocity), NUMBERS, PATTERNS)
+    whole, cases = (
+        evaluate.make_cases(trained, data, NUMBERS, ["line:5"])
+        for data in (fields, dataclasses.replace(fields, velocity=velocity))
+    )
+    assert np.argwhere(whole[0].observed & ~cases[0].observed).tolist() == [[5, 5]]
+    np.testing.assert_array_equal(cases[1].observed, whole[1].observed)
 
 
 # --- methods ------------------------------------------------------------------------------------------------

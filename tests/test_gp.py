@@ -288,6 +288,20 @@ def test_fit_finds_the_numbers_of_a_draw(name):
         assert float(getattr(fitted, number)) == pytest.approx(float(getattr(truth, number)), rel=0.15), number
 
 
+@pytest.mark.parametrize("name", ["matern52", "divergence_free"])
+def test_fit_of_frames_with_gaps_finds_them_too(name):
+    shape, noise = (12, 16), 4e-3
+    truth = gp.Kernel.create(name, *NUMBERS[name][:2], noise)
+    velocity = synthetic(truth, shape, 60, noise, seed=5)
+    rng = np.random.default_rng(1)
+    velocity[rng.random(velocity.shape[:3]) < 0.2] = np.nan
+    velocity[::2, 2:7, 3:9] = np.nan
+    background = np.zeros((*shape, 2))
+    fitted, _ = gp.fit(name, velocity, np.ones(shape, bool), gp.pixels(shape), background, steps=80, points=64, seed=6)
+    for number in ("lengthscale", "variance", "noise"):
+        assert float(getattr(fitted, number)) == pytest.approx(float(getattr(truth, number)), rel=0.15), number
+
+
 @pytest.mark.parametrize("name", ["rbf", "divergence_free"])
 def test_log_probability_equals_dense_algebra(name):
     kernel, rng = kernel_of(name), np.random.default_rng(7)
@@ -376,7 +390,7 @@ NOISY = np.random.default_rng(10).normal(size=(4, 3, 4, 2))
         (lambda: gp.fit("rbf", NOISY, OCEAN, POSITIONS, ZERO, steps=0), "steps"),
         (lambda: gp.fit("rbf", NOISY, OCEAN, POSITIONS, ZERO[:2]), "background"),
         (lambda: gp.fit("cubic", NOISY, OCEAN, POSITIONS, ZERO), "cubic"),
-        (lambda: gp.fit("rbf", np.where(NOISY > 1, np.nan, NOISY), OCEAN, POSITIONS, ZERO), "gaps"),
+        (lambda: gp.fit("rbf", np.where(POSITIONS[None] > 0, np.nan, NOISY), OCEAN, POSITIONS, ZERO), "gaps"),
         (lambda: gp.fit("rbf", NOISY * 0, OCEAN, POSITIONS, ZERO), "differ from their background"),
     ],
 )

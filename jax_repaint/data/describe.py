@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from jax_repaint import command, plots
 from jax_repaint.data import readers
-from jax_repaint.data.fields import Fields, split
+from jax_repaint.data.fields import LEAST_COVERAGE, Fields, split
 from jax_repaint.data.source import Choice, Source
 from jax_repaint.errors import InputError
 from jax_repaint.files import check_writable
@@ -43,6 +43,9 @@ def describe(fields: Fields, source: Source) -> dict[str, str]:
     missing = np.isnan(fields.u)[:, fields.ocean]
     whole = f"{int((~missing.any(1)).sum())} of {len(fields)} frames and {100 * (~missing.any(0)).mean():.3g} % of the"
     share = f"{100 * fields.gaps:.2g} % of the values on ocean cells are missing; {whole} ocean cells are complete"
+    sparse = int((fields.coverage < LEAST_COVERAGE).sum())
+    if sparse:
+        share += f"; {sparse} frames have less than {100 * LEAST_COVERAGE:g} % of them, and training leaves those out"
     lines["gaps"] = share if fields.gaps else "none"
     speed = np.hypot(fields.u, fields.v)
     mean = [float(np.nanmean(c, dtype=float)) for c in (fields.u, fields.v)]

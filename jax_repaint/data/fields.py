@@ -25,6 +25,7 @@ HOUR = np.timedelta64(3_600_000_000_000, "ns")
 CORRELATED = math.exp(-1)
 LONGEST_LAG = 1 / 4  # of the record: longer lags rest on too few pairs
 CELLS_FOR_CORRELATION = 2048
+LEAST_COVERAGE = 0.1  # of the ocean cells: frames with fewer values say too little to train on or to score
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,6 +112,16 @@ class Fields:
     def gaps(self) -> float:
         """Fraction of the values on ocean cells that are missing."""
         return float(np.isnan(self.u)[:, self.ocean].mean())
+
+    @property
+    def present(self) -> np.ndarray:
+        """(time, y, x) bool, True where there is a value; False on land."""
+        return ~np.isnan(self.u)
+
+    @property
+    def coverage(self) -> np.ndarray:
+        """(time,) fraction of the ocean cells that have a value in each frame."""
+        return self.present[:, self.ocean].mean(1)
 
     @property
     def step(self) -> np.timedelta64:
@@ -395,6 +406,24 @@ def carve(fields: Fields, train: str, share: float = 0.2) -> tuple[str, str]:
     return f"{first}:{end - count - gap}", f"{end - count}:{end}"
 
 
+def well_covered(fields: Fields, parts: Split) -> Split:
+    """The same parts without the frames in which less than a tenth of the ocean cells have a value; logged.
+
+    Raises:
+      InputError: no frame of a part is left.
+    """
+    enough = fields.coverage >= LEAST_COVERAGE
+    kept = {name: part[enough[part]] for name in ("train", "validation", "test") for part in [getattr(parts, name)]}
+    for name, part in kept.items():
+        left_out = getattr(parts, name).size - part.size
+        rule = f"values in less than {100 * LEAST_COVERAGE:g} % of the ocean cells"
+        if not part.size:
+            raise InputError(f"{fields.name}: all {left_out} {name} frames have {rule}; make land by Fields.covered")
+        if left_out:
+            logging.warning("%s: %d %s frames have %s and are left out", fields.name, left_out, name, rule)
+    return dataclasses.replace(parts, **kept)
+
+
 def block_split(fields: Fields) -> Split:
     """Repeated blocks of 130 h: 70 train, 10 unused, 15 validation, 10 unused, 15 test, 10 unused.
 
@@ -633,5 +662,14 @@ def prepare(
             f"{complete} of {len(fields)} frames are complete; use those, or make the cells with gaps land "
             "(Fields.covered)"
         )
-    x = pad(standardiser.standardise(fields.velocity, fields.ocean), multiple)
-    return x, pad(fields.ocean[..., None], multiple)[..., 0]
+    return prepare_with_gaps(fields, standardiser, multiple)[:2]
+
+
+def prepare_with_gaps(
+    fields: Fields, standardiser: Standardiser, multiple: int | tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `prepare`, with zero (the mean) in gaps, and present (time, Y, X) bool, True where there is a value."""
+    x = standardiser.standardise(fields.velocity, fields.ocean)
+    x = pad(np.where(np.isnan(x), np.float32(0), x), multiple)
+    ocean, present = (pad(cells[..., None], multiple)[..., 0] for cells in (fields.ocean, fields.present))
+    return x, ocean, present

@@ -297,7 +297,8 @@ def fit(
 
     Args:
       name: one of NAMES.
-      velocity: (n, y, x, 2), m/s; training frames without gaps on ocean.
+      velocity: (n, y, x, 2), m/s; training frames. In gaps (NaN) nothing is counted; every frame then has cells of
+        its own among those that are present, as many as the frame with the fewest has.
       ocean: (y, x) bool.
       positions: (y, x, 2).
       background: (y, x, 2), m/s.
@@ -306,8 +307,8 @@ def fit(
       learning_rate: first step of a logarithm.
 
     Raises:
-      InputError: unknown name, shapes differ, values are missing or equal the background everywhere, fewer than two
-        ocean cells, or steps, points, frames or learning_rate are not positive.
+      InputError: unknown name, shapes differ, values equal the background everywhere, fewer than two ocean cells (in
+        a frame with gaps: that have a value), or steps, points, frames or learning_rate are not positive.
     """
     _check_name(name)
     ocean, positions = _check_grid(ocean, positions)
@@ -318,9 +319,11 @@ def fit(
         raise InputError(f"steps, points, frames and learning_rate must be positive, got {steps}, {points}, {frames}, "
                          f"{learning_rate}")  # fmt: skip
     values, where = velocity[:, ocean] - np.asarray(background, np.float32)[ocean], positions[ocean]
-    if not np.isfinite(values).all():
-        raise InputError(f"{np.isnan(values).any((1, 2)).sum()} of {len(values)} training frames have gaps on ocean")
-    extent, variance = float(np.linalg.norm(np.ptp(where, axis=0))), float(np.mean(values**2, dtype=float))
+    present = np.isfinite(values).all(-1)
+    if present.sum(1).min() < 2 <= len(where):
+        raise InputError(f"{(present.sum(1) < 2).sum()} of {len(values)} training frames have gaps almost everywhere")
+    known = values if present.all() else values[present]
+    extent, variance = float(np.linalg.norm(np.ptp(where, axis=0))), float(np.mean(known**2, dtype=float))
     if len(where) < 2 or variance == 0:
         raise InputError("a fit needs at least two ocean cells and fields that differ from their background")
 
@@ -331,9 +334,15 @@ def fit(
         start, *box = ([math.sqrt(l / 2), math.sqrt(v), n] for l, v, n in (start, *box))  # noqa: E741
 
     rng = np.random.default_rng(seed)
-    cell = np.stack([rng.permutation(len(where))[:points] for _ in range(steps)])
-    frame = np.stack([rng.permutation(len(values))[:frames] for _ in range(steps)])
-    batches = where[cell], values[frame[:, :, None], cell[:, None, :]].astype(float)
+    if present.all():
+        cell = np.stack([rng.permutation(len(where))[:points] for _ in range(steps)])
+        frame = np.stack([rng.permutation(len(values))[:frames] for _ in range(steps)])
+        batches = where[cell], values[frame[:, :, None], cell[:, None, :]].astype(float)
+    else:
+        frame = np.stack([rng.permutation(len(values))[:frames] for _ in range(steps)])
+        points = min(points, int(present.sum(1).min()))
+        cell = np.stack([[rng.permutation(np.flatnonzero(present[f]))[:points] for f in row] for row in frame])
+        batches = where[cell], values[frame[:, :, None], cell].astype(float)
     with _float64():
         numbers, loss = map(np.asarray, _fit(name, np.log(start), np.log(box), batches, float(learning_rate)))
     return Kernel.create(name, *map(float, np.exp(numbers))), loss
@@ -346,7 +355,11 @@ def _fit(name, start, box, batches, learning_rate):
     optimiser = optax.adam(optax.cosine_decay_schedule(1.0, len(batches[0])), b2=0.9)
 
     def loss(numbers, where, values):
-        return -log_probability(Kernel(name, *jnp.exp(numbers)), where, values) / values.size
+        kernel = Kernel(name, *jnp.exp(numbers))
+        if where.ndim == 3:  # positions of its own for each frame
+            each = jax.vmap(lambda where, values: log_probability(kernel, where, values[None]))(where, values)
+            return -each.sum() / values.size
+        return -log_probability(kernel, where, values) / values.size
 
     def step(carry, batch):
         numbers, state = carry

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 from jax_repaint import guide
 from jax_repaint.denoise import PrincipalGaussian
@@ -26,6 +27,9 @@ OVERSAMPLING = 32
 POWER_PASSES = 3
 RANKS = (8, 16, 32, 64, 128, 256, 384)
 RESTS = (0.3, 1.0, 3.0)
+MOST_WITH_GAPS = 64  # directions of an EM, whose matrices grow with the square: what fills gaps is of large scale
+PRIOR_FRAMES = 1.0  # frames at zero that EM adds to those of each cell
+CONVERGED = 1e-4  # change by an iteration of EM, of the largest variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ def fit(
     Raises:
       InputError: fewer than two frames, a share outside [0, 1] or below 1 without a kernel.
     """
-    n, (y, width), components = len(x), ocean.shape, x.shape[-1]
+    n = len(x)
     if n < 2:
         raise InputError(f"a covariance needs at least two frames, got {n}")
     if not 0 <= share <= 1 or (share < 1 and kernel_root is None):
@@ -90,17 +94,154 @@ def fit(
     total = float(np.einsum("nv,nv->", rows, rows, dtype=np.float64))
     # Fields with fewer degrees of freedom than directions leave nothing; a noise floor keeps Sigma invertible.
     rest = max((total - variance.sum()) / (size - rank), 1e-6 * total / size)
-    direction = np.zeros((rank, y, width, components), np.float32)
-    direction[:, ocean] = (turn[:rank] @ basis.T).reshape(rank, -1, components)
-    field = np.zeros((y, width, components), np.float32)
+    return _gaussian(ocean, mean, turn[:rank] @ basis.T, variance, rest)
+
+
+def _gaussian(
+    ocean: np.ndarray, mean: np.ndarray, direction: np.ndarray, variance: np.ndarray, rest: float
+) -> PrincipalGaussian:
+    """From mean (values,) and directions (rank, values) on ocean, component fastest."""
+    rank, components = len(direction), mean.size // int(ocean.sum())
+    directions = np.zeros((rank, *ocean.shape, components), np.float32)
+    directions[:, ocean] = direction.reshape(rank, -1, components)
+    field = np.zeros((*ocean.shape, components), np.float32)
     field[ocean] = mean.reshape(-1, components)
     return PrincipalGaussian(
         jnp.asarray(field),
-        jnp.asarray(direction),
+        jnp.asarray(directions),
         jnp.asarray(np.maximum(variance, rest), jnp.float32),
         jnp.asarray(rest, jnp.float32),
         jnp.asarray(ocean[..., None], jnp.float32),
     )
+
+
+def fit_with_gaps(
+    x: np.ndarray, present: np.ndarray, ocean: np.ndarray, rank: int, iterations: int = 100
+) -> PrincipalGaussian:
+    """Mean, leading directions and remaining variance that make the present values likeliest, by EM.
+
+    x = mean + W z + sqrt(rest) n,   z, n ~ N(0, I),   Sigma = W W^T + rest I
+
+    E   of each frame, from its present cells p:   M = W_p^T W_p + rest I,   <z> = M^-1 W_p^T (x_p - mean_p),
+        <z z^T> = rest M^-1 + <z> <z>^T
+    M   of each cell, from the frames in which it is present:   [W mean] = sum x <[z 1]> (sum <[z 1] [z 1]^T> + I)^-1,
+        rest = mean square of x - [W mean] [z 1] as expected
+    X   z as expected gets mean 0 and covariance I again, by W <- W Cov[z]^(1/2), mean <- mean + W <z>
+
+    The I is a frame that stays at zero, so that cells which are hardly ever present keep to the mean of all. Without X
+    the scale of W would take hundreds of iterations where rest is small.
+
+    Source: Tipping and Bishop 1999, appendix B; with gaps, Ilin and Raiko 2010, "Practical approaches to principal
+    component analysis in the presence of missing values", section 3; X is the parameter expansion of Liu, Rubin and Wu
+    1998, "Parameter expansion to accelerate EM: the PX-EM algorithm".
+
+    Args:
+      x: (n, y, x, c) standardised fields, zero on land; what gaps hold does not matter.
+      present: (n, y, x) bool.
+      ocean: (y, x) bool.
+      rank: directions; fewer if there are fewer frames than four for each, as more would fit the gaps' neighbours.
+
+    Raises:
+      InputError: fewer than two frames, or one without any value.
+    """
+    seen = np.asarray(present)[:, ocean]
+    if not seen.any(1).all():
+        raise InputError(f"frame {int(seen.any(1).argmin())} has no value on ocean cells")
+    n, cells = seen.shape
+    values = np.where(seen[..., None], np.asarray(x)[:, ocean], 0).astype(np.float64)
+    seen, components = seen.astype(np.float64), values.shape[-1]
+    rank = min(rank, MOST_WITH_GAPS, max(n // 4, 1))
+    mean = values.sum(0) / (seen.sum(0) + PRIOR_FRAMES)[:, None]
+    start = np.zeros(x.shape, np.float32)
+    start[:, ocean] = np.where(seen[..., None] > 0, values, mean)
+    first = fit(start, ocean, rank)
+    root, rest = _root(first), float(first.rest)
+    loading = np.concatenate([root[:, ocean], mean[None]]).transpose(1, 0, 2)  # (cells, rank + 1, c)
+    variance = np.zeros_like(mean)
+    for _ in range(iterations):
+        moments, z = _expect(values, seen, loading, rest)
+        right = (z.T @ values.reshape(n, -1)).reshape(-1, cells, components).transpose(1, 0, 2)
+        loading = np.concatenate([_solve(seen[:, part], moments, right[part]) for part in _chunks(cells)])
+        explained = np.sum(loading * right) + PRIOR_FRAMES * np.sum(loading**2)
+        rest = float(np.sum(values**2) - explained) / (components * seen.sum())
+        rest = max(rest, 1e-6 * float(np.mean(loading[:, :-1] ** 2)) * rank)
+        expected = moments.mean(0)
+        turn = np.eye(rank + 1)
+        turn[-1, :-1] = expected[-1, :-1]
+        turn[:-1, :-1] = np.linalg.cholesky(expected[:-1, :-1] - np.outer(turn[-1, :-1], turn[-1, :-1])).T
+        loading = turn @ loading
+        # W itself may go on turning, which changes nothing.
+        variance, before = np.sum(loading[:, :-1] ** 2, 1) + rest, variance
+        if np.abs(variance - before).max() < CONVERGED * variance.max():
+            break
+    flat = loading[:, :-1].transpose(0, 2, 1).reshape(-1, loading.shape[1] - 1)
+    direction, singular, _ = np.linalg.svd(flat, full_matrices=False)
+    return _gaussian(ocean, loading[:, -1].reshape(-1), direction.T, singular**2 + rest, rest)
+
+
+def _root(gaussian: PrincipalGaussian) -> np.ndarray:
+    """W (rank, y, x, c) of Sigma = W^T W + rest I, float64."""
+    excess = np.asarray(gaussian.variance, np.float64) - float(gaussian.rest)
+    return np.sqrt(np.maximum(excess, 0))[:, None, None, None] * np.asarray(gaussian.direction, np.float64)
+
+
+def _chunks(cells: int) -> list[slice]:
+    """Parts that keep one matrix a cell within memory."""
+    return [slice(begin, begin + 1024) for begin in range(0, cells, 1024)]
+
+
+def _expect(values: np.ndarray, seen: np.ndarray, loading: np.ndarray, rest: float) -> tuple[np.ndarray, np.ndarray]:
+    """<[z 1] [z 1]^T> (n, k, k) and <[z 1]> (n, k) of every frame."""
+    n, rank = len(values), loading.shape[1] - 1
+    precision = np.zeros((n, rank * rank))
+    for part in _chunks(loading.shape[0]):
+        w = loading[part, :-1]
+        precision += seen[:, part] @ np.einsum("dkc,dlc->dkl", w, w).reshape(-1, rank * rank)
+    covariance = np.linalg.inv(precision.reshape(n, rank, rank) + rest * np.eye(rank))
+    misfit = seen[..., None] * (values - loading[:, -1])
+    z = np.einsum("nkl,nl->nk", covariance, np.tensordot(misfit, loading[:, :-1], ([1, 2], [0, 2])))
+    z = np.concatenate([z, np.ones((n, 1))], 1)
+    moments = z[:, :, None] * z[:, None]
+    moments[:, :-1, :-1] += rest * covariance
+    return moments, z
+
+
+def _solve(seen: np.ndarray, moments: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[W mean] (cells, k, c) of cells that are present in the frames where `seen` (n, cells) is 1."""
+    k = moments.shape[-1]
+    total = (seen.T @ moments.reshape(-1, k * k)).reshape(-1, k, k)
+    return np.linalg.solve(total + PRIOR_FRAMES * np.eye(k), right)
+
+
+def fill(gaussian: PrincipalGaussian, x: np.ndarray, present: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The same fields with a draw of the prior given the present cells in their gaps, (n, y, x, c) float32.
+
+    x_m = mean_m + W_m z + sqrt(rest) n,   z ~ N(M^-1 W_p^T (x_p - mean_p), rest M^-1),   M = W_p^T W_p + rest I
+
+    Args:
+      gaussian: prior.
+      x: (n, y, x, c) standardised; what gaps hold does not matter.
+      present: (n, y, x) bool.
+      seed: of the draws; each frame has a generator of its own.
+    """
+    ocean, rest = np.asarray(gaussian.ocean)[..., 0] > 0, float(gaussian.rest)
+    root, mean = _root(gaussian)[:, ocean], np.asarray(gaussian.mean, np.float64)[ocean]
+    excess = np.diag(np.maximum(np.asarray(gaussian.variance, np.float64) - rest, 0))
+    filled = np.array(x, np.float32)
+    for number in np.flatnonzero(~present[:, ocean].all(1)):
+        rng = np.random.default_rng([seed, number, 0xF11])
+        known = present[number, ocean]
+        hidden = root[:, ~known].reshape(len(root), -1)
+        # Directions are orthonormal, so that W_p^T W_p is what the gaps leave of a diagonal matrix.
+        factor = scipy.linalg.cholesky(excess - hidden @ hidden.T + rest * np.eye(len(root)), lower=True)
+        values = filled[number, ocean].astype(np.float64)
+        misfit = (values[known] - mean[known]).reshape(-1)
+        z = scipy.linalg.cho_solve((factor, True), root[:, known].reshape(len(root), -1) @ misfit)
+        z += np.sqrt(rest) * scipy.linalg.solve_triangular(factor, rng.standard_normal(len(root)), trans=1, lower=True)
+        noise = np.sqrt(rest) * rng.standard_normal((int((~known).sum()), values.shape[-1]))
+        values[~known] = mean[~known] + (z @ hidden).reshape(noise.shape) + noise
+        filled[number, ocean] = values
+    return filled
 
 
 def truncate(gaussian: PrincipalGaussian, rank: int, rest: float = 1.0) -> PrincipalGaussian:
@@ -174,6 +315,7 @@ def select(
     observations: Sequence[Observation],
     ranks: Sequence[int] = RANKS,
     rests: Sequence[float] = RESTS,
+    present: np.ndarray | None = None,
 ) -> tuple[PrincipalGaussian, Choice]:
     """The truncation whose estimates of validation frames are best, by mean square error relative to climatology.
 
@@ -181,24 +323,48 @@ def select(
       gaussian: fitted to training frames with the largest rank.
       x: (n, y, x, c) standardised validation frames.
       observations: patterns; every one is used on every frame, and counts by its error relative to climatology's.
+      present: (n, y, x) bool, of frames with gaps: only present cells are observed and count, and each frame has one
+        of the patterns in turn, as no two share an analysis.
 
     Returns:
       The prior and what was chosen; `error` is the mean of those relative errors.
     """
-    ocean = np.asarray(gaussian.ocean)[..., 0] > 0
-    target = np.asarray(x)[:, ocean]
-    climatology = np.asarray(gaussian.mean)[ocean]
-    reference = float(np.mean((target - climatology) ** 2))
     best = None
     kept = sorted({min(rank, gaussian.variance.size) for rank in ranks})
     for rank, rest in itertools.product(kept, rests):
         candidate = truncate(gaussian, rank, rest)
-        error = 0.0
-        for observation in observations:
-            corners = x.reshape(len(x), -1, x.shape[-1])[:, observation.cells]
-            seen = np.einsum("mk,nmkc->nmc", observation.weights, corners)
-            guess = estimate(candidate, observation, seen)[:, ocean]
-            error += float(np.mean((guess - target) ** 2)) / reference / len(observations)
+        if present is None:
+            error = _relative_error(candidate, x, observations)
+        else:
+            error = _relative_error_with_gaps(candidate, x, observations, present)
         if best is None or error < best[1].error:
             best = candidate, Choice(rank, rest, error)
     return best
+
+
+def _relative_error(candidate: PrincipalGaussian, x: np.ndarray, observations: Sequence[Observation]) -> float:
+    ocean = np.asarray(candidate.ocean)[..., 0] > 0
+    target = np.asarray(x)[:, ocean]
+    climatology = np.asarray(candidate.mean)[ocean]
+    reference = float(np.mean((target - climatology) ** 2))
+    error = 0.0
+    for observation in observations:
+        corners = x.reshape(len(x), -1, x.shape[-1])[:, observation.cells]
+        seen = np.einsum("mk,nmkc->nmc", observation.weights, corners)
+        guess = estimate(candidate, observation, seen)[:, ocean]
+        error += float(np.mean((guess - target) ** 2)) / reference / len(observations)
+    return error
+
+
+def _relative_error_with_gaps(
+    candidate: PrincipalGaussian, x: np.ndarray, observations: Sequence[Observation], present: np.ndarray
+) -> float:
+    squares = np.zeros((len(observations), 2))
+    for number, (field, known) in enumerate(zip(x, present, strict=True)):
+        kind = number % len(observations)
+        observation = observations[kind].within(jnp.asarray(known))
+        guess = estimate(candidate, observation, np.asarray(observation.apply(jnp.asarray(field)))[None])[0]
+        for column, one in enumerate((guess, np.asarray(candidate.mean))):
+            squares[kind, column] += np.sum((one - field)[known] ** 2, dtype=float)
+    used = squares[:, 1] > 0
+    return float(np.mean(squares[used, 0] / squares[used, 1]))
