@@ -11,13 +11,14 @@ step. Writes table.csv, fields.nc and figure.png.
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from jax_repaint import command, evaluate, model, observe, train
 from jax_repaint.data import readers, twin
-from jax_repaint.data.fields import Fields, Split, carve, split
+from jax_repaint.data.fields import Fields, Split, carve
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 
@@ -43,8 +44,10 @@ def fit(path: str, train_range: str, test_range: str, steps: int, workdir: Path)
     fields = readers.read(path)
     train_range, validation_range = carve(fields, train_range)
     config = brief_config(path, train_range, validation_range, test_range)
-    parts = split(fields, train_range, validation_range, test_range)
-    config.train.batch = min(16, parts.train.size)
+    parts = train.split_fields(fields, config.data)
+    # All devices share a batch evenly.
+    devices = jax.device_count()
+    config.train.batch = max(min(16, parts.train.size) // devices, 1) * devices
     config.train.epochs = max(math.ceil(steps * config.train.batch / parts.train.size), 1)
     config.train.warmup_epochs = 0.1 * config.train.epochs
     trained = train.train(config, workdir, fields)

@@ -246,6 +246,7 @@ def _model_facts(path: Path) -> dict[str, object]:
         return {}
     model = _read_json(path)
     training = _inside(model, "training")
+    missing = _inside(training, "missing")
 
     def told(name: str, whole: bool = False) -> str | None:
         value = training.get(name)
@@ -253,6 +254,12 @@ def _model_facts(path: Path) -> dict[str, object]:
 
     return {
         "split": training.get("split"),
+        "ocean values missing": "; ".join(
+            f"{100 * missing[name]:.2g} % of {name}"
+            for name in ("train", "validation")
+            if isinstance(missing.get(name), int | float)
+        )
+        or None,
         "network": _inside(training, "config", "model").get("network"),
         "form": model.get("form"),
         "lowest held-out loss": told("held_out_loss"),
