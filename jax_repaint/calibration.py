@@ -170,9 +170,7 @@ class Calibration:
         if prior_mean.shape != members.shape[1:]:
             raise InputError(f"prior mean {prior_mean.shape} and members {members.shape} are of different grids")
         _require_prior(prior_mean, members)
-        mean = members.mean(0)
-        fused = prior_mean + gate * weight * (mean - prior_mean)
-        return (fused + spread * (members - mean)).astype(members.dtype)
+        return correct(prior_mean, members, gate * weight, spread).astype(members.dtype)
 
     def interval(self, prior_variance: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bounds (low, high) of the central 90 % interval, each (y, x, 2) m/s: mean -+ q std.
@@ -240,6 +238,18 @@ class Calibration:
             f"{score['spread_skill']:.2f} calibrated",
         ]
         return "\n".join(lines)
+
+
+def correct(prior_mean: np.ndarray, members: np.ndarray, weight: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """fused + c (members - mean), fused = prior + w (mean - prior), of arrays of NumPy or of JAX.
+
+    Args:
+      prior_mean, weight, spread: (y, x, 2).
+      members: (M, y, x, 2).
+    """
+    mean = members.mean(0)
+    fused = prior_mean + weight * (mean - prior_mean)
+    return fused[None] + spread[None] * (members - mean[None])
 
 
 HELD_OUT = ("mse_prior", "mse_raw", "mse_fused", "spread_skill_raw", "spread_skill")

@@ -14,9 +14,10 @@ The program takes a fixed number of rows, the rest of which are padded, and solv
     sigma     (rows, 2) float32    their standard error in m/s, > 0, also in unused rows
     valid     (rows,) bool         whether a row is used
     seed      () int32             of the members
-    ->        members (M, y, x, 2), mean (y, x, 2) and standard deviation (y, x, 2) in m/s, NaN on land
+    ->        members (M, y, x, 2), mean, standard deviation, 5 % and 95 % (y, x, 2) in m/s, NaN on land
 
-It is the sampler `kalman`, or `given` for networks that take observations, without calibration. On a CPU with jax 0.7
+It is the sampler `kalman`, or `given` for networks that take observations, with the calibration of the model if that is
+for the same sampler and number of members, unless --raw is given; program.json says which. On a CPU with jax 0.7
 jax.numpy.linalg.qr(jax.numpy.eye(2)) has to come before its first call: that loads LAPACK, without which the process
 ends.
 """
@@ -37,6 +38,7 @@ from jax import export as jax_export
 from jax_repaint import ensemble, evaluate, guide, inpaint, observe
 from jax_repaint import model as models
 from jax_repaint.array_types import Array, Field, Float, Values
+from jax_repaint.calibration import Calibration, correct
 from jax_repaint.data.fields import crop
 from jax_repaint.data.observations import UNKNOWN, Observed
 from jax_repaint.errors import InputError
@@ -68,9 +70,29 @@ class Factors:
         observation = self.evidence.observation.replace(values=values)
         return guide.kalman(lambda x: x, field, jnp.inf, jnp.inf, self.evidence.replace(observation=observation))
 
+    @property
+    def variance(self) -> Field:
+        """Posterior variance diag(C - G A C), in the units of the observation; zero on land."""
+        gaussian, evidence = self.evidence.gaussian, self.evidence
+        excess = gaussian.variance - gaussian.rest
+        highest = jax.lax.Precision.HIGHEST
 
-def program(trained: Model, members: int, method: str = "kalman") -> Callable[..., tuple[Array, Array, Array]]:
-    """The function of the module docstring, for any number of rows.
+        def learnt(unit: Values) -> Field:
+            seen = evidence.spread(unit)
+            along = excess * jnp.einsum("ryxc,yxc->r", gaussian.direction, seen, precision=highest)
+            covariance = jnp.einsum("r,ryxc->yxc", along, gaussian.direction, precision=highest)
+            return self.update(jnp.zeros_like(seen), unit) * (gaussian.rest * seen + covariance)
+
+        size = evidence.observation.values.size
+        units = jnp.eye(size).reshape(size, *evidence.observation.values.shape)
+        prior = jnp.einsum("r,ryxc->yxc", excess, jnp.square(gaussian.direction)) + gaussian.rest
+        return gaussian.ocean * jnp.maximum(prior - jax.vmap(learnt)(units).sum(0), 0.0)
+
+
+def program(
+    trained: Model, members: int, method: str = "kalman", calibration: Calibration | None = None
+) -> Callable[..., tuple[Array, ...]]:
+    """The function of the module docstring, for any number of rows, with or without a calibration.
 
     The gains are found in float32 by a QR decomposition (guide.kalman_gain), where `evaluate` solves in float64.
 
@@ -106,11 +128,28 @@ def program(trained: Model, members: int, method: str = "kalman") -> Callable[..
         evidence = guide.Evidence(gaussian.ocean, observation, noise, gaussian, jax.lax.map(gain, hyper.sigma))
         analysis = Factors(evidence.replace(gain=gain(jnp.float32(jnp.inf))))
         keys = ensemble.member_keys(seed, [0], range(members))[0][number // 2]
-        x = ensemble._posterior_rows(jnp.asarray(number), (keys, signs), denoiser, evidence, gaussian, analysis, hyper)
+        x = ensemble.posterior_rows(jnp.asarray(number), (keys, signs), denoiser, evidence, gaussian, analysis, hyper)
         made = jnp.where(ocean[None], standardiser.restore(crop(x, trained.ocean.shape)), jnp.nan)
-        return made, made.mean(0), _spread(made)
+        scale = jnp.full(made.shape[1:], inpaint.quantile(members, antithetic=True), made.dtype)
+        if calibration is not None:
+            prior = standardiser.restore(crop(analysis.mean(observation.values), trained.ocean.shape))
+            variance = standardiser.restore_variance(crop(analysis.variance, trained.ocean.shape))
+            weight, spread, scale = _corrections(calibration, variance)
+            made = correct(prior, made, weight, spread)
+        centre, half = made.mean(0), scale * _spread(made)
+        return made, centre, _spread(made), centre - half, centre + half
 
     return run
+
+
+def _corrections(calibration: Calibration, variance: Field) -> list[Field]:
+    """w, c and q (calibration.py) on every cell, from the variance of the linear estimate, (m/s)^2."""
+    place = jnp.log(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))
+    centres = jnp.asarray(calibration.centres, variance.dtype)
+    return [
+        jnp.interp(place, centres, jnp.asarray(values, variance.dtype))
+        for values in (calibration.weight, calibration.spread, calibration.scale)
+    ]
 
 
 def _spread(members: Float[Array, "m y x c"]) -> Float[Array, "y x c"]:
@@ -134,6 +173,7 @@ def export(
     rows: int = 64,
     members: int = 16,
     method: str | None = None,
+    raw: bool = False,
     platforms: Sequence[str] = PLATFORMS,
 ) -> str:
     """Writes the program, runs it once, and returns what it is like as text.
@@ -141,13 +181,15 @@ def export(
     Args:
       rows: most observations that the program takes.
       method: sampler; `inpaint.default_method` by default.
+      raw: whether a calibration that came with the model is left out.
       platforms: of jax.export that the program runs on.
 
     Raises:
       InputError: a folder that cannot be written, flatbuffers is not installed, members as for `program`.
     """
     method = method or inpaint.default_method(trained)
-    run = jax.jit(program(trained, members, method))
+    calibration = None if raw else inpaint.calibration_of(trained, method, members)
+    run = jax.jit(program(trained, members, method, calibration))
     try:
         content = bytes(jax_export.export(run, platforms=tuple(platforms))(*shapes(rows)).serialize())
     except ImportError as e:
@@ -159,10 +201,13 @@ def export(
             "members": [members, *trained.ocean.shape, 2],
             "mean": [*trained.ocean.shape, 2],
             "standard_deviation": [*trained.ocean.shape, 2],
+            "low": [*trained.ocean.shape, 2],
+            "high": [*trained.ocean.shape, 2],
         },
         "units": "m s-1",
         "sampler": method,
-        "calibrated": False,
+        "calibrated": calibration is not None,
+        **inpaint.words_on(calibration),
         "before": "jax.numpy.linalg.qr(jax.numpy.eye(2)) once, which loads LAPACK under older JAX",
         "model_fingerprint": models.fingerprint(trained),
         "platforms": list(platforms),
@@ -174,9 +219,10 @@ def export(
         np.savez(temporary, lat=trained.lat, lon=trained.lon, ocean=trained.ocean)
     with whole_file(folder / DESCRIPTION) as temporary:
         temporary.write_text(json.dumps(description, indent=1) + "\n")
-    compiling, latency, members_off, mean_off = measure(trained, folder / PROGRAM, rows, members, method)
+    compiling, latency, members_off, mean_off = measure(trained, folder / PROGRAM, rows, members, method, raw)
+    state = "raw" if calibration is None else "calibrated"
     return (
-        f"wrote {folder}: {len(content) / 2**20:.1f} MiB, up to {rows} observations, {members} members\n"
+        f"wrote {folder}: {len(content) / 2**20:.1f} MiB, up to {rows} observations, {members} {state} members\n"
         f"on this machine {compiling:.1f} s to load and compile, then {latency:.2f} s a field; gains in float32 move "
         f"members by {1000 * members_off:.2g} mm/s and the mean by {1000 * mean_off:.2g} mm/s at most"
     )
@@ -187,7 +233,9 @@ def load(path: Path) -> Callable[..., Any]:
     return jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
 
 
-def measure(trained: Model, path: Path, rows: int, members: int, method: str) -> tuple[float, float, float, float]:
+def measure(
+    trained: Model, path: Path, rows: int, members: int, method: str, raw: bool = False
+) -> tuple[float, float, float, float]:
     """Seconds of the first call and of a later one; largest differences of members and mean from float64 gains, m/s.
 
     The observations are scattered cells of one draw of the linear prior.
@@ -204,9 +252,9 @@ def measure(trained: Model, path: Path, rows: int, members: int, method: str) ->
     run = load(path)
     jax.block_until_ready(run(*inputs, jnp.int32(0)))
     compiled = time.monotonic()
-    made, mean, _ = jax.block_until_ready(run(*inputs, jnp.int32(0)))
+    made, mean, *_ = jax.block_until_ready(run(*inputs, jnp.int32(0)))
     done = time.monotonic()
     frame = Observed(UNKNOWN, int(observed.sum()), observation)
-    exact = inpaint.estimate(trained, frame, members, 0, method, raw=True).members
+    exact = inpaint.estimate(trained, frame, members, 0, method, raw).members
     off = np.nanmax(np.abs(np.asarray(made) - exact)), np.nanmax(np.abs(np.asarray(mean) - exact.mean(0)))
     return compiled - began, done - compiled, float(off[0]), float(off[1])

@@ -28,15 +28,19 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes private files; the user's umask decides for results.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        publish(temporary)
         os.replace(temporary, path)
     except OSError as e:
         raise InputError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(path: Path) -> None:
+    """Gives a temporary file or folder, which is private, the rights that the user's umask leaves."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def check_writable(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> None:

@@ -27,6 +27,7 @@ from scipy import stats
 import jax_repaint
 from jax_repaint import command, evaluate, files, metrics, observe
 from jax_repaint import model as models
+from jax_repaint.calibration import Calibration
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, crop
 from jax_repaint.data.observations import Grid, Observed, collect
@@ -38,6 +39,7 @@ METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 MANY = 24  # fields; more come from a table whose every row has its own time
 LEVELS = 16  # of posterior samplers
+CALIBRATED = "5 to 95 %, calibrated on held-out frames"
 
 _compiled: set[tuple] = set()
 
@@ -150,12 +152,12 @@ def estimate(
     if calibration is not None:
         low, high = calibration.interval(prior_variance, made)
     else:
-        half = _quantile(len(made), antithetic) * std
+        half = quantile(len(made), antithetic) * std
         low, high = made.mean(0) - half, made.mean(0) + half
     return Estimate(frame.time, made, prior_mean, std, low, high, case.observed)
 
 
-def calibration_of(trained: Model, method: str, members: int) -> Any | None:
+def calibration_of(trained: Model, method: str, members: int) -> Calibration | None:
     """The model's calibration if it is for ensembles of this method and size; a warning if it is not."""
     calibration = trained.calibration
     if calibration is None or (calibration.method, calibration.members) == (method, members):
@@ -167,7 +169,7 @@ def calibration_of(trained: Model, method: str, members: int) -> Any | None:
     return None
 
 
-def _quantile(members: int, antithetic: bool) -> float:
+def quantile(members: int, antithetic: bool) -> float:
     """Of Student's t at 95 %; antithetic partners count once."""
     independent = members // 2 if antithetic else members
     return float(stats.t.ppf(0.95, max(independent - 1, 1)))
@@ -213,11 +215,6 @@ def _attributes(
 ) -> dict[str, Any]:
     used = None if raw else trained.calibration
     used = used if used is not None and (used.method, used.members) == (method, members) else None
-    interval = (
-        "5 to 95 %, calibrated on held-out frames"
-        if used is not None
-        else "5 to 95 % of Student's t with the ensemble's own mean and standard deviation, not calibrated"
-    )
     versions = {name: importlib.metadata.version(name) for name in ("jax_repaint", "jax", "flax", "numpy")}
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     fingerprint = models.fingerprint(trained)
@@ -232,9 +229,24 @@ def _attributes(
         "seed": seed,
         "members": members,
         "observations": sum(frame.count for frame in frames),
-        "interval": interval,
+        **words_on(used),
         "versions": words,
     } | ({"comment": "The time of the observations is not known; 1970-01-01 stands for it."} if unknown else {})
+
+
+def words_on(calibration: Calibration | None) -> dict[str, str]:
+    """What was done to members and interval, as attributes `calibration` and `interval`; None stands for nothing."""
+    if calibration is None:
+        interval = "5 to 95 % of Student's t with the ensemble's own mean and standard deviation, not calibrated"
+        return {"calibration": "none, the members are as the sampler made them", "interval": interval}
+    interval = CALIBRATED
+    if not calibration.promised:
+        interval = (
+            "5 to 95 % of Student's t with the calibrated mean and standard deviation; its width is not calibrated, as "
+            f"{calibration.blocks} blocks of time are too few"
+        )
+    learnt = f"{calibration.frames} held-out fields in {calibration.blocks} blocks of time"
+    return {"calibration": f"mean and spread of the members by {learnt}", "interval": interval}
 
 
 def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mapping[str, Any]) -> xr.Dataset:
@@ -243,7 +255,7 @@ def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mappin
     means = np.stack([one.members.mean(0) for one in estimates])
     base = readers.to_dataset(Fields(means, trained.ocean, trained.lat, trained.lon, times, "inpainted"))
     y, x = base["ocean"].dims
-    calibrated = "calibrated " if "not calibrated" not in attributes["interval"] else ""
+    calibrated = "calibrated " if attributes["interval"] == CALIBRATED else ""
     # (name, words, cell_methods) of the statistics.
     statistics = {
         "mean": ("mean of the ensemble", "realization: mean", means),
@@ -319,7 +331,8 @@ def main(_) -> None:
     if FLAGS.export:
         from jax_repaint import export
 
-        print(export.export(jax_repaint.load(FLAGS.model), Path(FLAGS.export), FLAGS.rows, FLAGS.members, FLAGS.method))
+        trained, folder = jax_repaint.load(FLAGS.model), Path(FLAGS.export)
+        print(export.export(trained, folder, FLAGS.rows, FLAGS.members, FLAGS.method, FLAGS.raw))
         return
     if not (FLAGS.observations and FLAGS.out):
         raise InputError("--observations=FILE and --out=FILE.nc are needed (or --export=FOLDER)")

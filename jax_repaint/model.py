@@ -28,7 +28,7 @@ from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data.fields import Fields, Standardiser, crop, padded_shape
 from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDenoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
-from jax_repaint.files import whole_file
+from jax_repaint.files import publish, whole_file
 from jax_repaint.nets import unet
 from jax_repaint.prior.gp import Kernel
 from jax_repaint.schedule import Schedule
@@ -192,9 +192,9 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             save_file(tensors, new / WEIGHTS)
-            (new / WEIGHTS).chmod(0o644)
+            publish(new / WEIGHTS)
             (new / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-            new.chmod(0o755)
+            publish(new)
             if folder.exists():
                 # A folder cannot be replaced in one step; the old one stands until the new one does.
                 old = new / "old"

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
-from jax_repaint import command
+from jax_repaint import command, model
+from jax_repaint.data import readers
 from jax_repaint.errors import InputError
 from jax_repaint.files import cache_folder, check_writable, whole_file
 
@@ -29,6 +31,19 @@ def test_a_file_appears_whole_with_the_rights_of_the_user(tmp_path):
     assert path.read_text() == "whole"
     assert path.stat().st_mode & 0o777 == 0o640
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_models_and_stores_have_the_rights_of_the_user(tmp_path):
+    before = os.umask(0o027)
+    try:
+        model.save(tiny.model(), tmp_path / "model")
+        readers.write(tiny.fields(), tmp_path / "fields.zarr")
+        readers.write(tiny.fields(), tmp_path / "fields.nc")
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert len(modes) > 10
+    assert {path: mode for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
 
 
 def write(path, error=None):

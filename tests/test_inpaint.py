@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,12 +18,13 @@ from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
 
 import jax_repaint
-from jax_repaint import export, inpaint, memory, metrics, model
+from jax_repaint import export, guide, inpaint, memory, metrics, model, observe
 from jax_repaint.calibration import Calibration
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
 from jax_repaint.data.observations import Grid, collect
 from jax_repaint.errors import InputError
+from jax_repaint.prior import linear
 
 U, V = "eastward_sea_water_velocity", "northward_sea_water_velocity"
 
@@ -167,13 +169,18 @@ def test_statistics_are_those_of_the_members(trained):
             assert np.isfinite(fields[name].values[..., ocean]).all(), name
 
 
+def calibrated_with(trained, **changes):
+    content = {
+        "method": "kalman", "members": 8, "antithetic": True, "centres": (-10.0, -5.0), "weight": (0.5, 0.5),
+        "spread": (2.0, 2.0), "scale": (3.0, 3.0), "promised": True, "frames": 10, "patterns": ("line:3",),
+        "blocks": 20, "seed": 0,
+        "held_out": dict.fromkeys(("mse_prior", "mse_raw", "mse_fused", "spread_skill_raw", "spread_skill"), 1.0),
+    }  # fmt: skip
+    return dataclasses.replace(trained, calibration=Calibration.create(**(content | changes)))
+
+
 def test_the_calibration_of_the_model_is_applied(trained, caplog):
-    calibration = Calibration.create(
-        method="kalman", members=8, antithetic=True, centres=(-10.0, -5.0), weight=(0.5, 0.5), spread=(2.0, 2.0),
-        scale=(3.0, 3.0), promised=True, frames=10, patterns=("line:3",), blocks=20, seed=0,
-        held_out={"mse_prior": 1.0, "mse_raw": 1.0, "mse_fused": 1.0, "spread_skill_raw": 1.0, "spread_skill": 1.0},
-    )  # fmt: skip
-    calibrated = dataclasses.replace(trained, calibration=calibration)
+    calibrated = calibrated_with(trained)
     raw = quietly(calibrated, table(6), members=8, raw=True)
     fields = quietly(calibrated, table(6), members=8)
     np.testing.assert_array_equal(both(raw), both(quietly(trained, table(6), members=8)))
@@ -185,10 +192,19 @@ def test_the_calibration_of_the_model_is_applied(trained, caplog):
     np.testing.assert_allclose(both(fields, "_high") - middle, 3 * std, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(middle - both(fields, "_low"), 3 * std, rtol=1e-3, atol=1e-5)
     assert fields.attrs["interval"] == "5 to 95 %, calibrated on held-out frames"
+    assert fields.attrs["calibration"].endswith("10 held-out fields in 20 blocks of time")
     assert fields[f"{U}_low"].attrs["long_name"].endswith("of the calibrated 5 to 95 % interval")
+    assert raw.attrs["calibration"].startswith("none")
     other = quietly(calibrated, table(6), members=4)
     assert "for 8 members of kalman, not for 4 of kalman" in caplog.text
     assert "not calibrated" in other.attrs["interval"]
+
+
+def test_an_interval_without_a_promise_is_not_called_calibrated(trained):
+    fields = quietly(calibrated_with(trained, promised=False, blocks=7), table(6), members=8)
+    assert "its width is not calibrated, as 7 blocks of time are too few" in fields.attrs["interval"]
+    assert fields.attrs["calibration"].endswith("in 7 blocks of time")
+    assert fields[f"{U}_low"].attrs["long_name"].endswith("lower end of the 5 to 95 % interval")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +261,27 @@ def test_opendrift_drifts_particles_with_the_members(trained, tmp_path):
     assert np.ptp(drift.result.lon.values[:, -1]) > 0
 
 
+def test_a_member_has_what_parcels_asks_of_copernicus_marine_data(trained, tmp_path):
+    """The steps of `parcels.convert.copernicusmarine_to_sgrid` of Parcels 4, which names axes by `cf.axes`."""
+    pytest.importorskip("cf_xarray")
+    points = table(8, time=["2020-01-01T00:00"] * 5 + ["2020-01-01T01:00"] * 3)
+    readers.write_netcdf(quietly(trained, points, method="linear_samples"), tmp_path / "fields.nc")
+    with xr.open_dataset(tmp_path / "fields.nc") as read:
+        member = read.isel(realization=0)
+        data = xr.merge([member[U].rename("U"), member[V].rename("V")])
+    names = {axis: name for axis, (name,) in data.cf.axes.items()}
+    assert names == {"X": "lon", "Y": "lat", "T": "time"}
+    assert not [name for name, variable in data.variables.items() if "cf_role" in variable.attrs or name == "grid"]
+    for name, standard in (("U", U), ("V", V)):
+        assert data[name].dims == ("time", "lat", "lon")
+        assert data.cf.standard_names[standard] == [name]
+        assert data[name].attrs["units"] == "m s-1"
+        np.testing.assert_array_equal(np.isfinite(data[name].values).all(0), GRID.ocean)
+    assert data.time.dtype.kind == "M"
+    for axis in names.values():
+        assert data.indexes[axis].is_monotonic_increasing
+
+
 def test_a_curvilinear_grid_keeps_its_places(trained, tmp_path):
     lat, lon = np.meshgrid(GRID.lat, GRID.lon, indexing="ij")
     turned = dataclasses.replace(trained, lat=lat + 0.001 * np.arange(12), lon=lon + 0.001 * np.arange(7)[:, None])
@@ -258,6 +295,10 @@ def test_a_curvilinear_grid_keeps_its_places(trained, tmp_path):
             np.testing.assert_array_equal(read[axis], place)
         np.testing.assert_allclose(read[f"{V}_prior_mean"][0, 4, 6], -0.2, atol=0.01)
         assert "1970-01-01 stands for it" in read.attrs["comment"]
+    # The same as a point; the number of rows is the same too.
+    point = pd.DataFrame({"lat": turned.lat[4, 6], "lon": turned.lon[4, 6], "u": 0.1, "v": -0.2}, index=[0])
+    cell, same = (quietly(turned, given, method="linear_samples") for given in (velocity, point))
+    np.testing.assert_allclose(both(same, "_prior_mean"), both(cell, "_prior_mean"), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -401,9 +442,6 @@ def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
         collect(shifted, GRID)
     with pytest.raises(InputError, match="has 60 times"):
         collect(tiny.fields(), GRID, time="2020-01-01")
-    curvilinear = GRID._replace(lat=np.repeat(GRID.lat[:, None], 12, 1), lon=np.repeat(GRID.lon[None], 7, 0))
-    with pytest.raises(InputError, match="regular grid"):
-        collect(at(), curvilinear)
     with pytest.raises(InputError, match="'magic' is not one of"):
         quietly(trained, at(), method="magic")
     with pytest.raises(InputError, match="antithetic pairs: 3 is odd"):
@@ -476,8 +514,8 @@ jax.numpy.linalg.qr(jax.numpy.eye(2))  # loads LAPACK, which jax 0.7 does not do
 run = jax.jit(export.deserialize(bytearray(open("vehicle/inpaint.jaxexport", "rb").read())).call)
 given = np.load("given.npz")
 names = ("cells", "weights", "values", "sigma", "valid", "seed")
-members, mean, std = run(*(given[name] for name in names))
-np.savez("made.npz", members=members, mean=mean, std=std)
+members, mean, std, low, high = run(*(given[name] for name in names))
+np.savez("made.npz", members=members, mean=mean, std=std, low=low, high=high)
 assert not [name for name in sys.modules if name.startswith(("jax_repaint", "flax"))]
 """
 
@@ -485,11 +523,15 @@ assert not [name for name in sys.modules if name.startswith(("jax_repaint", "fla
 @pytest.mark.slow
 def test_an_exported_program_makes_the_same_members_without_this_package(trained, tmp_path, capsys):
     pytest.importorskip("flatbuffers")
-    text = export.export(trained, tmp_path / "vehicle", rows=10, members=4, platforms=("cpu",))
-    assert "up to 10 observations, 4 members" in text
+    varied = {"members": 4, "weight": (0.5, 1.0), "spread": (2.0, 1.0), "scale": (3.0, 2.0), "blocks": 7}
+    calibrated = calibrated_with(trained, promised=False, **varied)
+    text = export.export(calibrated, tmp_path / "vehicle", rows=10, members=4, platforms=("cpu",))
+    assert "up to 10 observations, 4 calibrated members" in text
     description = json.loads((tmp_path / "vehicle" / export.DESCRIPTION).read_text())
     assert description["model_fingerprint"] == model.fingerprint(trained)
     assert description["inputs"]["cells"] == [[10, 4], "int32"]
+    assert description["calibrated"]
+    assert "7 blocks of time are too few" in description["interval"]
     (frame,) = collect(table(6, sigma=0.02), GRID)
     names = ("cells", "weights", "values", "sigma", "valid")
     padded = {name: np.array(getattr(frame.observation, name))[:10] for name in names}
@@ -500,10 +542,27 @@ def test_an_exported_program_makes_the_same_members_without_this_package(trained
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "vehicle" / export.GRID) as grid, np.load(tmp_path / "made.npz") as made:
         np.testing.assert_array_equal(grid["ocean"], GRID.ocean)
-        exact = inpaint.estimate(trained, frame, 4, 5, "kalman")
-        np.testing.assert_allclose(made["members"], exact.members, atol=2e-5)
+        exact = inpaint.estimate(calibrated, frame, 4, 5, "kalman")
+        raw = inpaint.estimate(calibrated, frame, 4, 5, "kalman", raw=True)
+        assert np.nanmax(np.abs(exact.members - raw.members)) > 0.01
+        np.testing.assert_allclose(made["members"], exact.members, atol=5e-5)
         np.testing.assert_allclose(made["mean"], exact.members.mean(0), atol=1e-5)
-        np.testing.assert_allclose(made["std"], exact.std, atol=2e-5)
+        for name in ("std", "low", "high"):
+            np.testing.assert_allclose(made[name], getattr(exact, name), atol=1e-4, err_msg=name)
+    program = jax.jit(export.program(trained, 4))
+    made = program(*(padded[name] for name in names), np.int32(5))
+    for ours, theirs in zip(made, (raw.members, raw.members.mean(0), raw.std, raw.low, raw.high), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-5)
+
+
+def test_the_program_knows_the_variance_of_the_linear_estimate(trained):
+    (frame,) = collect(table(6, sigma=0.02), GRID)
+    observation = observe.pad_grid(frame.observation, GRID.ocean.shape, trained.padded)
+    noise = guide.noise_covariance(observation)
+    gain = guide.kalman_gain(trained.gaussian, observation, noise, jnp.float32(jnp.inf))
+    factors = export.Factors(guide.Evidence(trained.gaussian.ocean, observation, noise, trained.gaussian, gain))
+    exact = linear.analysis(trained.gaussian, observation).variance
+    np.testing.assert_allclose(factors.variance, exact, rtol=1e-3, atol=1e-6)
 
 
 def damaged(content, rng):
@@ -527,14 +586,14 @@ def outcome(call, *arguments):
 def test_damaged_tables_are_read_or_refused_in_a_sentence(tmp_path):
     content = table(6, time="2020-01-01T00:00", sigma=0.01).to_csv(index=False).encode()
     refused = 0
-    for number in range(60):
+    for number in range(240):
         path = tmp_path / "damaged.csv"
         path.write_bytes(damaged(content, np.random.default_rng(number)))
         frames, sentence = outcome(collect, path, GRID)
         refused += frames is None
         assert "\n" not in sentence
         assert all(np.isfinite(np.asarray(frame.observation.values)).all() for frame in frames or ())
-    assert 20 < refused < 60
+    assert 80 < refused < 240
 
 
 @pytest.mark.parametrize(

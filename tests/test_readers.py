@@ -188,6 +188,68 @@ class TestNetcdf:
         assert got.velocity.dtype == np.float32
 
     @pytest.mark.parametrize(
+        ("limits", "low", "high"),
+        [
+            ({"valid_range": np.float32([-0.4, 0.3])}, -0.4, 0.3),
+            ({"valid_min": np.float32(-0.2), "valid_max": np.float64(0.4)}, -0.2, 0.4),
+            ({"valid_max": np.float32(0.25)}, -np.inf, 0.25),
+            ({"valid_max": np.int16(1), "valid_range": np.float32([-0.1, 0.1])}, -0.1, 0.1),
+            ({"valid_max": 1e60}, -np.inf, np.inf),
+        ],
+    )
+    def test_values_outside_the_limits_of_their_variable_are_missing(self, tmp_path, caplog, limits, low, high):
+        data = cf()
+        data["uo"].attrs.update(limits)
+        # Values on a limit are inside.
+        edge = np.float32(high if np.isfinite(high) else 1)
+        data["uo"][1, 1, 2] = edge
+        u = data["uo"].values.copy()
+        outside = (u < np.float32(low)) | (u > np.float32(high))
+        got = readers.read(saved(tmp_path, data))
+        expected = np.isnan(u) | outside
+        np.testing.assert_array_equal(np.isnan(got.u), expected)
+        np.testing.assert_array_equal(np.isnan(got.v), expected)
+        assert got.u[1, 1, 2] == edge
+        said = f"{outside.sum()} of {(~np.isnan(u)).sum()} values lie outside valid_"
+        assert (said in caplog.text) == outside.any()
+
+    @pytest.mark.parametrize("scale", [0.001, -0.001])
+    @pytest.mark.parametrize(("unpacked", "kind"), [(False, np.int16), (True, np.float64)])
+    def test_limits_of_packed_integers_are_packed_unless_they_are_of_another_type(
+        self, tmp_path, scale, unpacked, kind
+    ):
+        packing = {"dtype": "int16", "scale_factor": scale, "add_offset": 0.1, "_FillValue": -32767}
+        data = cf()
+        data["uo"][1, 1, 1:3] = np.array([0.3, 0.301])
+        limits = np.array([-200, 300]) / 1000
+        packed = np.sort(np.rint((limits - 0.1) / scale))
+        data["uo"].attrs["valid_range"] = (limits if unpacked else packed).astype(kind)
+        u = data["uo"].values.copy()
+        got = readers.read(saved(tmp_path, data, uo=packing, vo=packing))
+        steps = np.rint((u - 0.1) / scale)
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_array_equal(np.isnan(got.u), ~((steps >= packed[0]) & (steps <= packed[1])))
+        assert list(np.isnan(got.u[1, 1, 1:3])) == [False, True]
+
+    def test_limits_of_unsigned_bytes(self, tmp_path):
+        u = np.broadcast_to(np.array([10, 100, 200, 250], np.uint8), (FRAMES, Y, X))
+        data = cf(u=u.view(np.int8), v=np.zeros((FRAMES, Y, X), np.int8) + np.arange(1, 4, dtype=np.int8)[:, None])
+        for name in ("uo", "vo"):
+            data[name].attrs |= {"_Unsigned": "true", "scale_factor": 0.01}
+        data["uo"].attrs["valid_range"] = np.array([20, 240], np.uint8).view(np.int8)
+        got = readers.read(saved(tmp_path, data))
+        np.testing.assert_allclose(got.u[0, 0], [np.nan, 1.0, 2.0, np.nan], rtol=1e-6)
+
+    def test_limits_that_are_none_do_not_count_and_those_of_nothing_are_refused(self, tmp_path, caplog):
+        data = cf()
+        data["uo"].attrs["valid_range"] = "-2 to 2"
+        assert_equal(readers.read(saved(tmp_path, data)), fields(name="file.nc"))
+        assert "valid_range of uo is '-2 to 2', which is no limit" in caplog.text
+        data["uo"].attrs["valid_range"] = [100.0, 200.0]
+        with pytest.raises(InputError, match="every value lies outside valid_range of uo, 100 to 200 m s-1; correct"):
+            readers.read(saved(tmp_path, data))
+
+    @pytest.mark.parametrize(
         ("units", "factor"),
         [
             ("cm/s", 0.01),

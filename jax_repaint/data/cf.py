@@ -241,10 +241,11 @@ def _component(
     whole = dataset[name]
     axis = vertical.bottom_following(dataset, whole)
     if axis and choice.depth and choice.level is None:
-        chosen, x = {}, vertical.at_depth(dataset, grid_file, whole, axis, along, choice.depth, source)
+        valid = _within_limits(whole, whole, source)
+        chosen, x = {}, vertical.at_depth(dataset, grid_file, valid, axis, along, choice.depth, source)
     else:
         chosen = vertical.choose(dataset, whole, choice, source)
-        x = whole.isel(chosen)
+        x = _within_limits(whole.isel(chosen), whole, source)
     time = _find(dataset, "time", x)
     places = {axis: _find(dataset, axis, x) for axis in ("latitude", "longitude")}
     lost = " nor ".join(axis for axis, found in places.items() if found is None)
@@ -323,6 +324,49 @@ def _find(dataset: xr.Dataset, axis: str, x: xr.DataArray) -> xr.DataArray | Non
         if v.ndim in ranks and set(v.dims) <= set(x.dims) and not order(dataset[n])[0]
     ]
     return min(candidates, key=order, default=None)
+
+
+def _within_limits(x: xr.DataArray, whole: xr.DataArray, source: Source) -> xr.DataArray:
+    """NaN outside `valid_range`, or `valid_min` and `valid_max`, of the variable `whole` (CF-1.11, 2.5.1)."""
+    names = ("valid_range",) if "valid_range" in whole.attrs else ("valid_min", "valid_max")
+    given = {name: np.ravel(whole.attrs[name]) for name in names if name in whole.attrs}
+    if not given:
+        return x
+    sizes = {"valid_range": 2, "valid_min": 1, "valid_max": 1}
+    odd = [n for n, v in given.items() if v.size != sizes[n] or v.dtype.kind not in "fiu" or np.isnan(v).any()]
+    if odd:
+        source.notice(f"{odd[0]} of {whole.name} is {whole.attrs[odd[0]]!r}, which is no limit, and does not count")
+        return x
+    low, high = given.get("valid_range", [given.get("valid_min", [-np.inf])[0], given.get("valid_max", [np.inf])[0]])
+    low, high = _unpacked(low, -1, whole), _unpacked(high, 1, whole)
+    x = x.compute()
+    outside = (x < min(low, high)) | (x > max(low, high))
+    count, present = int(outside.sum()), int(x.notnull().sum())
+    if not count:
+        return x
+    limits = f"{min(low, high):g} to {max(low, high):g} {attribute(whole, 'units')}"
+    text = f"{' and '.join(given)} of {whole.name}, {limits}"
+    if count == present:
+        raise source.error(f"every value lies outside {text}; correct the attributes")
+    source.notice(f"{count} of {present} values lie outside {text}, and count as missing")
+    return x.where(~outside)
+
+
+def _unpacked(limit: np.number, side: int, whole: xr.DataArray) -> float:
+    """A limit in the units of decoded values, with room for rounding towards `side`."""
+    stored = np.dtype(whole.encoding.get("dtype", whole.dtype))
+    scale, offset = (float(whole.encoding.get(key, usual)) for key, usual in (("scale_factor", 1), ("add_offset", 0)))
+    if stored.kind == "f":
+        with np.errstate(over="ignore"):
+            # As the values themselves were rounded.
+            return scale * float(np.asarray(limit).astype(stored)) + offset
+    half = side * abs(scale) / 2
+    if np.asarray(limit).dtype.kind == "f":
+        # Of another type than the packed numbers: a limit of what they stand for.
+        return float(limit) + half
+    if str(whole.encoding.get("_Unsigned", "")).lower() == "true" and limit < 0:
+        limit = int(limit) + 2 ** (8 * stored.itemsize)
+    return scale * float(limit) + offset + np.sign(scale) * half
 
 
 def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Source) -> xr.DataArray:

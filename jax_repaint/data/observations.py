@@ -241,11 +241,10 @@ def _from_table(
     _check_speed(u, v, name)
     if not (errors > 0).all():
         raise InputError(f"{name}: the error sigma must be positive, but is not in {_rows(~(errors > 0).all(1))}")
-    if grid.lat.ndim != 1:
-        raise InputError("points need a model on a regular grid; on this curvilinear one give a field with gaps")
-    # The same meridian may be written as -65 or 295.
-    middle = (grid.lon[0] + grid.lon[-1]) / 2
-    lon = middle + (lon - middle + 180) % 360 - 180
+    if grid.lon.ndim == 1:
+        # The same meridian may be written as -65 or 295.
+        middle = (grid.lon[0] + grid.lon[-1]) / 2
+        lon = middle + (lon - middle + 180) % 360 - 180
     points = observe.from_points(lat, lon, np.stack([u, v], -1), errors, grid.lat, grid.lon, grid.ocean)
     if when is not None or "time" not in found:
         if step is not None:
