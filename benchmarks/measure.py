@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jax_repaint.array_types import Array
+from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 from jax_repaint.nets import unet
@@ -55,6 +56,14 @@ def random_network(config: unet.UNetConfig) -> tuple[nnx.GraphDef, dict]:
     return graphdef, jax.tree.map(weights, shapes)
 
 
+def gaussian(grid: tuple[int, int], rank: int = 256) -> PrincipalGaussian:
+    """A made-up linear prior of the usual rank, ocean everywhere."""
+    values = np.random.default_rng(0).standard_normal((2 * grid[0] * grid[1], rank))
+    direction = np.linalg.qr(values)[0].T.reshape(rank, *grid, 2)
+    arrays = np.zeros((*grid, 2)), direction, np.geomspace(1000, 0.1, rank), 0.01, np.ones((*grid, 1))
+    return PrincipalGaussian(*(jnp.asarray(a, jnp.float32) for a in arrays))
+
+
 def compiled(function: Callable, *args: object, donate: tuple[int, ...] = ()) -> tuple[Callable, float]:
     """`function` compiled for these arguments, and the seconds that tracing and compiling took."""
     start = time.perf_counter()
@@ -62,11 +71,28 @@ def compiled(function: Callable, *args: object, donate: tuple[int, ...] = ()) ->
     return executable, time.perf_counter() - start
 
 
+def memory(executable: Callable) -> int:
+    """Bytes that a compiled program takes on each device, what it works in place on counted once."""
+    stats = executable.memory_analysis()
+    kinds = {"temp": 1, "argument": 1, "output": 1, "alias": -1}
+    return sum(sign * getattr(stats, f"{kind}_size_in_bytes") for kind, sign in kinds.items()) if stats else 0
+
+
+def matrix_size() -> int:
+    """Size of matrices whose product runs at the full rate of the device and takes a fraction of a second."""
+    return 2048 if jax.default_backend() == "cpu" else 8192
+
+
 def matrix_product(size: int, dtype: str) -> tuple[Callable[[], Array], float]:
     """A product of two size x size matrices and its GFLOP: the rate that a network is measured against."""
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product, _ = compiled(jnp.matmul, a, a)
     return lambda: product(a, a).block_until_ready(), 2 * size**3 / 1e9
+
+
+def matrix_rate(gflop: float, seconds: np.ndarray) -> np.ndarray:
+    """GFLOP/s of all local devices from the seconds that a product takes on one; those of a CPU share its cores."""
+    return gflop / seconds * (1 if jax.default_backend() == "cpu" else jax.local_device_count())
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:

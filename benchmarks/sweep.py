@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from benchmarks import measure
 from jax_repaint import command, results, sweep
 from jax_repaint.batches import Sampler, left_of, make_batches, make_groups
-from jax_repaint.points import default_config
+from jax_repaint.points import calls_by_stage, default_config
 from jax_repaint.study import Cases, Study, open_study
 
 
@@ -96,12 +96,12 @@ def measure_sweep(config: ConfigDict, rounds: int) -> dict:
     study = open_study(config)
     compiled = compile_seconds(study)
     seconds = measure_overhead(study, rounds)
-    calls = len(study.points) * len(study.cases[False]) * sweep._weight(study, 0)
+    tasks = len(study.points) * len(study.cases[False])
     return {
         "machine": measure.machine(),
         "dtype": "float32",
-        "tasks": len(study.points) * len(study.cases[False]),
-        "network_calls": calls,
+        "tasks": tasks,
+        "network_calls": tasks * config.members * calls_by_stage(study.programs[0])[-1],
         "rounds": rounds,
         "compile_s": compiled,
         "seconds": {name: measure.spread(values) for name, values in seconds.items()},

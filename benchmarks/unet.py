@@ -248,7 +248,7 @@ def main(argv: Sequence[str]) -> None:
     if unknown:
         raise InputError(f"network {unknown[0]!r} is not one of {', '.join(NETWORKS)}")
     dtype = f.dtype or measure.compute_dtype()
-    matrix = 2048 if jax.default_backend() == "cpu" else 8192
+    matrix = measure.matrix_size()
     if f.smoke:
         networks, batches, rounds, at_least, matrix = ["small"], [2], 2, 0.0, 512
     else:

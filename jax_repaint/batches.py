@@ -186,11 +186,11 @@ class Sampler:
                 lambda leaf: jax.ShapeDtypeStruct((self.shape[1], *leaf.shape), leaf.dtype), example.known
             )
             shared = self.trained.denoiser, known, self.trained.steps
-            compiled = device.compile_ahead(ensemble._repaint_rows, rows, (keys, stages, numbers), shared)
+            compiled = device.compile_ahead(ensemble.repaint_rows, rows, (keys, stages, numbers), shared)
         else:
             evidence = self._evidence(self.group.points[0], example.case)
             shared = self.trained.denoiser, evidence, self.trained.gaussian, example.case.analysis, program
-            compiled = device.compile_ahead(ensemble._posterior_rows, rows, (keys, numbers), shared)
+            compiled = device.compile_ahead(ensemble.posterior_rows, rows, (keys, numbers), shared)
         self.memory = compiled.memory
         self.seconds = compiled.seconds + (self.seconds or 0)
 

@@ -86,13 +86,24 @@ def in_chunks(
 
 
 @jax.jit
-def _repaint_rows(
+def repaint_rows(
     rows: Int[Array, "k"],
     per_row: tuple[Key, tuple[Repaint, ...], Float[Array, "k"]],
     denoiser: Denoiser,
     known: Known,
     schedule: Schedule,
 ) -> Outcome:
+    """One chunk of members of the RePaint family, for `in_chunks` and device.compile_ahead: one compiled program.
+
+    Args:
+      rows: of `known`, the field of each member.
+      per_row: key, stages (every leaf (k,)) and var_decay of each member.
+      denoiser, known, schedule: see `repaint_ensemble`; the same for all members.
+
+    Returns:
+      Every leaf (k, ...); see `sample.repaint_stages`.
+    """
+
     def one(row: Int[Array, ""], key: Key, stages: tuple[Repaint, ...], var_decay: Float[Array, ""]) -> Outcome:
         mine = jax.tree.map(lambda leaf: leaf[row], known)
         return repaint_stages(key, denoiser, mine, schedule, stages, var_decay)
@@ -174,7 +185,7 @@ def repaint_sweep(
     point, row, member = (i.reshape(-1) for i in np.indices(shape))
     keys = member_keys(seed, frames, range(members))[row, member]
     per_row = keys, jax.tree.map(lambda leaf: leaf[point], stacked), np.float32(var_decay)[point]
-    outcome = in_chunks(_repaint_rows, row, per_row, chunk, (denoiser, known, schedule), devices)
+    outcome = in_chunks(repaint_rows, row, per_row, chunk, (denoiser, known, schedule), devices)
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), outcome)
 
 
@@ -243,7 +254,7 @@ def survivors(
 
 
 @jax.jit
-def _posterior_rows(
+def posterior_rows(
     rows: Int[Array, "k"],
     per_row: tuple[Key, Float[Array, "k"]],
     denoiser: Denoiser,
@@ -252,6 +263,14 @@ def _posterior_rows(
     analysis: Analysis,
     hyper: Posterior,
 ) -> Float[Array, "k y x c"]:
+    """One chunk of members by a posterior sampler, for `in_chunks` and device.compile_ahead: one compiled program.
+
+    Args:
+      rows: numbers of the members, which say no more than how many they are.
+      per_row: key and sign of the noise of each member.
+      denoiser, evidence, gaussian, analysis, hyper: see `posterior_ensemble`; the same for all members.
+    """
+
     def one(key: Key, sign: Float[Array, ""]) -> Float[Array, "y x c"]:
         draw_key, noise_key, run_key = jax.random.split(key, 3)
         start = linear_sample(noise_key, analysis, guide.prior_draw(gaussian, draw_key), evidence, sign)
@@ -299,4 +318,4 @@ def posterior_ensemble(
     keys = member_keys(seed, [frame], range(members))[0][number // 2 if antithetic else number]
     signs = np.where(antithetic & (number % 2 == 1), -1, 1).astype(np.float32)
     shared = denoiser, evidence, gaussian, analysis, hyper
-    return in_chunks(_posterior_rows, number, (keys, signs), chunk, shared, devices)
+    return in_chunks(posterior_rows, number, (keys, signs), chunk, shared, devices)

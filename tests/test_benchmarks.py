@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 from benchmarks import measure, repaint
+from benchmarks import train as train_benchmark
 from benchmarks import unet as unet_benchmark
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
@@ -98,6 +99,43 @@ def test_repaint_smoke(monkeypatch, tmp_path, capsys):
         assert r["form"] != "scan" or r["over_scan"]["median"] == 1
 
 
+CONFIG = """
+from jax_repaint.train import default_config
+
+def get_config(arg=""):
+    config = default_config()
+    config.model.network, config.model.form, config.model.rank = "tiny", "anchored", 4
+    config.train.accumulate = 2
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_train_smoke(monkeypatch, tmp_path, capsys):
+    network = UNetConfig((8,), attention=(1,), blocks=1, stem_stride=2, embedding=8)
+    monkeypatch.setitem(NETWORKS, "tiny", network)
+    (tmp_path / "config.py").write_text(CONFIG)
+    made = []
+    monkeypatch.setattr(
+        train_benchmark, "prepare", lambda *a, prepare=train_benchmark.prepare: made.append(prepare(*a)) or made[0]
+    )
+    run(monkeypatch, train_benchmark, configs=[str(tmp_path / "config.py")], out=str(tmp_path / "train.json"))
+    found = json.loads((tmp_path / "train.json").read_text())
+    assert "300 x 9,180 frames" in capsys.readouterr().out
+    (r,) = found["rows"]
+    assert (r["network"], r["form"], r["batch"], made[0].frames) == ("tiny", "anchored", 2, 4)
+    # The input has the linear estimate beside x.
+    seen = dataclasses.replace(network, inputs=4)
+    assert r["parameters"] == unet.count(unet.structure(seen)[1])
+    assert r["gflop_a_frame"] == unet_benchmark.gflop(seen)["train"]
+    assert r["frames_per_s"]["max"] * r["ms_a_step"]["min"] == pytest.approx(4e3, rel=1e-6)
+    assert r["frames_per_s"]["max"] * r["run_s"]["min"] == pytest.approx(300 * 9180, rel=1e-6)
+    for key in ("frames_per_s", "share"):
+        check_spread(r[key])
+    # Parameters, their average, two moments and the series lie on the device.
+    assert r["gb"] * 1e9 > 4 * (4 * r["parameters"] + 4 * 48 * 96 * 2)
+
+
 def test_full_run_is_the_method(monkeypatch):
     asked = {}
     monkeypatch.setattr(repaint, "measure_sampler", lambda *a: asked.update(stage=a[2]))
@@ -111,6 +149,7 @@ def test_full_run_is_the_method(monkeypatch):
     [
         (unet_benchmark, {"networks": ["large"]}, "large"),
         (unet_benchmark, {"networks": ["small"], "batch": ["0"]}, "batch"),
+        (train_benchmark, {"configs": ["nowhere.py"]}, "no configuration 'nowhere.py'"),
         (repaint, {"network": "large", "t_start": 75, "resample_steps": 5}, "large"),
         (repaint, {"network": "small", "t_start": 250, "resample_steps": 5, "smoke": False}, "250"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from absl import flags
 
-from benchmarks import ensemble, repaint
+from benchmarks import ensemble, measure, repaint
 from benchmarks import sweep as sweep_benchmark
 from jax_repaint import model
 from jax_repaint.data import readers
@@ -19,11 +19,12 @@ from jax_repaint.nets.unet import NETWORKS, UNetConfig
 from jax_repaint.sample import Known, method
 from jax_repaint.schedule import Schedule
 
-TINY = UNetConfig((8, 16), attention=(2,), stem_stride=2, embedding=8)
+TINY = UNetConfig((8,), attention=(1,), blocks=1, stem_stride=2, embedding=8)
 
 
 def run(monkeypatch, module, **options):
-    asked = {"smoke": True, "dtype": None, "rounds": 1, "batch": ["1"], "out": None, "shorten": None} | options
+    asked = {"smoke": True, "dtype": None, "rounds": 1, "batch": ["1"], "out": None, "shorten": None, "figure": None}
+    asked |= options
     monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**asked))
     module.main([])
 
@@ -39,14 +40,12 @@ def test_the_loop_returns_what_the_sampler_does(monkeypatch):
     grid = (16, 16)
     monkeypatch.setattr(ensemble, "LOOP_GRID", grid)
     schedule, stages = Schedule.linear(), ensemble.shortened(method("adaptive"), 25)
-    graphdef, params = ensemble.measure.random_network(TINY)
+    graphdef, params = measure.random_network(TINY)
     denoiser = EpsDenoiser(params, schedule, graphdef)
     seen = []
     monkeypatch.setattr(repaint, "step", lambda *a, step=repaint.step: seen.append(a[0].shape) or step(*a))
     loop = ensemble._loop(denoiser, schedule, stages)
-    expected = jax.jit(ensemble.repaint.repaint)(
-        jax.random.key(1), denoiser, repaint.frame(grid=grid), schedule, stages[0]
-    )
+    expected = jax.jit(repaint.repaint)(jax.random.key(1), denoiser, repaint.frame(grid=grid), schedule, stages[0])
     np.testing.assert_allclose(loop.call(), expected.x, atol=1e-4)
     assert seen == [(*grid, 2)]
     assert loop.calls == 16
@@ -56,8 +55,10 @@ def test_the_loop_returns_what_the_sampler_does(monkeypatch):
 @pytest.mark.slow
 def test_ensemble_smoke(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(NETWORKS, "tiny", TINY)
-    monkeypatch.setattr(ensemble, "gaussian", lambda full=ensemble.gaussian: full(4))
-    run(monkeypatch, ensemble, network="tiny", out=str(tmp_path / "ensemble.json"))
+    monkeypatch.setattr(measure, "gaussian", lambda grid, full=measure.gaussian: full(grid, 4))
+    paths = {name: str(tmp_path / f"ensemble.{name}") for name in ("json", "png")}
+    run(monkeypatch, ensemble, network="tiny", out=paths["json"], figure=paths["png"])
+    assert (tmp_path / "ensemble.png").read_bytes()[:4] == b"\x89PNG"
     found = json.loads((tmp_path / "ensemble.json").read_text())
     assert "kalman-16" in capsys.readouterr().out
     names = [(r["sampler"], r["batch"]) for r in found["rows"]]
@@ -68,9 +69,14 @@ def test_ensemble_smoke(monkeypatch, tmp_path, capsys):
         # The fastest round has the highest rate.
         best = 1e3 / r["fields_per_s"]["max"] / ensemble.CALLS[name]
         assert best == pytest.approx(r["ms_a_call"]["min"], rel=1e-6)
-        assert (r["gb"] is None) == ("loop" in r["sampler"])
-        ratio = r["ensemble_over_loop"]["median"] / r["call_over_loop"]["median"]
-        assert ratio == pytest.approx(ensemble.CALLS["S6"] / ensemble.CALLS[name], rel=1e-6)
+        assert (r["gb"] is None) == (r["over_network"] is None) == ("loop" in r["sampler"])
+        calls = ensemble.MEMBERS * ensemble.CALLS[name] * r["ms_a_call"]["min"] / 1e3
+        if name == "kalman-16":
+            assert r["ensemble_s"]["min"] >= calls + found["gains_s"]["min"]
+        else:
+            assert r["ensemble_s"]["min"] == pytest.approx(calls, rel=1e-6)
+            ratio = r["ensemble_over_loop"]["median"] / r["call_over_loop"]["median"]
+            assert ratio == pytest.approx(ensemble.CALLS["S6"] / ensemble.CALLS[name], rel=1e-6)
     loop = found["rows"][1]
     assert loop["call_over_loop"]["median"] == loop["ensemble_over_loop"]["median"] == 1
 

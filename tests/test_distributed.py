@@ -292,3 +292,27 @@ def test_two_processes_are_stopped_queued_again_and_have_the_curve_of_one(folder
     rows = results.read_parts(folder / "sweep")
     assert rows.groupby("method")["frame"].nunique().to_dict() == {"gp_init": 2, "kalman": 2}
     assert (folder / "sweep" / "table.txt").exists()
+
+
+DEMO = """
+import runpy, sys
+sys.path.insert(0, {tests!r})
+import conftest, tiny
+from jax_repaint.nets import unet
+tiny.compile_once({cache!r})
+unet.NETWORKS["tiny"] = tiny.NETWORK
+ranges = ["--train_range=0:30", "--test_range=40:60", "--methods=linear,kalman"]
+sys.argv = ["demo", "--fields=tiny.nc", *ranges, "--steps=2", "--members=2", "--patterns=line:3", "--out=demo"]
+runpy.run_module("jax_repaint.demo", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_the_demo_trains_on_any_number_of_devices(folder):
+    text = DEMO.format(tests=str(launching.TESTS), cache=str(folder / "cache"))
+    three = launching.environment(XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    done = subprocess.run([sys.executable, "-c", text], cwd=folder, env=three, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trained = model.load(folder / "demo" / "run" / "model")
+    assert trained.training["config"]["train"]["batch"] == 15
+    assert (folder / "demo" / "table.csv").exists()

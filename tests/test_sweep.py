@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import launching
 import numpy as np
 import pandas as pd
 import pytest
@@ -200,8 +201,8 @@ def test_one_program_a_group(folder, tmp_path, caplog):
         # No other test has chunks of this size.
         go(make_config(folder, 3, members=10), tmp_path)
     compiled = [m.split(" with ")[0] for m in caplog.messages if m.startswith("Compiling")]
-    assert sum("_repaint_rows" in m for m in compiled) == 1
-    assert sum("_posterior_rows" in m for m in compiled) == 1
+    assert sum("repaint_rows" in m for m in compiled) == 1
+    assert sum("posterior_rows" in m for m in compiled) == 1
 
 
 def test_two_processes_share_a_sweep(folder, first, tmp_path):
@@ -247,9 +248,11 @@ def test_rows_do_not_depend_on_the_devices(folder, first, tmp_path, devices):
 
 @pytest.mark.slow
 def test_two_processes_at_once(folder, first, tmp_path):
+    """They find each other, part, and leave the table of one process."""
+    flags = ["--process_count=2", f"--coordinator=localhost:{launching.free_port()}"]
     runs = [
         subprocess.Popen(
-            command(folder, tmp_path, f"--process_index={index}", "--process_count=2"),
+            command(folder, tmp_path, f"--process_index={index}", *flags), env=launching.environment(),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(2)
@@ -257,8 +260,10 @@ def test_two_processes_at_once(folder, first, tmp_path):
     outputs = [run.communicate() for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     check_same(results.read_parts(tmp_path), first[1])
-    assert (tmp_path / "table.txt").exists()
+    assert all(f"process {index} of 2, with 1 of 2 devices" in err for index, (_, err) in enumerate(outputs))
     assert any("wrote rows.parquet" in out for out, _ in outputs)
+    tables = [pd.read_csv(workdir / "table.csv") for workdir in (tmp_path, first[0])]
+    pd.testing.assert_frame_equal(*(t.drop(columns=t.filter(like="seconds")) for t in tables), rtol=1e-4)
 
 
 # --- faults -------------------------------------------------------------------------------------------------
