@@ -1,0 +1,384 @@
+"""Verdicts follow from rows with known effects, the page has every finding, and the runner goes on where it was."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+from jax_repaint import ensemble, evaluate, findings, levels, model, points, reproduce, results, resumption, train
+from jax_repaint.data import readers
+from jax_repaint.data.fields import Split
+from jax_repaint.errors import InputError
+from jax_repaint.findings import ABOVE, BELOW, HOLDS, MOST, NO_WORSE, NOT, OPEN, OTHER, SAME, Check, Evidence
+
+FRAMES = 24
+
+
+# --- the rule -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected", "judged"),
+    [
+        ((0.8, 0.9), BELOW, HOLDS), ((1.1, 1.2), BELOW, NOT), ((0.9, 1.1), BELOW, OPEN),
+        ((0.8, 0.9), ABOVE, NOT), ((1.1, 1.2), ABOVE, HOLDS), ((0.9, 1.1), ABOVE, OPEN),
+        ((0.995, 1.005), SAME, HOLDS), ((1.02, 1.1), SAME, NOT), ((0.9, 0.98), SAME, NOT), ((0.98, 1.005), SAME, OPEN),
+        ((0.8, 1.005), NO_WORSE, HOLDS), ((1.02, 1.1), NO_WORSE, NOT), ((0.9, 1.1), NO_WORSE, OPEN),
+        ((0.6, 0.9), MOST, HOLDS), ((0.1, 0.4), MOST, NOT), ((np.nan, np.nan), BELOW, OPEN),
+    ],
+)  # fmt: skip
+def test_a_claim_is_judged_by_its_whole_interval(ends, expected, judged):
+    assert Check("", np.mean(ends), *ends, expected).verdict == judged
+
+
+def make(judged, role="claim"):
+    ends = {HOLDS: (0.8, 0.9), NOT: (1.1, 1.2), OPEN: (0.9, 1.1)}[judged]
+    return Check("", 1.0, *ends, BELOW, role)
+
+
+@pytest.mark.parametrize(
+    ("claims", "controls", "conditions", "expected"),
+    [
+        ([HOLDS], [], [], HOLDS), ([HOLDS, OPEN], [], [], OPEN), ([HOLDS, OPEN, NOT], [], [], NOT),
+        ([HOLDS], [HOLDS], [], OTHER), ([HOLDS], [HOLDS, OPEN], [], HOLDS), ([HOLDS], [NOT], [], HOLDS),
+        ([NOT], [HOLDS], [], NOT), ([HOLDS], [], [NOT], OPEN), ([NOT], [], [HOLDS], NOT),
+    ],
+)  # fmt: skip
+def test_the_worst_claim_decides_and_controls_name_another_reason(claims, controls, conditions, expected):
+    checks = [make(v) for v in claims] + [make(v, "control") for v in controls]
+    checks += [make(v, "condition") for v in conditions] + [make(NOT, "beside")]
+    assert findings.verdict(checks) == expected
+
+
+# --- rows with known effects ----------------------------------------------------------------------------------
+
+
+def make_rows(name, effects=None, noise=0.003, frames=FRAMES):
+    """Rows of a sweep as its configuration has it; `effects` are factors of the GP's error by (label, stage)."""
+    config = reproduce.sweep_config(name, "a", "b")
+    rng = np.random.default_rng(0)
+    rows = []
+    gp = rng.lognormal(-5, 0.5, frames)
+    for point in points.read_points(config):
+        trained = dataclasses.replace(tiny.model(), training={})
+        calls = points.calls_by_stage(points.make_program(point, trained))
+        for stage, size in [(s, n) for s in range(1, len(calls) + 1) for n in point.sizes(config)]:
+            effect = (effects or (lambda label, stage: 0.9))(point.label, stage)
+            error = gp * effect * rng.lognormal(0, noise, frames)
+            for frame in range(frames):
+                mean = error[frame] * (0.5 + 0.5 / size)
+                rows.append(
+                    dict.fromkeys(results.SCHEMA.names)
+                    | {"task": f"{point.label}{stage}{size}{frame}", "point": point.number, "label": point.label,
+                       "method": point.method, "settings": json.dumps(point.settings), "pattern": "line:22", "seed": 0,
+                       "frame": frame, "block": 2, "stage": stage, "observed": 10, "ocean": 100, "members": size,
+                       "antithetic": point.paired, "cells": 90, "mse_member": error[frame], "mse_mean": mean,
+                       "variance": error[frame] / 2, "crps": np.sqrt(mean), "coverage90": 0.9, "energy_member": 1.0,
+                       "energy_truth": 1.0, "failed_members": 0, "failed_at": "", "mse_climatology": 2 * gp[frame],
+                       "mse_seed_gp": gp[frame], "mse_gp": gp[frame], "mse_linear": 0.3 * gp[frame],
+                       "calls": calls[stage - 1] * size, "device_seconds": 1.0}
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def make_resumption(loaded=1.0, decayed=0.9, falling=1.0):
+    rng = np.random.default_rng(0)
+    hard = rng.lognormal(0, 0.5, FRAMES)
+    factors = {"before": 1.0, resumption.FIRST: 0.8, "continued": falling, "loaded": loaded,
+               resumption.AVERAGED: 1.0, "mirrored": 1.4, "weights": 0.9, "decayed": decayed}  # fmt: skip
+    losses = pd.DataFrame({name: hard * f * rng.lognormal(0, 0.001, FRAMES) for name, f in factors.items()})
+    rows = [(name, epoch, 0.1 * f, 0.1) for name, f in factors.items() for epoch in (1, 2)]
+    curves = pd.DataFrame(rows, columns=["branch", "epoch", "loss", "averaged_loss"])
+    return resumption.Resumption(curves, losses, 2, "WORKDIR holds a run of another kind")
+
+
+def make_evidence(effects=None, names=tuple(reproduce.SWEEPS), found=None):
+    sigmas = np.array([0.01, 1.0, 3.4])
+    errors = np.random.default_rng(0).lognormal(0, 0.1, (FRAMES, 3, 2))
+    return Evidence(
+        sweeps={name: make_rows(name, effects) for name in names},
+        threshold=10,
+        weight=0.303,
+        levels={name: levels.table(errors, sigmas, 2) for name in ("attention", "plain")},
+        visible=(3.4, 24, 0.96, 256),
+        losses={"attention": (0.04, 0.03), "plain": (0.1, 0.03)},
+        resumption=found or make_resumption(),
+    )
+
+
+def judge(title, effects, found=None):
+    finding = next(f for f in findings.FINDINGS if f.title == title)
+    names = (finding.sweep,) if finding.sweep else ()
+    return findings.verdict(finding.judge(make_evidence(effects, names, found)).checks)
+
+
+def by_method(**factors):
+    return lambda label, stage: next((f for key, f in factors.items() if label.split()[0] == key), 0.9)
+
+
+@pytest.mark.parametrize(
+    ("uniform", "expected"),
+    [(0.9, HOLDS), (0.8, OTHER), (0.7, OTHER)],
+)
+def test_adaptive_noise_holds_for_another_reason_if_even_noise_does_as_well(uniform, expected):
+    effects = by_method(gp_init=0.9, adaptive=0.8, uniform=uniform)
+    assert judge("Adaptive noise improves on GP-init", effects) == expected
+
+
+def test_known_effects_are_found():
+    title = "Adaptive noise improves on GP-init"
+    assert judge(title, by_method(gp_init=0.8, adaptive=0.9, uniform=0.8)) == NOT
+    assert judge("Gradient guidance changes nothing", by_method(gp_init=0.9, guided=1.1)) == NOT
+    assert judge("Starting from the GP is the big win", by_method(gp_init=0.8, plain=0.9)) == HOLDS
+    assert judge("Starting from the GP is the big win", by_method(gp_init=0.9, plain=0.9)) == OPEN
+    assert judge("Plain RePaint is worse than the GP", lambda label, stage: 1.3) == HOLDS
+    assert judge("Averaging members reduces the error", None) == HOLDS
+    second = lambda label, stage: 0.9 - 0.002 * float(label.split("t_refine=")[1]) if "refine" in label else 0.95  # noqa: E731
+    assert judge("A second pass improves, the more the higher it starts", second) == HOLDS
+
+
+def test_the_turn_is_looked_for_at_the_threshold():
+    def turning(scaled):
+        return lambda label, stage: 1.2 if stage == 10 and (scaled or "scaled" not in label) else 0.8
+
+    assert judge("The turn at stage 8", turning(False)) == OTHER
+    assert judge("The turn at stage 8", turning(True)) == HOLDS
+    assert judge("The turn at stage 8", lambda label, stage: 0.9**stage) == NOT
+
+
+def test_failures_are_counted_and_left_out_of_ratios():
+    rows = make_rows("guidance_scale")
+    large = rows["label"].isin([f"guided guidance_scale={s:g}" for s in (5, 50, 500)])
+    rows.loc[large, "failed_members"] = 1
+    rows.loc[large, ["mse_member", "mse_mean", "crps"]] = np.nan
+    evidence = dataclasses.replace(make_evidence(names=()), sweeps={"guidance_scale": rows})
+    judged = findings.guidance_curve(evidence)
+    assert judged.checks[-1].verdict == HOLDS
+    assert judged.checks[-1].value == 1
+    assert f"| 500 | NaN | – | – | – | – | {FRAMES}/{FRAMES} |" in judged.table
+
+
+def test_a_few_frames_decide_nothing():
+    rows = make_rows("head_to_head", by_method(gp_init=0.5, plain=0.9), frames=4)
+    gp_init, plain = (findings.chosen(rows, label) for label in ("gp_init", "plain"))
+    assert findings.paired(gp_init, plain).hi < 1
+    assert findings.check("", gp_init, plain, BELOW).verdict == OPEN
+
+
+@pytest.mark.parametrize(("loaded", "expected"), [(1.3, HOLDS), (0.99, NOT)])
+def test_damage_of_a_resumed_run(loaded, expected):
+    title = "Loading Adam's state into AdamW damages the network"
+    assert judge(title, None, make_resumption(loaded=loaded)) == expected
+
+
+def test_no_plateau_no_verdict_on_it():
+    title = "Training reaches a plateau that Adam cannot leave"
+    assert judge(title, None, make_resumption(falling=0.8)) == OPEN
+    assert judge(title, None, make_resumption()) == OTHER
+    assert judge(title, None, make_resumption(decayed=1.1)) == HOLDS
+
+
+def test_the_page_has_every_finding_and_question(tmp_path):
+    verdicts = findings.write(make_evidence(), tmp_path / "page.md", ["how it was made"])
+    text = (tmp_path / "page.md").read_text()
+    assert list(verdicts) == [f.title for f in findings.FINDINGS]
+    for finding in findings.FINDINGS:
+        assert f"### {finding.title}\n\nThe notes: {finding.claim}" in text
+        assert f"(#{findings._anchor(finding.title)})" in text
+    for title, *_ in findings.QUESTIONS:
+        assert f"### {title}\n" in text
+    assert "Not run" not in text
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) >= 6
+    assert all(f"]({path.name})" in text and path.stat().st_size < 150_000 for path in pictures)
+    # Every line of a table has as many cells as its head.
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table}) == 1, table[0]
+
+
+def test_what_was_not_run_is_named(tmp_path):
+    evidence = dataclasses.replace(make_evidence(names=("head_to_head",)), resumption=None, levels={})
+    verdicts = findings.write(evidence, tmp_path / "page.md", [])
+    text = (tmp_path / "page.md").read_text()
+    assert set(verdicts) == {f.title for f in findings.FINDINGS if f.sweep == "head_to_head"}
+    assert "Not run: Training reaches a plateau that Adam cannot leave; " in text
+
+
+# --- the runner -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    readers.write(tiny.fields(), folder / "tiny.nc")
+    made = tiny.model(data=readers.read(folder / "tiny.nc"))
+    text = {"data": "tiny", "step": 1, "held_out_loss": 0.5, "held_out_loss_of_linear": 0.4}
+    model.save(dataclasses.replace(made, training=made.training | text), folder / "model")
+    tiny.compile_once(folder / "cache")
+    yield folder
+    tiny.compile_as_usual()
+
+
+def changes(folder):
+    return {"fields": str(folder / "tiny.nc"), "patterns": "line:3", "resample_steps": 1}
+
+
+NAMES = ("head_to_head", "equal_weight")
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    one = str(folder / "model")
+    reproduce.run_sweeps(folder / "work", one, one, NAMES, frames=2, changes=changes(folder))
+    return folder / "work"
+
+
+@pytest.mark.slow
+def test_sweeps_run_once_and_become_a_page(folder, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(ensemble, "repaint_sweep", None)
+    one = str(folder / "model")
+    reproduce.run_sweeps(finished, one, one, NAMES, frames=2, changes=changes(folder))
+    evidence = reproduce.gather(finished, one, one, NAMES, frames=2, changes=changes(folder))
+    rows = evidence.sweeps["head_to_head"]
+    assert len(rows) == 5 * 2
+    assert set(rows["members"]) == {1}
+    assert np.isfinite(rows["mse_member"]).all()
+    assert set(evidence.sweeps["equal_weight"]["members"]) == {8}
+    assert 0.2 < evidence.weight < 1
+    findings.write(evidence, tmp_path / "page.md", reproduce.about(one, one, "the command"))
+    text = (tmp_path / "page.md").read_text()
+    assert "| attention | `test` |" in text
+    assert "`head_to_head`: 2 frames, 1 member, line:3" in text
+
+
+def test_stages_have_the_same_noise_until_the_variance_is_flat(folder):
+    """The threshold stage is the first one whose weight is 1 everywhere in the sampler's own arithmetic."""
+    from jax_repaint import sample
+    from jax_repaint.study import Cases, open_study
+
+    one = str(folder / "model")
+    study = open_study(reproduce.sweep_config("head_to_head", one, one, frames=2, **changes(folder)))
+    weight, threshold = reproduce.variance_facts(study)
+    (case,) = Cases(study, study.models[one], "seed_gp").make(study.cases[False][:1])
+    missing = np.broadcast_to(case.known.missing, case.known.prior_variance.shape)
+    variance = case.known.prior_variance
+    for stage in range(1, threshold + 1):
+        doubt = np.asarray(sample.doubt(variance, case.known.missing))[missing]
+        assert (doubt.min() == 1) == (stage == threshold)
+        if stage == 1:
+            assert weight == pytest.approx((0.2 + 0.8 * doubt.astype(float) ** 3).mean(), rel=1e-5)
+        variance = variance * np.float32(0.1)
+
+
+def test_sizes_and_models_of_the_sweeps():
+    for name, size in reproduce.SWEEPS.items():
+        config = reproduce.sweep_config(name, "a", "b")
+        assert (config.frames, config.members) == (size.frames, size.members)
+        assert points.read_points(config)
+        full = reproduce.sweep_config(name, "a", "b", "full")
+        assert full.frames == 128
+        assert reproduce.sweep_config(name, "a", "b", frames=3).frames == 3
+    for file in (reproduce.CONFIGS / "sweeps").glob("*.py"):
+        # Two ask what this page does not.
+        named = {size.file or name for name, size in reproduce.SWEEPS.items()} | {"coverage", "distance"}
+        assert file.stem in named
+    models = [point.model for point in points.read_points(reproduce.sweep_config("attention", "a", "b"))]
+    assert models == ["a", "a", "b", "b"]
+    uniform = reproduce.sweep_config("equal_weight", "a", "b")
+    assert [point.method for point in points.read_points(uniform)] == ["gp_init", "adaptive", "uniform"]
+
+
+def test_levels_of_models_of_different_ranges(folder):
+    """Each is asked within its range, and all at the last step of the schedule."""
+    fields = readers.read(folder / "tiny.nc")
+    models = {form: tiny.model(form, fields) for form in ("eps", "anchored")}
+    split = evaluate.data_of(models["eps"], str(folder / "tiny.nc"))[1]
+    found = reproduce.errors_by_level(models, fields, split, 4, 4)
+    last = float(models["eps"].steps.sigma[-1])
+    for form, largest in (("eps", last), ("anchored", 130)):
+        assert found[form]["sigma"].max() == pytest.approx(largest)
+        assert last in found[form]["sigma"].to_numpy()
+    text = findings.by_level(dataclasses.replace(make_evidence(names=()), levels=found)).table
+    assert [cell.strip() for cell in text.splitlines()[-1].split("|")][1:4:2] == ["130", "–"]
+
+
+@pytest.mark.slow
+def test_continued_runs_are_trained_once(folder, tmp_path, monkeypatch):
+    tiny.register(monkeypatch)
+    trained, fields = tiny.model(), tiny.fields()
+    split = Split(**{k: np.arange(*v) for k, v in trained.training["parts"].items()}, decorrelation=0.7)
+    length = resumption.Length(epoch=6, before=3, after=2, held_out=6, dispatch=3)
+    arguments = trained, fields, split, tiny.config()
+    found = resumption.run(*arguments, tmp_path, length)
+    last = found.curves.groupby("branch")["loss"].last()
+    for name in ("before", *resumption.BRANCHES):
+        assert found.losses[name].mean() == pytest.approx(last[name], rel=1e-5)
+    assert (np.diff(found.curves[found.curves["branch"].isin(["before", "continued"])]["loss"]) < 0).all()
+    # 12 steps of an average with decay .9999 are a thousandth of the way.
+    assert found.losses[resumption.AVERAGED].mean() == pytest.approx(last["before"], rel=1e-3)
+    # From the same moments AdamW goes where Adam goes, but for a decay of 1e-4.
+    assert last["loaded"] == pytest.approx(last["continued"], rel=0.05)
+    assert "train.weight_decay: 0.0001 there, 0.001 here" in found.refusal
+    monkeypatch.setattr(resumption, "_train", None)
+    again = resumption.run(*arguments, tmp_path, length)
+    pd.testing.assert_frame_equal(again.curves, found.curves)
+    pd.testing.assert_frame_equal(again.losses, found.losses)
+    with pytest.raises(InputError, match="holds another experiment"):
+        resumption.run(*arguments, tmp_path, dataclasses.replace(length, after=3))
+
+
+def test_rates_of_the_branches():
+    length = resumption.Length()
+    rates = resumption.rates(1.0, length)
+    assert rates["continued"](5.0) == 1
+    # Fast-forwarded to a quarter of its way, and the same for a whole epoch.
+    assert 0.8 < rates["loaded"](0.0) < 0.9
+    assert rates["loaded"](0.9) == rates["loaded"](0.0) > rates["loaded"](1.0)
+    assert rates["weights"](0.0) == pytest.approx(1e-3)
+    assert rates["weights"](1.0) == 1
+    assert rates["decayed"](0.0) == 1
+    assert rates["decayed"](6.0) == pytest.approx(0, abs=1e-12) == rates["weights"](6.0)
+
+
+def test_models_are_trained_once(folder, tmp_path, monkeypatch):
+    tiny.register(monkeypatch)
+    path = tmp_path / "tiny_run.py"
+    path.write_text("import tiny\n\ndef get_config(arg=''):\n    return tiny.config()\n")
+    calls = []
+
+    def trained(config, workdir):
+        calls.append(workdir)
+        made = model.load(folder / "model")
+        shutil.copytree(folder / "model", workdir / "model")
+        (workdir / "log.csv").write_text("epoch\n1\n3\n")
+        return made
+
+    monkeypatch.setattr(train, "train", trained)
+    for _ in range(2):
+        assert reproduce.trained_model(path, tmp_path / "run") == str(tmp_path / "run" / "model")
+    assert calls == [tmp_path / "run"]
+    named = reproduce.models_of(tmp_path, (str(folder / "model"), ""), ("configs/micro.py", str(path)))
+    assert named == (str(folder / "model"), str(tmp_path / "models" / "tiny_run" / "model"))
+    monkeypatch.setattr(train, "train", lambda *_: None)
+    with pytest.raises(reproduce.Interrupted):
+        reproduce.trained_model(path, tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda path: reproduce.check_names(["gamma", "magic"]), "'magic' is not one of head_to_head, "),
+        (lambda path: reproduce.models_of(path, (str(path), str(path)), ("a.py", "b.py")), "no model in"),
+        (lambda path: reproduce.models_of(path, ("", ""), ("a.py", "b.py")), "a.py is missing"),
+        (lambda path: reproduce.models_of(path, ("", ""), ("a.py",)), "configs are two files"),
+        (lambda path: reproduce.models_of(path, ("", ""), ("a/micro.py", "b/micro.py")), "configs are two files"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, call, message):
+    with pytest.raises(InputError, match=message):
+        call(tmp_path)
