@@ -51,7 +51,9 @@ def flop(function: Callable, *args: object) -> float:
                 total += 2 * out * np.prod([shapes[0][k] for k in contracted])
             else:
                 inner = [leaf for leaf in jax.tree.leaves(list(p.values())) if hasattr(leaf, "eqns")]
-                total += p.get("length", 1) * sum(of(j) for j in inner)
+                # Of branches one runs.
+                each = [of(j) for j in inner]
+                total += p.get("length", 1) * (max(each) if equation.primitive.name == "cond" else sum(each))
         return total
 
     return float(of(jax.make_jaxpr(function)(*args)))
