@@ -34,8 +34,8 @@ def check_spread(spread):
 def test_counts_multiply_adds(network, expected):
     work = unet_benchmark.gflop(NETWORKS[network])
     assert work["forward"] == pytest.approx(expected, rel=0.01)
-    # A gradient repeats every product twice, except that of the embedding with respect to the noise level.
-    assert 2.999 * work["forward"] < work["train"] < 3 * work["forward"]
+    # A gradient repeats every product twice, except that of the first layer with respect to the field.
+    assert 2.98 * work["forward"] < work["train"] <= 3 * work["forward"]
 
 
 def test_compiler_counts_less_by_the_padding():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_repaint.nets import convolution
+from jax_repaint.nets import convolution, unet
 from jax_repaint.nets.layers import conv, conv_up
 
 F32 = jnp.dtype("float32")
@@ -71,3 +71,15 @@ def test_in_a_loop_the_kernel_keeps_the_fast_layout():
     text = jax.jit(looped).lower(x, kernel).compile().as_text()
     assert "b01f_01io->b01f" in text
     assert "b01f_01oi->b01f" not in text
+
+
+def test_training_leaves_the_kernels_free():
+    graphdef, params = unet.create(unet.UNetConfig((8,), blocks=1, embedding=8), 0)
+    x = jnp.ones((1, 4, 4, 2))
+
+    def text(key):
+        return str(jax.make_jaxpr(lambda params: unet.apply(graphdef, params, x, jnp.zeros(1), key))(params))
+
+    assert "custom_vjp_call" in text(None)
+    # A batch made by vmap would otherwise have one gradient of a kernel a frame, which eight devices sum wrongly.
+    assert "name=convolve" not in text(jax.random.key(0))

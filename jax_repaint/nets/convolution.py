@@ -24,6 +24,10 @@ def convolve(x: Array, kernel: Array, stride: int = 1, pad: Pair = (0, 0), dilat
     Args:
       pad: zeros before and after, in y and in x.
     """
+    return _plain(x, kernel, stride, pad, dilation)
+
+
+def _plain(x: Array, kernel: Array, stride: int, pad: Pair, dilation: int) -> Array:
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), (pad, pad), lhs_dilation=(dilation, dilation), dimension_numbers=LAYOUT
     )
@@ -36,13 +40,8 @@ def _forward(x: Array, kernel: Array, stride: int, pad: Pair, dilation: int) -> 
 def _backward(stride: int, pad: Pair, dilation: int, kept: tuple[Array, Array], above: Array) -> tuple[Array, Array]:
     x, kernel = kept
 
-    def plain(x: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), (pad, pad), lhs_dilation=(dilation, dilation), dimension_numbers=LAYOUT
-        )
-
     def of_field(above: Array, kernel: Array) -> Array:
-        return jax.linear_transpose(lambda x: plain(x, kernel), x)(above)[0]
+        return jax.linear_transpose(lambda x: _plain(x, kernel, stride, pad, dilation), x)(above)[0]
 
     def of_field_in_a_loop(above: Array, kernel: Array) -> Array:
         # Without the barrier XLA folds the exchange of channels back into the convolution.
@@ -57,25 +56,37 @@ def _backward(stride: int, pad: Pair, dilation: int, kept: tuple[Array, Array], 
         )
 
     to_field = jax.lax.platform_dependent(above, kernel, cpu=of_field_in_a_loop, default=of_field)
-    return to_field, jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(above)[0]
+    to_kernel = jax.linear_transpose(lambda kernel: _plain(x, kernel, stride, pad, dilation), kernel)(above)[0]
+    return to_field, to_kernel
 
 
 convolve.defvjp(_forward, _backward)
 
 
 class Conv(nnx.Conv):
-    """nnx.Conv by `convolve`, of square kernels and strides."""
+    """nnx.Conv of square kernels and strides.
+
+    Attributes:
+      fixed: whether the kernel is, so that gradients are with respect to fields (`convolve`). In training it is not:
+        a batch made by vmap would be summed one kernel's gradient at a time.
+    """
+
+    fixed = True
 
     def __call__(self, x: Array) -> Array:
         """(b, y, x, inputs) to (b, y', x', outputs)."""
         x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
-        return convolve(x, kernel, self.strides, self.padding[0]) + bias[None, None, None]
+        run = convolve if self.fixed else _plain
+        return run(x, kernel, self.strides, self.padding[0], 1) + bias[None, None, None]
 
 
 class ConvTranspose(nnx.ConvTranspose):
-    """nnx.ConvTranspose by `convolve`, of square kernels and strides."""
+    """nnx.ConvTranspose of square kernels and strides; `fixed` as in Conv."""
+
+    fixed = True
 
     def __call__(self, x: Array) -> Array:
         """(b, y, x, inputs) to (b, y', x', outputs)."""
         x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
-        return convolve(x, kernel, 1, self.padding[0], self.strides) + bias[None, None, None]
+        run = convolve if self.fixed else _plain
+        return run(x, kernel, 1, self.padding[0], self.strides) + bias[None, None, None]

@@ -189,9 +189,12 @@ def structure(config: UNetConfig) -> tuple[nnx.GraphDef, dict]:
 
 
 def apply(graphdef: nnx.GraphDef, params: dict, x: Array, position: Array, dropout: Key | None = None) -> Array:
-    """The network as a pure function of its parameters; a key turns dropout on."""
-    rngs = None if dropout is None else nnx.Rngs(dropout=dropout)
-    return nnx.merge(graphdef, params)(x, position, rngs)
+    """The network as a pure function of its parameters; a key, which training has, turns dropout on."""
+    network = nnx.merge(graphdef, params)
+    if dropout is None:
+        return network(x, position)
+    network.set_attributes(fixed=False)
+    return network(x, position, nnx.Rngs(dropout=dropout))
 
 
 def count(params: dict) -> int:
