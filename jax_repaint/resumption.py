@@ -54,10 +54,10 @@ class Length:
       dispatch: steps between two changes of the rate, and between two averages of the weights.
     """
 
-    epoch: int = 60
-    before: int = 15
-    after: int = 6
-    held_out: int = 128
+    epoch: int = 40
+    before: int = 12
+    after: int = 4
+    held_out: int = 96
     dispatch: int = 10
 
 
