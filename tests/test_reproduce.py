@@ -333,7 +333,7 @@ def test_continued_runs_are_trained_once(folder, tmp_path, monkeypatch):
 
 
 def test_rates_of_the_branches():
-    length = resumption.Length()
+    length = resumption.Length(before=15, after=6)
     rates = resumption.rates(1.0, length)
     assert rates["continued"](5.0) == 1
     # Fast-forwarded to a quarter of its way, and the same for a whole epoch.
