@@ -291,7 +291,8 @@ def about(attention: str, plain: str, command_line: str) -> list[str]:
     first = model.load(attention)
     sentence = (
         f"Made by the command below on `{first.training['data']}`. Errors are on unobserved ocean cells of held-out "
-        "frames; a loss has the weights of its form, and beside it stands that of the exact Gaussian denoiser."
+        "frames; a loss has the weights of its form, and beside it stands that of the exact Gaussian denoiser. Without "
+        "--attention and --plain the command trains both networks first."
     )
     if first.form != "eps":
         sentence += (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from benchmarks import measure, repaint
+from benchmarks import gradient, measure, repaint
 from benchmarks import train as train_benchmark
 from benchmarks import unet as unet_benchmark
 from jax_repaint.errors import InputError
@@ -82,6 +82,25 @@ def test_unet_smoke(monkeypatch, tmp_path, capsys):
         # The fastest round has the highest rate, however much the rounds differ.
         assert r["ms"]["min"] * r["gflop_per_s"]["max"] == pytest.approx(1e3 * r["gflop"], rel=1e-6)
         assert bool(r["torch_ms"]) == (results["machine"]["torch"] is not None)
+
+
+@pytest.mark.slow
+def test_gradient_smoke(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+    run(monkeypatch, gradient, networks=["tiny"], out=str(tmp_path / "gradient.json"))
+    results = json.loads((tmp_path / "gradient.json").read_text())
+    assert "tiny" in capsys.readouterr().out
+    assert [r["form"] for r in results["rows"]] == list(gradient.FORMS)
+    for r in results["rows"]:
+        check_spread(r["ms"])
+        # One round: the ratio of the times is the time of the ratio.
+        assert r["over_outside"]["median"] == pytest.approx(r["ms"]["median"] / results["rows"][0]["ms"]["median"])
+
+
+def test_gradients_of_a_loop_are_the_same(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+    ours, theirs = (gradient.calls("tiny", 1, 2)[form]() for form in ("loop", "library"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.slow

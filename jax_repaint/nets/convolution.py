@@ -2,7 +2,7 @@
 
 On a CPU XLA brings convolutions into the form of its fast kernels in the outermost computation only. The gradient's
 convolution, with the kernel turned around and its channels exchanged, stays in a slow form inside of `lax.scan`, where
-all samplers are: five times slower for a whole network (benchmarks/unet.py). Here that form is written out.
+all samplers are: six times slower for a whole network (benchmarks/gradient.py). Here that form is written out.
 """
 
 from functools import partial

@@ -1,0 +1,117 @@
+"""The gradient of a network with respect to its field, outside of a loop and inside, as samplers take it.
+
+    python -m benchmarks.gradient --networks=tiny --batch=2 --out=gradient.json
+
+`outside` is one call; `loop` is a call of several noise levels in one `lax.scan`, with the convolutions' gradient
+written out (jax_repaint/nets/convolution.py); `library` is the same loop with the gradient that JAX derives.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from benchmarks import measure
+from jax_repaint import command
+from jax_repaint.array_types import Array
+from jax_repaint.errors import InputError
+from jax_repaint.nets.unet import NETWORKS
+
+GRID = (48, 96)
+FORMS = ("outside", "loop", "library")
+
+
+def calls(name: str, batch: int, levels: int) -> dict[str, Callable[[], Array]]:
+    """Compiled calls of each form, which wait for their result."""
+    config = NETWORKS[name]
+    graphdef, params = measure.random_network(config)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((batch, *GRID, config.inputs), np.float32))
+    positions = jnp.linspace(10.0, 240.0, levels)
+
+    def gradient(params: dict, x: Array, position: Array, fixed: bool) -> Array:
+        network = nnx.merge(graphdef, params)
+        network.set_attributes(fixed=fixed)
+        out, pull = jax.vjp(lambda x: network(x, position[None]), x)
+        return pull(out)[0]
+
+    def looped(params: dict, x: Array, fixed: bool) -> Array:
+        # Each level starts from the last one's result, as samplers do.
+        def step(x: Array, position: Array) -> tuple[Array, None]:
+            return x + 1e-3 * gradient(params, x, position, fixed), None
+
+        return jax.lax.scan(step, x, positions)[0]
+
+    programs = {
+        "outside": lambda params, x: gradient(params, x, positions[0], True),
+        "loop": lambda params, x: looped(params, x, True),
+        "library": lambda params, x: looped(params, x, False),
+    }
+    made = {form: measure.compiled(programs[form], params, x)[0] for form in FORMS}
+    return {form: lambda run=run: run(params, x).block_until_ready() for form, run in made.items()}
+
+
+def measure_gradients(networks: Sequence[str], batch: int, levels: int, rounds: int) -> dict:
+    """Milliseconds of a gradient of one sample in each form, and their ratios to `outside`.
+
+    Args:
+      networks: names in NETWORKS.
+      batch: samples a call.
+      levels: of a loop.
+      rounds: see `measure.interleaved`.
+    """
+    rows = []
+    for name in networks:
+        forms = calls(name, batch, levels)
+        for call in forms.values():
+            call()
+        seconds = measure.interleaved(forms, rounds)
+        each = {form: seconds[form] / batch / (1 if form == "outside" else levels) for form in FORMS}
+        rows += [
+            {
+                "network": name,
+                "form": form,
+                "ms": measure.spread(1e3 * each[form]),
+                "over_outside": measure.spread(each[form] / each["outside"]),
+            }
+            for form in FORMS
+        ]
+    return {"machine": measure.machine(), "dtype": "float32", "batch": batch, "levels": levels, "rows": rows}
+
+
+def report(results: dict) -> str:
+    """The results as a table."""
+    rows = [[r["network"], r["form"], measure.text(r["ms"]), measure.text(r["over_outside"])] for r in results["rows"]]
+    head = ["network", "form", "ms a gradient", "over outside"]
+    return "\n".join(
+        [
+            measure.banner(results),
+            f"grid {GRID[0]} x {GRID[1]}, {results['batch']} samples a call, {results['levels']} levels in a loop",
+            measure.table(head, rows),
+        ]
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; `--help` lists its options."""
+    f = flags.FLAGS
+    unknown = [name for name in f.networks if name not in NETWORKS]
+    if unknown:
+        raise InputError(f"network {unknown[0]!r} is not one of {', '.join(NETWORKS)}")
+    batch, levels, rounds = (1, 2, 1) if f.smoke else (f.batch, f.levels, f.rounds)
+    results = measure_gradients(f.networks, batch, levels, rounds)
+    print(report(results))
+    if f.out:
+        measure.write(f.out, results)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("networks", ["tiny"], "Networks to measure.")
+    flags.DEFINE_integer("batch", 2, "Samples a call.", lower_bound=1)
+    flags.DEFINE_integer("levels", 8, "Of a loop.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", lower_bound=1)
+    flags.DEFINE_string("out", None, "JSON file to write.")
+    flags.DEFINE_boolean("smoke", False, "One sample, two levels, one round, whatever else is asked.")
+    command.run(main)
