@@ -789,8 +789,8 @@ def against_linear(evidence: Evidence) -> Judged:
     head = ("sweep", "pattern", "method", "frames", "members", "a member", "mean of the members", "wins of the mean")
     remark = (
         "A sample cannot be expected to beat a mean: even an exact sample of the posterior has about twice its error. "
-        "The mean of the members is what compares. The sweeps of the RePaint family start from the notes' GP, those of "
-        "`patterns` from the linear estimate."
+        "The mean of the members is what compares. These sweeps start from the notes' GP; `patterns`, "
+        "`ensemble_size` and `calls` start from the linear estimate."
     )
     return Judged([], markdown(head, lines), remark)
 

@@ -44,8 +44,7 @@ def _backward(stride: int, pad: Pair, dilation: int, kept: tuple[Array, Array], 
         return jax.linear_transpose(lambda x: _plain(x, kernel, stride, pad, dilation), x)(above)[0]
 
     def of_field_in_a_loop(above: Array, kernel: Array) -> Array:
-        # Without the barrier XLA folds the exchange of channels back into the convolution.
-        turned = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+        turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
         size, before = kernel.shape[0], kernel.shape[0] - 1 - pad[0]
         pads = []
         for wide, made in zip(x.shape[1:3], above.shape[1:3], strict=True):
