@@ -73,9 +73,9 @@ def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int
 
     All batches are of about the same size, so that little of the last one is filled up.
     """
-    members = study.config.members
-    most = max(map(len, left.values()))
-    if not study.points[next(iter(left.values()))[0]].repaint:
+    first = study.points[next(iter(left.values()))[0]]
+    members, most = first.members, max(map(len, left.values()))
+    if not first.repaint:
         # Posterior samplers take points and cases one by one; several cases make a part worth writing.
         most = 1
     points = min(max(rows // members, 1), most)
@@ -150,7 +150,7 @@ class Sampler:
         while True:
             made.shape = shape_of(study, left, rows)
             # A posterior sampler takes its cases one by one.
-            of_batch = study.config.members * (math.prod(made.shape) if made.repaint else 1)
+            of_batch = made.members * (math.prod(made.shape) if made.repaint else 1)
             chunk = math.ceil(of_batch / math.ceil(of_batch / rows))
             made.chunk = -(-chunk // jax.local_device_count()) * jax.local_device_count()
             try:
@@ -172,6 +172,11 @@ class Sampler:
     def repaint(self) -> bool:
         """Whether the group belongs to the RePaint family."""
         return self.study.points[self.group.points[0]].repaint
+
+    @property
+    def members(self) -> int:
+        """Members of each ensemble; all points of a group have as many."""
+        return self.study.points[self.group.points[0]].members
 
     def _compile(self, example: Estimates) -> None:
         program = self.study.programs[self.group.points[0]]
@@ -216,7 +221,7 @@ class Sampler:
         def call(chunk: int) -> Any:
             return ensemble.repaint_sweep(
                 self.trained.denoiser, known, self.trained.steps, programs, frames=frames,
-                members=study.config.members, seed=batch.cases[0].seed, var_decay=decay, chunk=chunk,
+                members=self.members, seed=batch.cases[0].seed, var_decay=decay, chunk=chunk,
             )  # fmt: skip
 
         began = time.perf_counter()
@@ -230,7 +235,7 @@ class Sampler:
         return made
 
     def _independent(self, number: int, seed: int, case: Case) -> Samples:
-        members, program, trained = self.study.config.members, self.study.programs[number], self.trained
+        members, program, trained = self.members, self.study.programs[number], self.trained
         evidence = None if program is None else self._evidence(number, case)
 
         def call(chunk: int) -> np.ndarray:

@@ -6,7 +6,8 @@ comparisons stand in it, each on the same frames with a paired block-bootstrap i
     member over seed_gp    one member against the Gaussian process of earlier results, which is how those were counted
     mean over best         the mean of the ensemble against the best deterministic baseline there
 
-and the other two pairings in table.csv. An average of ratios and a ratio of averages are different numbers: the first
+and the other pairings in table.csv. Where methods have ensembles of different size, the second is of the mean that as
+many members as the largest one has are expected to have (`mse_expected`): a mean of two members is not worse for it. An average of ratios and a ratio of averages are different numbers: the first
 is ruled by frames on which the baseline is nearly perfect.
 """
 
@@ -27,9 +28,10 @@ from jax_repaint.results import BASELINES
 
 FILES = ("rows.parquet", "table.csv", "table.txt", "sweep.png", "seed_gp.png")
 SCORES = list(metrics.FrameScores.__dataclass_fields__)
+EXPECTED = "mse_expected"
 SUMMARY = ("mse_member", "mse_mean", "component_rmse", "vector_rmse", "crps", "spread_skill", "coverage90",
            "small_scale", "calls", "seconds")  # fmt: skip
-PAIRS = [(kind, against) for against in ("seed_gp", "best") for kind in ("member", "mean")]
+PAIRS = [(kind, against) for against in ("seed_gp", "best") for kind in ("member", "mean", "expected")]
 STATISTICS = ("median", "average", "ratio", "lo", "hi", "wins", "worst")
 NAMES = {
     "distance": "distance to the nearest observation",
@@ -42,10 +44,13 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
     """One line for each (pattern, point, stage, members) of `rows`.
 
     Columns: those names, label, method, settings; frames, failed (of them, where a member failed), failed_at (the
-    first); the columns of metrics.summary, whose ratio is `mean over best`; and {member, mean}_over_{seed_gp,
-    best}_{median, average, ratio, lo, hi, wins, worst}. NaN where every frame failed.
+    first); the columns of metrics.summary, whose ratio is `mean over best`; mse_expected and `whole`, the number of
+    members it is of; and {member, mean, expected}_over_{seed_gp, best}_{median, average, ratio, lo, hi, wins, worst}.
+    NaN where every frame failed.
     """
     order = list(dict.fromkeys(rows["pattern"]))
+    whole = int(rows["members"].max())
+    rows = rows.assign(**{EXPECTED: expected_mse(rows, whole)})
     lines = []
     for (pattern, point, stage, members), mine in rows.groupby(["pattern", "point", "stage", "members"], sort=True):
         mine = mine.sort_values(["frame", "seed"])
@@ -56,20 +61,33 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
             "pattern": pattern, "point": point, "stage": stage, "members": members, "label": first["label"],
             "method": first["method"], "settings": first["settings"], "frames": len(mine), "failed": int(failed.sum()),
             "failed_at": mine["failed_at"][failed].iloc[0] if failed.any() else "", "best": best,
-            "coverage": float((mine["observed"] / mine["ocean"]).mean()),
+            "coverage": float((mine["observed"] / mine["ocean"]).mean()), "whole": whole,
         }  # fmt: skip
         line |= {f"mse_{name}": float(mine[f"mse_{name}"][~failed | failed.all()].mean()) for name in BASELINES}
         if not failed.all():
             line |= _scores(mine[~failed], best, mine["seed"].nunique())
         lines.append(line)
     table = pd.DataFrame(lines)
-    for name in (*SUMMARY, *(f"{kind}_over_{against}_{s}" for kind, against in PAIRS for s in STATISTICS)):
+    for name in (*SUMMARY, EXPECTED, *(f"{kind}_over_{against}_{s}" for kind, against in PAIRS for s in STATISTICS)):
         if name not in table:
             table[name] = math.nan
     return table.sort_values(
         ["pattern", "point", "stage", "members"], key=lambda c: c.map(order.index) if c.name == "pattern" else c,
         ignore_index=True,
     )  # fmt: skip
+
+
+def expected_mse(rows: pd.DataFrame, members: int) -> np.ndarray:
+    """MSE that the mean of `members` members is expected to have, of each row with M of them.
+
+        mse_mean + (1 / members - 1 / M) variance,   not below 0
+
+    NaN for fewer members than tell their variance, and for fewer antithetic pairs, whose means have another variance.
+    """
+    more = rows["members"] != members
+    told = ~more | (~rows["antithetic"] & (rows["members"] > 1))
+    gained = np.where(more, (1 / members - 1 / rows["members"]) * rows["variance"], 0)
+    return np.where(told, np.maximum(rows["mse_mean"] + gained, 0), np.nan)
 
 
 def _mean_or_inf(values: pd.Series) -> float:
@@ -82,8 +100,10 @@ def _scores(mine: pd.DataFrame, best: str, seeds: int) -> dict[str, Any]:
     frames = [metrics.FrameScores(**row) for row in mine[SCORES].to_dict("records")]
     calls, seconds = float(mine["calls"].mean()), float(mine["device_seconds"].mean())
     line = metrics.summary(str(mine["method"].iloc[0]), frames, calls, seconds)
-    line = {key: line[key] for key in SUMMARY}
+    line = {key: line[key] for key in SUMMARY} | {EXPECTED: float(mine[EXPECTED].mean(skipna=False))}
     for kind, against in PAIRS:
+        if mine[f"mse_{kind}"].isna().any():
+            continue
         base = best if against == "best" else "seed_gp"
         ours, theirs = mine[f"mse_{kind}"].to_numpy(), mine[f"mse_{base}"].to_numpy()
         found = metrics.ratio_of_means(ours, theirs, block, 0)
@@ -110,6 +130,10 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
         last = table.groupby(["pattern", "point"])["stage"].transform("max")
         table = table[table["stage"] == last]
 
+    # Means of ensembles of different size are no match.
+    unlike = table.groupby("point")["members"].max().nunique() > 1
+    mean = "expected" if unlike else "mean"
+
     def number(value: float, form: str) -> str:
         return f"{value:{form}}" if math.isfinite(value) else metrics.DASH
 
@@ -119,20 +143,22 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
         width = max(map(len, names))
         best = ", ".join(dict.fromkeys(mine["best"]))
         bases = ", ".join(f"{name} {mine[f'mse_{name}'].iloc[0]:.3g}" for name in BASELINES)
+        the_mean = f"mean of {mine['whole'].iloc[0]}, as expected," if unlike else "mean"
         scores, ratios = [], []
         for name, (_, line) in zip(names, mine.iterrows(), strict=True):
             failed = f"{line['failed']}/{line['frames']}" if line["failed"] else metrics.DASH
             scores.append(
                 {"point": name.ljust(width), "members": line["members"], "failed": failed}
                 | {title: number(line[key], form) for title, key, form in (
-                    ("MSE member", "mse_member", ".3g"), ("MSE mean", "mse_mean", ".3g"), ("CRPS", "crps", ".3g"),
+                    ("MSE member", "mse_member", ".3g"), ("MSE mean", "mse_mean", ".3g"),
+                    *([(f"MSE of {line['whole']}", EXPECTED, ".3g")] if unlike else []), ("CRPS", "crps", ".3g"),
                     ("spread/skill", "spread_skill", ".2f"), ("in 90 %", "coverage90", ".3f"),
                     ("small scales", "small_scale", ".2f"), ("calls", "calls", ".0f"), ("s", "seconds", ".3g"),
                 )}
             )  # fmt: skip
             row = {"point": name.ljust(width)}
-            for kind, against in (("member", "seed_gp"), ("mean", "best")):
-                prefix = f"{kind}_over_{against}"
+            for kind, of, against in (("member", "member", "seed_gp"), ("mean", mean, "best")):
+                prefix = f"{of}_over_{against}"
                 row |= {
                     f"median {kind}": number(line[f"{prefix}_median"], ".3f"),
                     f"average {kind}": number(line[f"{prefix}_average"], ".3f"),
@@ -143,7 +169,7 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
             ratios.append(row)
         parts.append(
             f"{pattern}, {mine['frames'].max()} frames; MSE of the baselines: {bases}\n{_columns(scores)}\n"
-            f"one member over seed_gp (left), mean over the best baseline, {best} (right)\n{_columns(ratios)}"
+            f"one member over seed_gp (left), {the_mean} over the best baseline, {best} (right)\n{_columns(ratios)}"
         )
     where = table[table["failed"] > 0]
     notes = [f"{line['label']}: first failed in {line['failed_at']}" for _, line in where.iterrows()]

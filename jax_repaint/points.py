@@ -10,8 +10,8 @@ A configuration file holds `sweep(add)`, which calls `add` once a point with the
     def get_config(arg=""):
         return smoke(default_config(sweep), arg)
 
-A point may say `label`, `method`, `model`, `prior` and `consecutive` (default_config has what it does not say) and
-every setting of its method: those of sample.method and `var_decay`, or `levels`, `sigma_max`, `sigma_min` and the
+A point may say `label`, `method`, `model`, `prior`, `consecutive` and `members` (default_config has what it does not
+say) and every setting of its method: those of sample.method and `var_decay`, or `levels`, `sigma_max`, `sigma_min` and the
 others of posterior.Posterior.create.
 """
 
@@ -32,6 +32,7 @@ from jax_repaint.sample import Repaint
 PRIORS = ("linear", "seed_gp", "gp")
 METHODS = (*evaluate.REPAINT, *evaluate.POSTERIOR, "linear_samples")
 OWN = ("label", "method", "model", "prior", "consecutive")
+MEMBERS = "members"  # of one point; in its rows and its tasks by the sizes of its ensembles
 _LEVELS = {"levels": "count", "sigma_max": "sigma_max", "sigma_min": "sigma_min"} | {
     name: name for name in ("eta", "dps_step", "cg_steps", "second_order", "stop_sigma")
 }
@@ -94,7 +95,7 @@ class Point:
     Attributes:
       number: its place in the sweep.
       label: names it in tables.
-      method, model, prior, consecutive: see default_config.
+      method, model, prior, consecutive, members: see default_config.
       hyper: hyperparameters of the method that it sets, with the sweep's defaults.
     """
 
@@ -104,6 +105,7 @@ class Point:
     model: str
     prior: str
     consecutive: bool
+    members: int
     hyper: dict[str, Any]
 
     @property
@@ -118,7 +120,7 @@ class Point:
 
     def sizes(self, config: ConfigDict) -> tuple[int, ...]:
         """Sizes of the ensembles that are scored; the last one is the whole."""
-        return (*(size for size in config.sizes if not (self.paired and size % 2)), config.members)
+        return (*(n for n in config.sizes if n < self.members and not (self.paired and n % 2)), self.members)
 
     @property
     def repaint(self) -> bool:
@@ -139,7 +141,7 @@ def read_points(config: ConfigDict) -> list[Point]:
         method = own.get("method", "adaptive")
         if method not in METHODS:
             raise InputError(f"{name}: method {method!r} is not one of {', '.join(METHODS)}")
-        hyper = {key: value for key, value in own.items() if key not in OWN}
+        hyper = {key: value for key, value in own.items() if key not in (*OWN, MEMBERS)}
         known = _settings(method)
         unknown = [key for key in hyper if key not in known]
         if unknown:
@@ -154,12 +156,14 @@ def read_points(config: ConfigDict) -> list[Point]:
             for key, value in hyper.items()
             if len(alike) == 1 or any(one.get(key) != value for one in alike)
         ]
-        common = {key: own.get(key, config[key]) for key in ("model", "prior", "consecutive")}
+        common = {key: own.get(key, config[key]) for key in ("model", "prior", "consecutive", MEMBERS)}
         point = Point(number, own.get("label", " ".join([method, *said])), method, hyper=defaults | hyper, **common)
         if point.prior not in PRIORS:
             raise InputError(f"{name}: prior {point.prior!r} is not one of {', '.join(PRIORS)}")
-        if point.paired and config.members % 2:
-            raise InputError(f"{name}: the members of {method} come in antithetic pairs: {config.members} is odd")
+        if point.members < 1:
+            raise InputError(f"{name}: members must be at least 1, got {point.members}")
+        if point.paired and point.members % 2:
+            raise InputError(f"{name}: the members of {method} come in antithetic pairs: {point.members} is odd")
         points.append(point)
     labels = [point.label for point in points]
     twice = [label for label in labels if labels.count(label) > 1]
@@ -206,6 +210,7 @@ def same_program(point: Point, program: Program) -> Hashable:
         point.method if program is None else type(program).__name__,
         point.prior,
         point.consecutive,
+        point.members,
         static,
     )
 

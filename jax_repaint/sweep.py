@@ -8,7 +8,8 @@ into the memory of the device, spread over all local devices. Random keys depend
 alone, so that the table is the same whatever the chunks, the devices, the processes and the order.
 
 Rows are written batch by batch (results.py). Started again on the same workdir, the sweep goes on where it was; the
-last process to finish writes rows.parquet, table.csv, table.txt and pictures.
+last process to finish writes rows.parquet, table.csv, table.txt and pictures. --so_far prints the table of what is
+finished, beside a running sweep too.
 
 Several processes, on one machine or many, share a sweep with --process_index and --process_count; each takes every
 P-th case. With --distributed they learn their numbers from Slurm or the TPU pod (distributed.py).
@@ -67,7 +68,7 @@ def make_rows(
     } | {f"mse_{name}": metrics.mse(field, case.truth, scored) for name, field in estimates.baselines.items()}
     rows = []
     for stage, size in itertools.product(range(len(calls)), point.sizes(study.config)):
-        share = size / study.config.members * (calls[stage] / calls[-1] if calls[-1] else 1)
+        share = size / point.members * (calls[stage] / calls[-1] if calls[-1] else 1)
         row = common | {
             "stage": stage + 1,
             "members": size,
@@ -131,7 +132,7 @@ def run(study: Study, workdir: Path, index: int = 0, count: int = 1, progress: b
 
 def _weight(study: Study, number: int) -> int:
     """Network calls of a task, by which the time left is estimated."""
-    return study.config.members * max(calls_by_stage(study.programs[number])[-1], 1)
+    return study.points[number].members * max(calls_by_stage(study.programs[number])[-1], 1)
 
 
 def run_group(study: Study, group: Group, done: set[str], index: int, count: int) -> Iterator[list[dict[str, Any]]]:
@@ -170,6 +171,31 @@ def conclude(study: Study, workdir: Path, groups: Sequence[Group]) -> str | None
     return comparison.write(rows, workdir, study.config.x, study.config.curve, study.config.title)
 
 
+def so_far(study: Study, workdir: Path) -> str:
+    """The table of the cases that every point has finished, and how many they are; writes nothing.
+
+    Raises:
+      InputError: the workdir holds no such sweep, or no case is finished.
+    """
+    workdir = Path(workdir)
+    if not (workdir / results.CONFIG).exists():
+        raise InputError(f"{workdir} holds no sweep")
+    results.claim(workdir, study.identity)
+    rows, kept, total = results.read_parts(workdir), set(), 0
+    done = set(rows["task"])
+    for kind, cases in study.cases.items():
+        points = [point for point in study.points if point.consecutive == kind]
+        for where in cases:
+            tasks = {study.task(point, where) for point in points}
+            kept |= tasks if tasks <= done else set()
+        total += len(points) * len(cases)
+    if not kept:
+        raise InputError(f"no case in {workdir} has been finished by all points; {len(done)} of {total} tasks are done")
+    table = comparison.compare(rows[rows["task"].isin(kept)])
+    text = comparison.format_lines(table, study.config.x == "stage")
+    return f"{text}\n\n{len(kept)} of {total} tasks, of cases that all points have finished"
+
+
 def describe(study: Study) -> str:
     """What the sweep would do: groups, programs, batches, memory, time; compiles, and samples nothing."""
     groups, lines, seconds, compiled = make_groups(study), [], 0.0, 0
@@ -206,7 +232,7 @@ def _describe_group(study: Study, group: Group) -> tuple[str, Sampler, float]:
     text = "\n  ".join(
         [
             names,
-            f"{len(group.points)} points x {len(group.cases)} cases x {study.config.members} members, "
+            f"{len(group.points)} points x {len(group.cases)} cases x {point.members} members, "
             f"{calls} network calls",
             f"{len(batches)} batches of up to {sampler.shape[0]} points x {sampler.shape[1]} cases, "
             f"{sampler.chunk} members a call",
@@ -254,6 +280,7 @@ def _define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Sweep, such as configs/sweeps/gamma.py, with :smoke for a trial.")
     flags.DEFINE_string("workdir", None, "Folder of the sweep; what is finished in it is not run again.")
     flags.DEFINE_boolean("dry_run", False, "Say what would be done, with memory and time, and write nothing.")
+    flags.DEFINE_boolean("so_far", False, "Print the table of the cases that are finished, and run and write nothing.")
     flags.DEFINE_string("cache", None, "Private folder where compiled programs are kept for other runs.")
     flags.mark_flags_as_required(["config", "workdir"])
     distributed.define_flags()
@@ -267,6 +294,9 @@ def main(_) -> None:
     study = open_study(FLAGS.config)
     if FLAGS.dry_run:
         print(describe(study))
+        return
+    if FLAGS.so_far:
+        print(so_far(study, Path(FLAGS.workdir)))
         return
     index, count = FLAGS.process_index, FLAGS.process_count
     if count is None:

@@ -67,7 +67,8 @@ def test_ratios_are_those_of_the_frames(rows, table):
         assert (line["frames"], line["failed"]) == (12, 2 * line["point"])
         for kind, against in comparison.PAIRS:
             base = mine["mse_seed_gp" if against == "seed_gp" else f"mse_{line['best']}"].to_numpy()
-            ours = mine[f"mse_{kind}"].to_numpy()
+            # All ensembles here are of the same size.
+            ours = mine["mse_mean" if kind == "expected" else f"mse_{kind}"].to_numpy()
             name = f"{kind}_over_{against}"
             assert line[f"{name}_average"] == pytest.approx(np.mean(ours / base))
             assert line[f"{name}_median"] == pytest.approx(np.median(ours / base))
@@ -80,6 +81,42 @@ def test_ratios_are_those_of_the_frames(rows, table):
         assert line["mse_mean"] == pytest.approx(mine["mse_mean"].mean())
         assert line["mse_linear"] == pytest.approx(mine["mse_linear"].mean())
         assert line["spread_skill"] == pytest.approx(metrics.spread_skill(mine["variance"], mine["mse_mean"], 4))
+
+
+def test_mean_of_more_members_is_that_of_drawn_ones():
+    """Two of sixteen independent members tell, on average, the error of the mean of sixteen."""
+    rng, cells, frames = np.random.default_rng(1), 400, 300
+    ocean, truth = np.ones((cells, 1), bool), np.zeros((cells, 1, 2))
+    rows = []
+    for _ in range(frames):
+        # Members with a common error and a spread that is not its size.
+        members = 0.3 * rng.normal(size=(1, cells, 1, 2)) + 0.8 * rng.normal(size=(16, cells, 1, 2))
+        rows += [vars(metrics.score(truth, members[:n], ocean, ocean)) for n in (1, 2, 4, 16)]
+    rows = pd.DataFrame(rows)
+    made = rows.assign(expected=comparison.expected_mse(rows, 16)).groupby("members")["expected"]
+    assert made.get_group(16).mean() == pytest.approx(rows[rows["members"] == 16]["mse_mean"].mean(), rel=1e-12)
+    for few in (2, 4):
+        assert made.get_group(few).mean() == pytest.approx(made.get_group(16).mean(), rel=0.03)
+        assert rows[rows["members"] == few]["mse_mean"].mean() > 1.5 * made.get_group(16).mean()
+    assert made.get_group(1).isna().all()
+    pairs = rows.assign(antithetic=True)
+    told = np.isfinite(comparison.expected_mse(pairs, 16))
+    np.testing.assert_array_equal(told, rows["members"] == 16)
+
+
+def test_text_compares_means_of_as_many_members():
+    rows = make_rows()
+    rows.loc[rows["point"] == 0, "members"] = 2
+    table = comparison.compare(rows)
+    text = comparison.format_lines(table)
+    assert "mean of 4, as expected, over the best baseline" in text
+    line = table[(table["pattern"] == "line:3") & (table["stage"] == 2)].iloc[0]
+    mine = rows[(rows["point"] == 0) & (rows["pattern"] == "line:3") & (rows["stage"] == 2)]
+    expected = (mine["mse_mean"] - mine["variance"] / 4).clip(lower=0)
+    assert line["mse_expected"] == pytest.approx(expected.mean())
+    assert line["expected_over_best_ratio"] == pytest.approx(expected.mean() / mine["mse_seed_gp"].mean())
+    assert f"{line['expected_over_best_ratio']:.3f} [" in text
+    assert "as expected" not in comparison.format_lines(comparison.compare(make_rows()))
 
 
 def test_points_that_always_fail_have_no_numbers(rows):

@@ -218,6 +218,47 @@ def test_two_processes_share_a_sweep(folder, first, tmp_path):
         go(config, tmp_path, index=2, count=2)
 
 
+def test_the_table_so_far_is_of_finished_cases(folder, study, first, tmp_path):
+    """Half of the cases, and one case that one point has not finished."""
+    with pytest.raises(InputError, match="holds no sweep"):
+        sweep.so_far(study, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    half = tmp_path / "half"
+    assert sweep.run(study, half, 0, 2, progress=False) is None
+    rows = results.read_parts(half)
+    assert rows["task"].nunique() == TASKS // 2
+    files = sorted(half.rglob("*"))
+    text = sweep.so_far(study, half)
+    assert text.startswith(comparison.format_lines(comparison.compare(rows)))
+    assert text.endswith(f"{TASKS // 2} of {TASKS} tasks, of cases that all points have finished")
+    assert sorted(half.rglob("*")) == files
+    everything = sweep.so_far(study, first[0])
+    assert everything.startswith((first[0] / "table.txt").read_text().rstrip("\n"))
+    changed = open_study(make_config(folder, members=2, sizes=()))
+    with pytest.raises(InputError, match="another sweep"):
+        sweep.so_far(changed, half)
+
+
+def test_points_have_ensembles_of_their_own_size(folder, first, tmp_path):
+    """Points of one program with 2 and 4 members: each row is that of a sweep in which all have as many."""
+    config = make_config(folder, 3)
+    config.points.p000.members = 2
+    config.points.p002.members = 2
+    study = open_study(config)
+    assert [len(group.points) for group in make_groups(study)[:2]] == [1, 1]
+    text = sweep.run(study, tmp_path, progress=False)
+    rows, whole = results.read_parts(tmp_path), first[1]
+    assert "mean of 4, as expected, over the best baseline" in text
+    few = rows["point"] != 1
+    assert set(rows["members"][few]) == {2}
+    assert set(rows["members"][~few]) == {2, 4}
+    key = ["point", "pattern", "frame", "stage", "members"]
+    both = rows.merge(whole, on=key, suffixes=("", "_whole"))
+    assert len(both) == len(rows)
+    np.testing.assert_allclose(both["mse_mean"], both["mse_mean_whole"], rtol=1e-4)
+    np.testing.assert_array_equal(both["calls"], both["calls_whole"])
+
+
 def test_what_a_lost_process_left_is_taken_up(folder, first, tmp_path):
     config = make_config(folder, 2)
     go(config, tmp_path, index=1, count=3)
@@ -444,6 +485,8 @@ def test_frames_of_a_part_random_and_consecutive(folder):
         ([{}, {}], {}, "two points of the sweep are called 'adaptive'"),
         ([{}, {"label": "again"}], {}, "again and adaptive are the same point"),
         ([{"method": "kalman"}], {"members": 3}, "antithetic pairs: 3 is odd"),
+        ([{"method": "kalman", "members": 3}], {}, "antithetic pairs: 3 is odd"),
+        ([{"members": 0}], {}, "p000: members must be at least 1, got 0"),
         ([{}], {"sizes": (8,)}, "sizes must be"),
         ([{}], {"frames": 0}, "frames must be at least 1"),
         ([{}], {"part": "train"}, "part must be test or validation"),
@@ -502,7 +545,7 @@ def test_configurations_ask_what_the_notes_asked():
     found = {path.stem for path in SWEEPS}
     assert found == {
         "anneal_floor", "attention", "bulk", "calls", "consecutive", "coverage", "ddpm_vs_gp", "distance",
-        "ensemble_size", "gamma", "guidance_scale", "head_to_head", "patterns", "stages", "two_stage", "x0_blend",
+        "ensemble_size", "gamma", "guidance_scale", "head_to_head", "methods", "patterns", "stages", "two_stage", "x0_blend",
     }  # fmt: skip
 
 

@@ -1,0 +1,33 @@
+"""Every method on the three usual patterns: the table by which one is chosen.
+
+    python -m jax_repaint.sweep --config=configs/sweeps/methods.py --workdir=sweeps/methods
+    python -m jax_repaint.sweep --config=configs/sweeps/methods.py:full --workdir=sweeps/methods_full
+
+All but `plain` start from the best linear estimate. The RePaint family takes up to a hundred times the network calls
+of a posterior sampler, so of its ensembles two members are drawn, from which follows what the mean of sixteen would
+be; `full` draws sixteen of every method. `:smoke` tries it in a few minutes on two cores.
+"""
+
+from jax_repaint import evaluate
+from jax_repaint.points import default_config, smoke
+
+DRAWN = 2  # members of the RePaint family
+
+
+def get_config(arg: str = ""):
+    """`arg`: empty, `smoke`, or `full`."""
+
+    def sweep(add):
+        add(method="linear_samples")
+        for method in evaluate.REPAINT:
+            add(method=method, **({} if arg == "full" else {"members": DRAWN}))
+        for method in evaluate.POSTERIOR:
+            # It takes a network that is given the observations.
+            if method != "given":
+                add(method=method)
+
+    config = default_config(sweep)
+    config.title = "every method"
+    config.frames = 128
+    config.members = 16
+    return smoke(config, "" if arg == "full" else arg)
