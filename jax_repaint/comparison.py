@@ -7,8 +7,9 @@ comparisons stand in it, each on the same frames with a paired block-bootstrap i
     mean over best         the mean of the ensemble against the best deterministic baseline there
 
 and the other pairings in table.csv. Where methods have ensembles of different size, the second is of the mean that as
-many members as the largest one has are expected to have (`mse_expected`): a mean of two members is not worse for it. An average of ratios and a ratio of averages are different numbers: the first
-is ruled by frames on which the baseline is nearly perfect.
+many members as the largest has are expected to have (`mse_expected`), so that two members are no worse for being two.
+An average of ratios and a ratio of averages are different numbers: the first is ruled by frames on which the baseline
+is nearly perfect.
 """
 
 import json

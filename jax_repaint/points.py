@@ -11,8 +11,8 @@ A configuration file holds `sweep(add)`, which calls `add` once a point with the
         return smoke(default_config(sweep), arg)
 
 A point may say `label`, `method`, `model`, `prior`, `consecutive` and `members` (default_config has what it does not
-say) and every setting of its method: those of sample.method and `var_decay`, or `levels`, `sigma_max`, `sigma_min` and the
-others of posterior.Posterior.create.
+say) and every setting of its method: those of sample.method and `var_decay`, or `levels`, `sigma_max`, `sigma_min`
+and the others of posterior.Posterior.create.
 """
 
 import dataclasses

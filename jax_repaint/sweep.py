@@ -232,8 +232,7 @@ def _describe_group(study: Study, group: Group) -> tuple[str, Sampler, float]:
     text = "\n  ".join(
         [
             names,
-            f"{len(group.points)} points x {len(group.cases)} cases x {point.members} members, "
-            f"{calls} network calls",
+            f"{len(group.points)} points x {len(group.cases)} cases x {point.members} members, {calls} network calls",
             f"{len(batches)} batches of up to {sampler.shape[0]} points x {sampler.shape[1]} cases, "
             f"{sampler.chunk} members a call",
             f"{program}; about {duration(on_device)} on the device",
