@@ -33,7 +33,7 @@ EXPECTED = "mse_expected"
 SUMMARY = ("mse_member", "mse_mean", "component_rmse", "vector_rmse", "crps", "spread_skill", "coverage90",
            "small_scale", "calls", "seconds")  # fmt: skip
 PAIRS = [(kind, against) for against in ("seed_gp", "best") for kind in ("member", "mean", "expected")]
-STATISTICS = ("median", "average", "ratio", "lo", "hi", "wins", "worst")
+STATISTICS = ("median", "average", "ratio", "lo", "hi", "wins", "wins_lo", "wins_hi", "worst")
 NAMES = {
     "distance": "distance to the nearest observation",
     "coverage": "share of cells observed",
@@ -46,7 +46,8 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
 
     Columns: those names, label, method, settings; frames, failed (of them, where a member failed), failed_at (the
     first); the columns of metrics.summary, whose ratio is `mean over best`; mse_expected and `whole`, the number of
-    members it is of; and {member, mean, expected}_over_{seed_gp, best}_{median, average, ratio, lo, hi, wins, worst}.
+    members it is of; and {member, mean, expected}_over_{seed_gp, best}_{median, average, ratio, lo, hi, wins, wins_lo,
+    wins_hi, worst}.
     NaN where every frame failed.
     """
     order = list(dict.fromkeys(rows["pattern"]))
@@ -113,11 +114,10 @@ def _scores(mine: pd.DataFrame, best: str, seeds: int) -> dict[str, Any]:
     return line
 
 
-def _interval(line: pd.Series, name: str) -> str:
-    value, lo, hi = (line[f"{name}_{part}"] for part in ("ratio", "lo", "hi"))
+def _interval(value: float, lo: float, hi: float, form: str = ".3f") -> str:
     if not math.isfinite(value):
         return metrics.DASH
-    return f"{value:.3f}" if not math.isfinite(lo) else f"{value:.3f} [{lo:.3f}, {hi:.3f}]"
+    return f"{value:{form}}" if not math.isfinite(lo) else f"{value:{form}} [{lo:{form}}, {hi:{form}}]"
 
 
 def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
@@ -163,8 +163,8 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
                 row |= {
                     f"median {kind}": number(line[f"{prefix}_median"], ".3f"),
                     f"average {kind}": number(line[f"{prefix}_average"], ".3f"),
-                    f"ratio {kind}": _interval(line, prefix),
-                    f"wins {kind}": number(line[f"{prefix}_wins"], ".0%"),
+                    f"ratio {kind}": _interval(*(line[f"{prefix}_{part}"] for part in ("ratio", "lo", "hi"))),
+                    f"wins {kind}": _interval(*(line[f"{prefix}_wins{part}"] for part in ("", "_lo", "_hi")), ".0%"),
                     f"worst {kind}": number(line[f"{prefix}_worst"], ".2f"),
                 }
             ratios.append(row)

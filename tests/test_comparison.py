@@ -78,6 +78,7 @@ def test_ratios_are_those_of_the_frames(rows, table):
             # The two seeds of a frame are one block.
             expected = metrics.ratio_of_means(ours, base, 2, 0)
             assert (line[f"{name}_lo"], line[f"{name}_hi"]) == (expected.lo, expected.hi)
+            assert (line[f"{name}_wins_lo"], line[f"{name}_wins_hi"]) == (expected.wins_lo, expected.wins_hi)
         assert line["mse_mean"] == pytest.approx(mine["mse_mean"].mean())
         assert line["mse_linear"] == pytest.approx(mine["mse_linear"].mean())
         assert line["spread_skill"] == pytest.approx(metrics.spread_skill(mine["variance"], mine["mse_mean"], 4))
