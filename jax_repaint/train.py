@@ -602,59 +602,33 @@ class Stop:
         signal.signal(signal.SIGTERM, self.before)
 
 
-def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progress: bool = True) -> Model | None:
-    """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM stopped it (any process).
+@dataclasses.dataclass
+class Run:
+    """A run as all processes see it: what does not change while its state does. The first process writes.
 
-    Raises:
-      InputError: configuration, data or workdir cannot be used.
-      Diverged: the loss is not finite; the last good checkpoint stays.
+    Attributes:
+      config, workdir, fields: of it.
+      network: built by `config`.
+      data: and the `steps` in which it is seen.
+      linear_loss: held-out loss of the exact Gaussian denoiser.
+      checkpoints, log: of the first process, None on others.
     """
-    workdir = Path(workdir)
-    check_config(config)
-    mesh = distributed.over_all_devices(config.train.batch)
-    if fields is None:
-        settings = config.data.fields, config.data.frames, config.data.twin_seed
-        fields = distributed.at_all(lambda: load_fields(*settings))
-    run = (workdir, config.to_dict(), {"fields": fields.hash(), "name": fields.name})
-    distributed.check_same(json.dumps(run[1:]), "configuration and data")
-    (resuming,) = distributed.any_of(bool(distributed.at_first(lambda: holds_run(*run))))
-    network = network_config(config)
-    graphdef, params = unet.create(network, config.train.seed)
-    if config.init_from and not resuming:
-        params = distributed.at_first(lambda: _weights_of(config.init_from, network)) or params
-    data = prepare(fields, config)
-    steps = plan(len(data.split.train), config)
-    # Only now: a run that is refused leaves a workdir that the corrected command can have.
-    if not resuming:
-        distributed.at_first(lambda: claim(*run))
-    optimiser, rate = make_optimiser(config, steps)
-    # A copy: the state is donated, and two names must not share one buffer.
-    ema = jax.tree.map(jnp.copy, params)
-    state = State(params, ema, optimiser.init(params), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
-    checkpoints = distributed.at_first(lambda: Checkpoints.open(workdir, config.train.keep))
-    restored = distributed.at_first(lambda: checkpoints.restore(state))
-    if restored is not None:
-        state = jax.tree.map(jnp.asarray, restored)
-        if config.reset_best:
-            state = state._replace(best=jnp.float32(jnp.inf))
-    state = distributed.replicate(distributed.same(state), mesh)
-    loss = make_loss(config, data.gaussian, graphdef)
-    dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape, mesh)
-    held_out = make_held_out(config, loss, data.validation, mesh)
-    linear_loss = float(make_held_out(config, make_loss(config, data.gaussian, None), data.validation, mesh)({}))
-    logging.info("held-out loss of the exact Gaussian denoiser: %.5g", linear_loss)
-    first = jax.process_index() == 0
-    log = distributed.at_first(lambda: Log(workdir, int(state.step) // steps.epoch, config.tensorboard))
 
-    def save(state: State, best: bool) -> None:
-        distributed.at_first(lambda: checkpoints.save(int(state.step), state, best))
+    config: ConfigDict
+    workdir: Path
+    fields: Fields
+    network: unet.UNetConfig
+    data: Prepared
+    steps: Plan
+    linear_loss: float
+    checkpoints: Checkpoints | None
+    log: "Log | None" = None
 
-    def record(row: dict[str, float]) -> None:
-        distributed.at_first(lambda: log.add(row))
-
-    def make_model(state: State) -> Model:
+    def model(self, state: State) -> Model:
+        """The averaged weights of a state, and all that samplers need beside them."""
+        config, data, fields = self.config, self.data, self.fields
         return Model(
-            network=network,
+            network=self.network,
             form=config.model.form,
             params=jax.tree.map(np.asarray, state.ema),
             standardiser=data.standardiser,
@@ -677,7 +651,7 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
                 "decorrelation": data.split.decorrelation,
                 "step": int(state.step),
                 "held_out_loss": float(state.best),
-                "held_out_loss_of_linear": linear_loss,
+                "held_out_loss_of_linear": self.linear_loss,
                 "linear_prior": dataclasses.asdict(data.choice),
                 "config": config.to_dict(),
                 "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
@@ -685,79 +659,159 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
             },
         )
 
-    def export(state: State) -> Model:
-        best = make_model(state)
-        distributed.at_first(lambda: model.save(best, workdir / "model"))
+    def export(self, state: State) -> Model:
+        """Writes the model of a state."""
+        best = self.model(state)
+        distributed.at_first(lambda: model.save(best, self.workdir / "model"))
         return best
 
-    frames = distributed.replicate(data.train, mesh)
-    trained = None
-    done = int(state.step)
-    saved, began, begun = time.monotonic(), time.monotonic(), done
-    with (
-        Stop() as stop,
-        tqdm.tqdm(
-            total=steps.total, initial=done, unit="step", desc="train", disable=None if progress and first else True
-        ) as bar,
-    ):
-        while done < steps.total:
-            state, losses = dispatch(state, frames)
-            losses = np.asarray(losses)
-            if not np.isfinite(losses).all():
-                at = done + int(np.flatnonzero(~np.isfinite(losses))[0])
-                last = int(distributed.same(np.int32(checkpoints.last.latest_step() or 0 if first else 0)))
-                kept = f"the state of step {last} is in {workdir}" if last else "no state was saved before"
-                raise Diverged(
-                    f"the loss or its gradient is not finite at step {at}; {kept}. "
-                    "A lower learning rate helps most often"
-                )
-            done += steps.dispatch
-            bar.update(steps.dispatch)
-            bar.set_postfix(loss=f"{losses.mean():.4g}")
-            late = time.monotonic() - saved > 60 * config.train.save_minutes
-            stopping, saving = distributed.any_of(stop.asked, late)
-            if done % steps.epoch == 0:
-                plain, averaged = float(held_out(state.params)), float(held_out(state.ema))
-                if not math.isfinite(averaged):
-                    raise Diverged(f"the held-out loss is not finite at step {done}")
-                sums = np.asarray(state.sums) / steps.epoch
-                seconds = time.monotonic() - began
-                record(
-                    {
-                        "epoch": done // steps.epoch,
-                        "step": done,
-                        "train_loss": float(sums[0]),
-                        "held_out_loss": plain,
-                        "ema_held_out_loss": averaged,
-                        "learning_rate": float(rate(float(done - 1))),
-                        "gradient_norm": float(sums[1]),
-                        "seconds": seconds,
-                        "frames_per_second": (done - begun) * config.train.batch * config.train.accumulate / seconds,
-                    }
-                )
-                better = averaged < float(state.best)
-                best = jnp.float32(averaged) if better else state.best
-                state = state._replace(**distributed.replicate({"sums": jnp.zeros(2), "best": best}, mesh))
-                # The model first: a run killed in between repeats the epoch and writes both.
-                if better:
-                    trained = export(state)
-                save(state, better)
-                saved = began = time.monotonic()
-                begun = done
-            elif stopping or saving:
-                save(state, False)
-                saved = time.monotonic()
-            if stopping:
-                break
-    distributed.at_first(lambda: checkpoints.close())
-    if done < steps.total:
-        return None
-    if trained is None:
+    def exported(self, state: State) -> Model:
+        """The model that an earlier part of the run has written; all processes have the same."""
         # The others take the place of theirs.
-        trained = distributed.at_first(lambda: model.load(workdir / "model")) or make_model(state)
-        training = json.loads(distributed.same_text(json.dumps(trained.training)))
-        trained = dataclasses.replace(trained, params=distributed.same(trained.params), training=training)
-    return trained
+        best = distributed.at_first(lambda: model.load(self.workdir / "model")) or self.model(state)
+        training = json.loads(distributed.same_text(json.dumps(best.training)))
+        return dataclasses.replace(best, params=distributed.same(best.params), training=training)
+
+    def save(self, state: State, best: bool) -> None:
+        """Writes a checkpoint."""
+        distributed.at_first(lambda: self.checkpoints.save(int(state.step), state, best))
+
+    def check_finite(self, losses: np.ndarray, done: int) -> None:
+        """Raises Diverged at a loss that is not finite, of the steps that follow the first `done`."""
+        if np.isfinite(losses).all():
+            return
+        at = done + int(np.flatnonzero(~np.isfinite(losses))[0])
+        saved = distributed.at_first(lambda: self.checkpoints.last.latest_step())
+        last = int(distributed.same(np.int32(saved or 0)))
+        kept = f"the state of step {last} is in {self.workdir}" if last else "no state was saved before"
+        raise Diverged(
+            f"the loss or its gradient is not finite at step {at}; {kept}. A lower learning rate helps most often"
+        )
+
+    def end_epoch(
+        self, state: State, held_out: Callable[[dict], Level], rate: optax.Schedule, began: float, steps: int
+    ) -> tuple[State, bool]:
+        """Scores a state at the end of an epoch and logs it; the state of the next one, and whether this is the best.
+
+        Args:
+          rate: learning rate by step.
+          began: time.monotonic() at the end of the last one in this process, `steps` ago.
+
+        Raises:
+          Diverged: the held-out loss is not finite.
+        """
+        done = int(state.step)
+        plain, averaged = float(held_out(state.params)), float(held_out(state.ema))
+        if not math.isfinite(averaged):
+            raise Diverged(f"the held-out loss is not finite at step {done}")
+        sums, seconds = np.asarray(state.sums) / self.steps.epoch, time.monotonic() - began
+        row = {
+            "epoch": done // self.steps.epoch,
+            "step": done,
+            "train_loss": float(sums[0]),
+            "held_out_loss": plain,
+            "ema_held_out_loss": averaged,
+            "learning_rate": float(rate(float(done - 1))),
+            "gradient_norm": float(sums[1]),
+            "seconds": seconds,
+            "frames_per_second": steps * self.config.train.batch * self.config.train.accumulate / seconds,
+        }
+        distributed.at_first(lambda: self.log.add(row))
+        better = averaged < float(state.best)
+        return state._replace(sums=jnp.zeros(2), best=jnp.float32(averaged) if better else state.best), better
+
+
+def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progress: bool = True) -> Model | None:
+    """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM stopped it (any process).
+
+    Raises:
+      InputError: configuration, data or workdir cannot be used.
+      Diverged: the loss is not finite; the last good checkpoint stays.
+    """
+    workdir = Path(workdir)
+    check_config(config)
+    mesh = distributed.over_all_devices(config.train.batch)
+    if fields is None:
+        settings = config.data.fields, config.data.frames, config.data.twin_seed
+        fields = distributed.at_all(lambda: load_fields(*settings))
+    identity = (workdir, config.to_dict(), {"fields": fields.hash(), "name": fields.name})
+    distributed.check_same(json.dumps(identity[1:]), "configuration and data")
+    (resuming,) = distributed.any_of(bool(distributed.at_first(lambda: holds_run(*identity))))
+    network = network_config(config)
+    graphdef, params = unet.create(network, config.train.seed)
+    if config.init_from and not resuming:
+        params = distributed.at_first(lambda: _weights_of(config.init_from, network)) or params
+    data = prepare(fields, config)
+    steps = plan(len(data.split.train), config)
+    # Only now: a run that is refused leaves a workdir that the corrected command can have.
+    if not resuming:
+        distributed.at_first(lambda: claim(*identity))
+    optimiser, rate = make_optimiser(config, steps)
+    # A copy: the state is donated, and two names must not share one buffer.
+    ema = jax.tree.map(jnp.copy, params)
+    state = State(params, ema, optimiser.init(params), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
+    checkpoints = distributed.at_first(lambda: Checkpoints.open(workdir, config.train.keep))
+    restored = distributed.at_first(lambda: checkpoints.restore(state))
+    if restored is not None:
+        state = jax.tree.map(jnp.asarray, restored)
+        if config.reset_best:
+            state = state._replace(best=jnp.float32(jnp.inf))
+    state = distributed.replicate(distributed.same(state), mesh)
+    loss = make_loss(config, data.gaussian, graphdef)
+    dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape, mesh)
+    held_out = make_held_out(config, loss, data.validation, mesh)
+    linear_loss = float(make_held_out(config, make_loss(config, data.gaussian, None), data.validation, mesh)({}))
+    logging.info("held-out loss of the exact Gaussian denoiser: %.5g", linear_loss)
+    log = distributed.at_first(lambda: Log(workdir, int(state.step) // steps.epoch, config.tensorboard))
+    run = Run(config, workdir, fields, network, data, steps, linear_loss, checkpoints, log)
+    hidden = None if progress and jax.process_index() == 0 else True
+    whole = {"total": steps.total, "initial": int(state.step), "unit": "step", "desc": "train"}
+    with Stop() as stop, tqdm.tqdm(**whole, disable=hidden) as bar:
+        state, trained = _go_on(run, state, dispatch, held_out, rate, mesh, stop, bar)
+    distributed.at_first(lambda: checkpoints.close())
+    if int(state.step) < steps.total:
+        return None
+    return trained or run.exported(state)
+
+
+def _go_on(
+    run: Run,
+    state: State,
+    dispatch: Callable[[State, Frames], tuple[State, Array]],
+    held_out: Callable[[dict], Level],
+    rate: optax.Schedule,
+    mesh: Mesh | None,
+    stop: Stop,
+    bar: tqdm.tqdm,
+) -> tuple[State, Model | None]:
+    """The steps that are left, or those before a SIGTERM; the last state, and the best model if this part wrote one."""
+    frames, trained = distributed.replicate(run.data.train, mesh), None
+    done = begun = int(state.step)
+    saved = began = time.monotonic()
+    while done < run.steps.total:
+        state, losses = dispatch(state, frames)
+        losses = np.asarray(losses)
+        run.check_finite(losses, done)
+        done += run.steps.dispatch
+        bar.update(run.steps.dispatch)
+        bar.set_postfix(loss=f"{losses.mean():.4g}")
+        late = time.monotonic() - saved > 60 * run.config.train.save_minutes
+        stopping, saving = distributed.any_of(stop.asked, late)
+        if done % run.steps.epoch == 0:
+            new, better = run.end_epoch(state, held_out, rate, began, done - begun)
+            state = state._replace(**distributed.replicate({"sums": new.sums, "best": new.best}, mesh))
+            # The model first: a run killed in between repeats the epoch and writes both.
+            if better:
+                trained = run.export(state)
+            run.save(state, better)
+            saved = began = time.monotonic()
+            begun = done
+        elif stopping or saving:
+            run.save(state, False)
+            saved = time.monotonic()
+        if stopping:
+            break
+    return state, trained
 
 
 def _missing(fields: Fields, split: Split) -> dict[str, dict[str, float]]:
