@@ -541,6 +541,19 @@ def test_configurations_are_sweeps(folder, path):
         module.get_config("fast")
 
 
+def test_every_method_is_in_the_table_of_all():
+    """But those of a network that is given the observations; few of the RePaint family are drawn unless asked for."""
+    path = next(path for path in SWEEPS if path.stem == "methods")
+    file = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(file)
+    file.loader.exec_module(module)
+    usual, full = (read_points(module.get_config(arg)) for arg in ("", "full"))
+    assert {point.method for point in usual} == {*evaluate.METHODS} - {*results.BASELINES, "given"}
+    assert {point.members for point in usual if point.repaint} == {module.DRAWN}
+    assert {point.members for point in full} == {point.members for point in usual if not point.repaint} == {16}
+    assert [point.label for point in full] == [point.label for point in usual]
+
+
 def test_configurations_ask_what_the_notes_asked():
     found = {path.stem for path in SWEEPS}
     assert found == {
