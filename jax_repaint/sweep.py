@@ -191,9 +191,19 @@ def so_far(study: Study, workdir: Path) -> str:
         total += len(points) * len(cases)
     if not kept:
         raise InputError(f"no case in {workdir} has been finished by all points; {len(done)} of {total} tasks are done")
-    table = comparison.compare(rows[rows["task"].isin(kept)])
+    rows = rows[rows["task"].isin(kept)]
+    every = np.concatenate([study.frames[kind] for kind in study.frames])
+    rows = rows.assign(block=_thinned(rows["block"].to_numpy(), every, rows["frame"].unique()))
+    table = comparison.compare(rows)
     text = comparison.format_lines(table, study.config.x == "stage")
     return f"{text}\n\n{len(kept)} of {total} tasks, of cases that all points have finished"
+
+
+def _thinned(block: np.ndarray, frames: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """How many of the frames that are kept lie within a decorrelation time, of which `block` of all frames do."""
+    places = np.flatnonzero(np.isin(np.unique(frames), kept))
+    step = (places[-1] - places[0]) / max(len(places) - 1, 1)
+    return np.maximum(np.rint(block / max(step, 1.0)), 1).astype(int)
 
 
 def describe(study: Study) -> str:

@@ -232,6 +232,11 @@ def test_the_table_so_far_is_of_finished_cases(folder, study, first, tmp_path):
     assert text.startswith(comparison.format_lines(comparison.compare(rows)))
     assert text.endswith(f"{TASKS // 2} of {TASKS} tasks, of cases that all points have finished")
     assert sorted(half.rglob("*")) == files
+    # Of every fourth frame a fourth as many lie within a decorrelation time; of the first ones as many as ever.
+    numbers, blocks = np.arange(0, 128, 2), np.array([16, 16])
+    assert sweep._thinned(blocks, numbers, numbers[::4]).tolist() == [4, 4]
+    assert sweep._thinned(blocks, numbers, numbers[:9]).tolist() == [16, 16]
+    assert sweep._thinned(np.array([1]), numbers, numbers[::4]).tolist() == [1]
     everything = sweep.so_far(study, first[0])
     assert everything.startswith((first[0] / "table.txt").read_text().rstrip("\n"))
     changed = open_study(make_config(folder, members=2, sizes=()))
