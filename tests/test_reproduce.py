@@ -284,8 +284,8 @@ def test_sizes_and_models_of_the_sweeps():
         assert full.frames == 128
         assert reproduce.sweep_config(name, "a", "b", frames=3).frames == 3
     for file in (reproduce.CONFIGS / "sweeps").glob("*.py"):
-        # Two ask what this page does not.
-        named = {size.file or name for name, size in reproduce.SWEEPS.items()} | {"coverage", "distance"}
+        # Three ask what this page does not.
+        named = {size.file or name for name, size in reproduce.SWEEPS.items()} | {"coverage", "distance", "methods"}
         assert file.stem in named
     models = [point.model for point in points.read_points(reproduce.sweep_config("attention", "a", "b"))]
     assert models == ["a", "a", "b", "b"]
