@@ -47,8 +47,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
     Columns: those names, label, method, settings; frames, failed (of them, where a member failed), failed_at (the
     first); the columns of metrics.summary, whose ratio is `mean over best`; mse_expected and `whole`, the number of
     members it is of; and {member, mean, expected}_over_{seed_gp, best}_{median, average, ratio, lo, hi, wins, wins_lo,
-    wins_hi, worst}.
-    NaN where every frame failed.
+    wins_hi, worst}. NaN where every frame failed.
     """
     order = list(dict.fromkeys(rows["pattern"]))
     whole = int(rows["members"].max())
@@ -114,6 +113,11 @@ def _scores(mine: pd.DataFrame, best: str, seeds: int) -> dict[str, Any]:
     return line
 
 
+def _comparable_mean(table: pd.DataFrame) -> str:
+    """Which of PAIRS compares means of all points: those of ensembles of different size are no match."""
+    return "expected" if table.groupby("point")["members"].max().nunique() > 1 else "mean"
+
+
 def _interval(value: float, lo: float, hi: float, form: str = ".3f") -> str:
     if not math.isfinite(value):
         return metrics.DASH
@@ -131,9 +135,8 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
         last = table.groupby(["pattern", "point"])["stage"].transform("max")
         table = table[table["stage"] == last]
 
-    # Means of ensembles of different size are no match.
-    unlike = table.groupby("point")["members"].max().nunique() > 1
-    mean = "expected" if unlike else "mean"
+    mean = _comparable_mean(table)
+    unlike = mean == "expected"
 
     def number(value: float, form: str) -> str:
         return f"{value:{form}}" if math.isfinite(value) else metrics.DASH
@@ -212,7 +215,7 @@ def curves(table: pd.DataFrame, x: str, curve: str, comparison: str) -> list[plo
     if x != "stage":
         table = table[table["stage"] == table.groupby(["pattern", "point"])["stage"].transform("max")]
     if x != "members":
-        table = table[table["members"] == table["members"].max()]
+        table = table[table["members"] == table.groupby("point")["members"].transform("max")]
     for name in (x, curve):
         if name and name not in table:
             raise InputError(f"the points of this sweep have no setting {name!r} to draw")
@@ -267,7 +270,7 @@ def write(rows: pd.DataFrame, folder: Path, x: str = "label", curve: str = "", t
     with whole_file(folder / "table.txt") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     for name, comparison, score in (
-        ("sweep.png", "mean_over_best", "MSE of the mean over that of the best baseline"),
+        ("sweep.png", f"{_comparable_mean(table)}_over_best", "MSE of the mean over that of the best baseline"),
         ("seed_gp.png", "member_over_seed_gp", "MSE of a member over that of seed_gp"),
     ):
         _draw(folder / name, rows, table, x, curve, comparison, score, title)

@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import tqdm
 from absl import flags, logging
 from ml_collections import config_flags
@@ -181,27 +182,29 @@ def so_far(study: Study, workdir: Path) -> str:
     if not (workdir / results.CONFIG).exists():
         raise InputError(f"{workdir} holds no sweep")
     results.claim(workdir, study.identity)
-    rows, kept, total = results.read_parts(workdir), set(), 0
+    rows, parts, total = results.read_parts(workdir), [], 0
     done = set(rows["task"])
     for kind, cases in study.cases.items():
-        points = [point for point in study.points if point.consecutive == kind]
+        points, kept = [point for point in study.points if point.consecutive == kind], set()
         for where in cases:
             tasks = {study.task(point, where) for point in points}
             kept |= tasks if tasks <= done else set()
         total += len(points) * len(cases)
-    if not kept:
+        mine = rows[rows["task"].isin(kept)]
+        parts.append(mine.assign(block=_thinned(mine["block"].to_numpy(), study.frames[kind], mine["frame"].unique())))
+    rows = pd.concat(parts)
+    if rows.empty:
         raise InputError(f"no case in {workdir} has been finished by all points; {len(done)} of {total} tasks are done")
-    rows = rows[rows["task"].isin(kept)]
-    every = np.concatenate([study.frames[kind] for kind in study.frames])
-    rows = rows.assign(block=_thinned(rows["block"].to_numpy(), every, rows["frame"].unique()))
     table = comparison.compare(rows)
     text = comparison.format_lines(table, study.config.x == "stage")
-    return f"{text}\n\n{len(kept)} of {total} tasks, of cases that all points have finished"
+    return f"{text}\n\n{rows['task'].nunique()} of {total} tasks, of cases that all points have finished"
 
 
 def _thinned(block: np.ndarray, frames: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """How many of the frames that are kept lie within a decorrelation time, of which `block` of all frames do."""
     places = np.flatnonzero(np.isin(np.unique(frames), kept))
+    if not places.size:
+        return block
     step = (places[-1] - places[0]) / max(len(places) - 1, 1)
     return np.maximum(np.rint(block / max(step, 1.0)), 1).astype(int)
 

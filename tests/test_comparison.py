@@ -117,6 +117,9 @@ def test_text_compares_means_of_as_many_members():
     assert line["mse_expected"] == pytest.approx(expected.mean())
     assert line["expected_over_best_ratio"] == pytest.approx(expected.mean() / mine["mse_seed_gp"].mean())
     assert f"{line['expected_over_best_ratio']:.3f} [" in text
+    # The picture has the points of smaller ensembles too.
+    places = {p for curve in comparison.curves(table, "label", "", "expected_over_best") for p in curve.x}
+    assert places == {"p0", "p1"}
     assert "as expected" not in comparison.format_lines(comparison.compare(make_rows()))
 
 
