@@ -131,8 +131,12 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
       table: of `compare`.
       every_stage: whether all stages are shown, or the last one of each point.
     """
-    if not every_stage:
-        last = table.groupby(["pattern", "point"])["stage"].transform("max")
+    last = table.groupby(["pattern", "point"])["stage"].transform("max")
+    if every_stage:
+        # Of one stage there is nothing to tell apart.
+        named = table["label"].where(last == 1, table["label"] + " S" + table["stage"].astype(str))
+        table = table.assign(label=named)
+    else:
         table = table[table["stage"] == last]
 
     mean = _comparable_mean(table)
@@ -143,7 +147,7 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
 
     parts = []
     for pattern, mine in table.groupby("pattern", sort=False):
-        names = [f"{line['label']} S{line['stage']}" if every_stage else line["label"] for _, line in mine.iterrows()]
+        names = list(mine["label"])
         width = max(map(len, names))
         best = ", ".join(dict.fromkeys(mine["best"]))
         bases = ", ".join(f"{name} {mine[f'mse_{name}'].iloc[0]:.3g}" for name in BASELINES)
@@ -253,18 +257,26 @@ def distances(rows: pd.DataFrame) -> dict[str, metrics.DistanceErrors]:
     return made
 
 
-def write(rows: pd.DataFrame, folder: Path, x: str = "label", curve: str = "", title: str = "") -> str:
+def write(
+    rows: pd.DataFrame,
+    folder: Path,
+    x: str = "label",
+    curve: str = "",
+    title: str = "",
+    every_stage: bool = False,
+) -> str:
     """Writes FILES into `folder` and returns the table as text.
 
     Args:
       rows: of a whole sweep.
       x, curve, title: of the pictures (points.default_config).
+      every_stage: whether the table shows all stages; it does where `x` is the stage.
     """
     table = compare(rows)
     with whole_file(folder / "rows.parquet") as temporary:
         rows.to_parquet(temporary, index=False)
     metrics.write_csv(table.to_dict("records"), folder / "table.csv")
-    text = format_lines(table, x == "stage")
+    text = format_lines(table, every_stage or x == "stage")
     if x == "distance":
         text += "\n\n" + _format_distances(distances(rows))
     with whole_file(folder / "table.txt") as temporary:

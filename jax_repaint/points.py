@@ -61,6 +61,7 @@ def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
             # "distance"; one line for each value of `curve`.
             "x": "label",
             "curve": "",
+            "every_stage": False,  # the table shows what every stage gave, not the last one alone
             "title": "",
             "batch": 0,  # members a call of the device; 0: as many as pay and fit
             "memory_gb": 0.0,  # of one device; 0: most of what is free on it
@@ -68,7 +69,7 @@ def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
     )
 
 
-FREE = ("batch", "memory_gb", "title", "x", "curve")  # settings that change no row
+FREE = ("batch", "memory_gb", "title", "x", "curve", "every_stage")  # settings that change no row
 
 
 def smoke(config: ConfigDict, arg: str) -> ConfigDict:

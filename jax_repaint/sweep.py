@@ -169,7 +169,8 @@ def conclude(study: Study, workdir: Path, groups: Sequence[Group]) -> str | None
     if left:
         logging.info("%d of %d tasks are left to other processes", left, len(wanted))
         return None
-    return comparison.write(rows, workdir, study.config.x, study.config.curve, study.config.title)
+    config = study.config
+    return comparison.write(rows, workdir, config.x, config.curve, config.title, config.every_stage)
 
 
 def so_far(study: Study, workdir: Path) -> str:
@@ -196,7 +197,7 @@ def so_far(study: Study, workdir: Path) -> str:
     if rows.empty:
         raise InputError(f"no case in {workdir} has been finished by all points; {len(done)} of {total} tasks are done")
     table = comparison.compare(rows)
-    text = comparison.format_lines(table, study.config.x == "stage")
+    text = comparison.format_lines(table, study.config.every_stage or study.config.x == "stage")
     return f"{text}\n\n{rows['task'].nunique()} of {total} tasks, of cases that all points have finished"
 
 

@@ -143,6 +143,9 @@ def test_text_shows_the_last_stage_or_all(table):
     assert "2/12" in text
     every = comparison.format_lines(table, every_stage=True)
     assert every.count("p0 S1") == every.count("p0 S2") == 4
+    # A point of one stage has none to tell apart.
+    one = comparison.format_lines(comparison.compare(make_rows().query("point == 1 or stage == 1")), every_stage=True)
+    assert (one.count("p0 "), one.count("p0 S"), one.count("p1 S1 "), one.count("p1 S2 ")) == (4, 0, 4, 4)
     line = table[(table["pattern"] == "line:3") & (table["stage"] == 2)].iloc[0]
     assert f"{line['member_over_seed_gp_average']:.3f}" in text
     assert f"{line['mean_over_best_ratio']:.3f} [{line['mean_over_best_lo']:.3f}, " in text

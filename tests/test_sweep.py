@@ -553,7 +553,12 @@ def test_every_method_is_in_the_table_of_all():
     module = importlib.util.module_from_spec(file)
     file.loader.exec_module(module)
     usual, full = (read_points(module.get_config(arg)) for arg in ("", "full"))
-    assert {point.method for point in usual} == {*evaluate.METHODS} - {*results.BASELINES, "given"}
+    assert {point.method for point in usual} == {*evaluate.METHODS} - {*results.BASELINES, "given", *module.STAGES}
+    every = sample.method("multistage")
+    for name in module.STAGES:
+        stages = sample.method(name)
+        assert jax.tree.structure(stages) == jax.tree.structure(every[: len(stages)])
+        assert jax.tree.leaves(stages) == jax.tree.leaves(every[: len(stages)])
     assert {point.members for point in usual if point.repaint} == {module.DRAWN}
     assert {point.members for point in full} == {point.members for point in usual if not point.repaint} == {16}
     assert [point.label for point in full] == [point.label for point in usual]

@@ -3,15 +3,20 @@
     python -m jax_repaint.sweep --config=configs/sweeps/methods.py --workdir=sweeps/methods
     python -m jax_repaint.sweep --config=configs/sweeps/methods.py:full --workdir=sweeps/methods_full
 
-All but `plain` start from the best linear estimate. The RePaint family takes up to a hundred times the network calls
-of a posterior sampler, so of its ensembles two members are drawn, from which follows what the mean of sixteen would
-be; `full` draws sixteen of every method. `:smoke` tries it in a few minutes on two cores.
+All but `plain` start from the best linear estimate. `adaptive`, `two_stage` and `multistage` are rows of one run of six
+stages: what its first, second and last stage gave. The RePaint family takes up to a hundred times the network calls of
+a posterior sampler, so of its ensembles two members are drawn, from which follows what the mean of sixteen would be;
+`full` draws sixteen of every method. `:smoke` tries it in a few minutes on two cores.
+
+Processes that have a core each are a third faster than one process on all cores: start it once for each core with
+`taskset -c I`, --process_index=I and --process_count.
 """
 
 from jax_repaint import evaluate
 from jax_repaint.points import default_config, smoke
 
 DRAWN = 2  # members of the RePaint family
+STAGES = ("adaptive", "two_stage")  # what the first stages of `multistage` are
 
 
 def get_config(arg: str = ""):
@@ -20,7 +25,9 @@ def get_config(arg: str = ""):
     def sweep(add):
         add(method="linear_samples")
         for method in evaluate.REPAINT:
-            add(method=method, **({} if arg == "full" else {"members": DRAWN}))
+            if method not in STAGES:
+                label = {"label": "adaptive"} if method == "multistage" else {}
+                add(method=method, **label, **({} if arg == "full" else {"members": DRAWN}))
         for method in evaluate.POSTERIOR:
             # It takes a network that is given the observations.
             if method != "given":
@@ -30,4 +37,5 @@ def get_config(arg: str = ""):
     config.title = "every method"
     config.frames = 128
     config.members = 16
+    config.every_stage = True
     return smoke(config, "" if arg == "full" else arg)
