@@ -4,6 +4,7 @@ A denoiser is a pytree that is called with ONE field (y, x, c) and a noise level
 package sees nothing else of a network. Networks take a key more, which turns their dropout on in training.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -113,11 +114,25 @@ class PrincipalGaussian:
     def __call__(self, x: Field, sigma: Level) -> Field:
         """E[x0 | x] = mean + sum_i (w_i - w_rest) <e_i, x - mean> e_i + w_rest (x - mean),  w = v / (v + sigma^2)."""
         anomaly = (x - self.mean) * self.ocean
-        precision = jax.lax.Precision.HIGHEST
-        along = jnp.einsum("ryxc,yxc->r", self.direction, anomaly, precision=precision)
         weight, rest = self.variance / (self.variance + sigma**2), self.rest / (self.rest + sigma**2)
-        leading = jnp.einsum("r,ryxc->yxc", (weight - rest) * along, self.direction, precision=precision)
+        leading = self.combine((weight - rest) * self.project(anomaly))
         return self.ocean * self.mean + leading + rest * anomaly
+
+    # Products of matrices: of more axes than two XLA makes slow loops on a CPU inside of lax.scan, where samplers are.
+
+    def project(self, field: Field) -> Float[Array, "r"]:
+        """<e_i, field>, the amplitudes of a field along the directions."""
+        return jnp.matmul(self._matrix, field.ravel(), precision=jax.lax.Precision.HIGHEST)
+
+    def combine(self, amplitude: Float[Array, "r"]) -> Field:
+        """sum_i a_i e_i, the field (y, x, c) of amplitudes along the directions."""
+        field = jnp.matmul(amplitude, self._matrix, precision=jax.lax.Precision.HIGHEST)
+        return field.reshape(self.direction.shape[1:])
+
+    @property
+    def _matrix(self) -> Float[Array, "r v"]:
+        count, *field = self.direction.shape  # there may be no direction
+        return self.direction.reshape(count, math.prod(field))
 
     def residual_variance(self, sigma: Level) -> Level:
         """Mean square error of this denoiser per ocean value, mean of v sigma^2 / (v + sigma^2)."""
@@ -130,10 +145,10 @@ class PrincipalGaussian:
     def log_density(self, x: Field, sigma: Level) -> Scalar:
         """log N(x; mean, Sigma + sigma^2 I) over the ocean, without the constant -n/2 log(2 pi)."""
         anomaly = (x - self.mean) * self.ocean
-        along = jnp.einsum("ryxc,yxc->r", self.direction, anomaly, precision=jax.lax.Precision.HIGHEST)
+        along = self.project(anomaly)
         others = self.direction.shape[-1] * self.ocean.sum() - self.variance.size
         # |anomaly|^2 - |along|^2 would lose the little that is left.
-        left = anomaly - jnp.einsum("r,ryxc->yxc", along, self.direction, precision=jax.lax.Precision.HIGHEST)
+        left = anomaly - self.combine(along)
         variance, rest = self.variance + sigma**2, self.rest + sigma**2
         squares = jnp.sum(along**2 / variance) + jnp.sum(left**2) / rest
         return -0.5 * (squares + jnp.sum(jnp.log(variance)) + others * jnp.log(rest))

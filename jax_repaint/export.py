@@ -75,12 +75,10 @@ class Factors:
         """Posterior variance diag(C - G A C), in the units of the observation; zero on land."""
         gaussian, evidence = self.evidence.gaussian, self.evidence
         excess = gaussian.variance - gaussian.rest
-        highest = jax.lax.Precision.HIGHEST
 
         def learnt(unit: Values) -> Field:
             seen = evidence.spread(unit)
-            along = excess * jnp.einsum("ryxc,yxc->r", gaussian.direction, seen, precision=highest)
-            covariance = jnp.einsum("r,ryxc->yxc", along, gaussian.direction, precision=highest)
+            covariance = gaussian.combine(excess * gaussian.project(seen))
             return self.update(jnp.zeros_like(seen), unit) * (gaussian.rest * seen + covariance)
 
         size = evidence.observation.values.size

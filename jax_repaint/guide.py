@@ -260,10 +260,8 @@ def _overlap(observation: Observation) -> Float[Array, "m m"]:
 def prior_draw(gaussian: PrincipalGaussian, key: Key, draw: Callable[..., Array] = jax.random.normal) -> Field:
     """A draw of N(mean, Sigma), mean + Sigma^(1/2) n, zero on land apart from the mean; (y, x, c)."""
     n = gaussian.ocean * draw(key, gaussian.mean.shape, gaussian.mean.dtype)
-    along = jnp.einsum("ryxc,yxc->r", gaussian.direction, n, precision=HIGHEST)
-    excess = (jnp.sqrt(gaussian.variance) - jnp.sqrt(gaussian.rest)) * along
-    leading = jnp.einsum("r,ryxc->yxc", excess, gaussian.direction, precision=HIGHEST)
-    return gaussian.mean + jnp.sqrt(gaussian.rest) * n + leading
+    excess = (jnp.sqrt(gaussian.variance) - jnp.sqrt(gaussian.rest)) * gaussian.project(n)
+    return gaussian.mean + jnp.sqrt(gaussian.rest) * n + gaussian.combine(excess)
 
 
 def none(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence) -> Field:
@@ -314,8 +312,7 @@ def regimes(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidenc
 def _analyse(gaussian: PrincipalGaussian, gain: Gain, misfit: Values, sigma: Level, evidence: Evidence) -> Field:
     """C_t A^T S^-1 (y - A x0)."""
     along = jnp.einsum("rmc,mc->r", gain.along, misfit, precision=HIGHEST)
-    leading = jnp.einsum("r,ryxc->yxc", along, gaussian.direction, precision=HIGHEST)
-    return leading + conditional_variance(gaussian.rest, sigma) * evidence.spread(_weigh(gain, misfit))
+    return gaussian.combine(along) + conditional_variance(gaussian.rest, sigma) * evidence.spread(_weigh(gain, misfit))
 
 
 def cov_pigdm(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence) -> Field:
