@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from benchmarks import gradient, measure, repaint
+from benchmarks import anchor, gradient, measure, repaint
 from benchmarks import train as train_benchmark
 from benchmarks import unet as unet_benchmark
 from jax_repaint.errors import InputError
@@ -101,6 +101,25 @@ def test_gradients_of_a_loop_are_the_same(monkeypatch):
     monkeypatch.setitem(NETWORKS, "tiny", TINY)
     ours, theirs = (gradient.calls("tiny", 1, 2)[form]() for form in ("loop", "library"))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_anchor_smoke(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+    run(monkeypatch, anchor, networks=["tiny"], out=str(tmp_path / "anchor.json"))
+    results = json.loads((tmp_path / "anchor.json").read_text())
+    assert "tiny" in capsys.readouterr().out
+    assert [r["form"] for r in results["rows"]] == list(anchor.FORMS)
+    for r in results["rows"]:
+        check_spread(r["ms"])
+        assert r["over_network"]["median"] == pytest.approx(r["ms"]["median"] / results["rows"][0]["ms"]["median"])
+
+
+def test_products_with_the_directions_are_the_same(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+    forms = anchor.calls("tiny", 1, 2)
+    np.testing.assert_allclose(forms["anchored"](), forms["axes"](), atol=1e-5)
+    assert np.abs(forms["anchored"]() - forms["network"]()).max() > 0.1
 
 
 @pytest.mark.slow
