@@ -3,10 +3,10 @@
     python -m jax_repaint.sweep --config=configs/sweeps/methods.py --workdir=sweeps/methods
     python -m jax_repaint.sweep --config=configs/sweeps/methods.py:full --workdir=sweeps/methods_full
 
-All but `plain` start from the best linear estimate. `adaptive`, `two_stage` and `multistage` are rows of one run of six
-stages: what its first, second and last stage gave. The RePaint family takes up to a hundred times the network calls of
-a posterior sampler, so of its ensembles two members are drawn, from which follows what the mean of sixteen would be;
-`full` draws sixteen of every method. `:smoke` tries it in a few minutes on two cores.
+All but `plain` start from the best linear estimate. Every stage of `multistage` is a row of its own: its S1 is what
+`adaptive` gives, its S2 `two_stage`, so that these two are not run again. The RePaint family takes up to a hundred
+times the network calls of a posterior sampler, so of its ensembles two members are drawn, from which follows what the
+mean of sixteen would be; `full` draws sixteen of every method. `:smoke` tries it in a few minutes on two cores.
 
 Processes that have a core each are a third faster than one process on all cores: start it once for each core with
 `taskset -c I`, --process_index=I and --process_count.
@@ -26,8 +26,7 @@ def get_config(arg: str = ""):
         add(method="linear_samples")
         for method in evaluate.REPAINT:
             if method not in STAGES:
-                label = {"label": "adaptive"} if method == "multistage" else {}
-                add(method=method, **label, **({} if arg == "full" else {"members": DRAWN}))
+                add(method=method, **({} if arg == "full" else {"members": DRAWN}))
         for method in evaluate.POSTERIOR:
             # It takes a network that is given the observations.
             if method != "given":
