@@ -11,13 +11,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 
 from benchmarks import measure
 from jax_repaint import command
 from jax_repaint.array_types import Array
-from jax_repaint.errors import InputError
 from jax_repaint.nets.unet import NETWORKS
 
 GRID = (48, 96)
@@ -96,22 +94,9 @@ def report(results: dict) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """The command; `--help` lists its options."""
-    f = flags.FLAGS
-    unknown = [name for name in f.networks if name not in NETWORKS]
-    if unknown:
-        raise InputError(f"network {unknown[0]!r} is not one of {', '.join(NETWORKS)}")
-    batch, levels, rounds = (1, 2, 1) if f.smoke else (f.batch, f.levels, f.rounds)
-    results = measure_gradients(f.networks, batch, levels, rounds)
-    print(report(results))
-    if f.out:
-        measure.write(f.out, results)
+    measure.run_loops(measure_gradients, report)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("networks", ["tiny"], "Networks to measure.")
-    flags.DEFINE_integer("batch", 2, "Samples a call.", lower_bound=1)
-    flags.DEFINE_integer("levels", 8, "Of a loop.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", lower_bound=1)
-    flags.DEFINE_string("out", None, "JSON file to write.")
-    flags.DEFINE_boolean("smoke", False, "One sample, two levels, one round, whatever else is asked.")
+    measure.define_loop_flags("tiny", batch=2)
     command.run(main)

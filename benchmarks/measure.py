@@ -15,6 +15,7 @@ from importlib import metadata
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from flax import nnx
 
 from jax_repaint.array_types import Array
@@ -157,3 +158,30 @@ def whole_numbers(name: str, values: Sequence[str]) -> list[int]:
     if not values or not all(v.isdecimal() and int(v) > 0 for v in values):
         raise InputError(f"--{name} must be positive whole numbers separated by commas, got {','.join(values)!r}")
     return [int(v) for v in values]
+
+
+def define_loop_flags(network: str, batch: int) -> None:
+    """Flags of a benchmark of loops over noise levels, with these defaults."""
+    flags.DEFINE_list("networks", [network], "Networks to measure.")
+    flags.DEFINE_integer("batch", batch, "Samples a call.", lower_bound=1)
+    flags.DEFINE_integer("levels", 8, "Of a loop.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", lower_bound=1)
+    flags.DEFINE_string("out", None, "JSON file to write.")
+    flags.DEFINE_boolean("smoke", False, "One sample, two levels, one round, whatever else is asked.")
+
+
+def run_loops(measured: Callable[[Sequence[str], int, int, int], dict], report: Callable[[dict], str]) -> None:
+    """Prints and writes what `measured` finds for the networks, batch, levels and rounds of `define_loop_flags`.
+
+    Raises:
+      InputError: a network that does not exist.
+    """
+    f = flags.FLAGS
+    unknown = [name for name in f.networks if name not in unet.NETWORKS]
+    if unknown:
+        raise InputError(f"network {unknown[0]!r} is not one of {', '.join(unet.NETWORKS)}")
+    batch, levels, rounds = (1, 2, 1) if f.smoke else (f.batch, f.levels, f.rounds)
+    results = measured(f.networks, batch, levels, rounds)
+    print(report(results))
+    if f.out:
+        write(f.out, results)
