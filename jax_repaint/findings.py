@@ -528,8 +528,12 @@ def attention(evidence: Evidence) -> Judged:
     rows = evidence.sweeps["attention"]
     points = {label: chosen(rows, label) for label in rows["label"].unique()}
     checks = [
-        check(f"attention over plain network, {method}", points[f"attention, {method}"], points[f"standard, {method}"],
-              BELOW) for method in ("adaptive", "plain")
+        check(f"attention over plain network, {label.split(', ')[1]}{pair and f', seed{pair}'}", mine,
+              points[label.replace("attention", "standard")], BELOW)
+        for method in ("adaptive", "plain")
+        for label, mine in points.items()
+        if label.startswith("attention") and label.endswith(method)
+        for pair in [label.split(",")[0].removeprefix("attention")]
     ]  # fmt: skip
     losses = ", ".join(f"{name} {loss:.3g} (exact Gaussian denoiser {linear:.3g})" for name, (loss, linear)
                        in evidence.losses.items())  # fmt: skip

@@ -3,10 +3,10 @@
     python -m jax_repaint.reproduce --workdir=runs/reproduce
     python -m jax_repaint.reproduce --workdir=runs/reproduce --scale=full --configs=configs/attn.py,configs/standard.py
 
-Two networks, with attention and plain, are trained in WORKDIR/models unless folders of models are named. The sweeps of
-configs/sweeps run in WORKDIR/sweeps, and a training that goes on in wrong and right ways (resumption.py) in
-WORKDIR/resume. Started again, it goes on where it was. The page (findings.py) has the notes' numbers of each finding
-beside those found.
+Networks with attention and plain ones, from two seeds each, are trained in WORKDIR/models unless folders of models are
+named. The first pair does everything; the others are compared with each other. The sweeps of configs/sweeps run in
+WORKDIR/sweeps, and a training that goes on in wrong and right ways (resumption.py) in WORKDIR/resume. Started again, it
+goes on where it was. The page (findings.py) has the notes' numbers of each finding beside those found.
 """
 
 import dataclasses
@@ -52,24 +52,25 @@ class Size:
 
 SWEEPS = {
     "head_to_head": Size(128, 1),
-    "ddpm_vs_gp": Size(16, 1),
-    "bulk": Size(32, 1),
-    "attention": Size(32, 1),
-    "consecutive": Size(16, 1),
-    "anneal_floor": Size(32, 1),
-    "x0_blend": Size(32, 1),
-    "stages": Size(24, 1),
-    "gamma": Size(16, 1),
-    "two_stage": Size(32, 1),
+    "ddpm_vs_gp": Size(128, 1),
+    "bulk": Size(128, 1),
+    "attention": Size(128, 1),
+    "consecutive": Size(128, 1),
+    "anneal_floor": Size(48, 1),
+    "x0_blend": Size(128, 1),
+    "stages": Size(32, 1),
+    "gamma": Size(48, 1),
+    "two_stage": Size(64, 1),
     "guidance_scale": Size(32, 1),
-    "equal_weight": Size(16, 8, "head_to_head", ("gp_init", "adaptive", "uniform")),
-    "ensemble_size": Size(8, 8),
-    "calls": Size(4, 4),
-    "patterns": Size(4, 4),
+    "equal_weight": Size(32, 8, "head_to_head", ("gp_init", "adaptive", "uniform")),
+    "ensemble_size": Size(16, 8),
+    "calls": Size(16, 4),
+    "patterns": Size(12, 4),
 }
 FULL_FRAMES = 128
 LEVELS, RESUME = "levels", "resume"  # errors by noise level, continued runs
 PARTS = (*SWEEPS, LEVELS, RESUME)
+Pair = tuple[str, str]  # folders of a model with attention and of a plain one
 # Mean noise weight of `adaptive` from the notes' GP under line:22; `uniform` has it in every missing cell.
 MEAN_WEIGHT = 0.303
 
@@ -89,14 +90,16 @@ def read_config(path: Path) -> ConfigDict:
 
 
 def sweep_config(
-    name: str, attention: str, plain: str, scale: str = "cpu", frames: int = 0, **changes: Any
-) -> ConfigDict:
+    name: str, attention: str, plain: str, scale: str = "cpu", frames: int = 0, again: Sequence[Pair] = (),
+    **changes: Any,
+) -> ConfigDict:  # fmt: skip
     """The configuration of one of SWEEPS.
 
     Args:
       attention, plain: folders of the two models; all but the sweep `attention` use the first.
       scale: of SCALES.
       frames: at most so many; 0 for no limit.
+      again: the models of other seeds, which the sweep `attention` compares too.
       changes: other settings of points.default_config.
     """
     size = SWEEPS[name]
@@ -108,14 +111,29 @@ def sweep_config(
         config.members = size.members
         config.sizes = tuple(n for n in config.sizes if n < size.members)
     kept = {key: point for key, point in config.points.items() if point.method in (size.methods or (point.method,))}
+    if name == "attention":
+        kept = _of_pairs(kept, [(attention, plain), *again])
     config.points = ConfigDict(kept)
     for point in config.points.values():
-        if name == "attention":
-            point.model = attention if point.label.startswith("attention") else plain
         if point.method == "uniform" and config.prior == "seed_gp":
             point.noise_floor = MEAN_WEIGHT
     config.update(changes)
     return config
+
+
+def _of_pairs(points: Mapping[str, ConfigDict], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Points of the sweep `attention` for every pair of models."""
+    made = {}
+    for number, (attention, plain) in enumerate(pairs, start=1):
+        for key, point in points.items():
+            folder = attention if point.label.startswith("attention") else plain
+            made[f"{number}_{key}"] = point.to_dict() | {"model": folder, "label": numbered(point.label, number)}
+    return made
+
+
+def numbered(label: str, number: int) -> str:
+    """The label of a point as that of pair `number` of models: "attention, plain" is "attention 2, plain"."""
+    return label if number == 1 else label.replace(",", f" {number},", 1)
 
 
 def check_names(names: Sequence[str]) -> Sequence[str]:
@@ -128,30 +146,35 @@ def check_names(names: Sequence[str]) -> Sequence[str]:
 
 def run_sweeps(
     workdir: Path, attention: str, plain: str, names: Sequence[str] = tuple(SWEEPS), scale: str = "cpu",
-    frames: int = 0, changes: Mapping[str, Any] | None = None,
+    frames: int = 0, again: Sequence[Pair] = (), changes: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Runs what is left of the sweeps in WORKDIR/sweeps.
+    """Runs what is left of the sweeps in WORKDIR/sweeps; a task that several of them have is run once.
 
     Raises:
       InputError: an unknown name, a folder that holds no model, a workdir that holds other sweeps.
     """
     for name in (name for name in check_names(names) if name in SWEEPS):
         logging.info("sweep %s", name)
-        study = open_study(sweep_config(name, attention, plain, scale, frames, **(changes or {})))
-        sweep.run(study, workdir / "sweeps" / name)
+        study = open_study(sweep_config(name, attention, plain, scale, frames, again, **(changes or {})))
+        folders = [workdir / "sweeps" / other for other in SWEEPS if other != name]
+        sweep.run(study, workdir / "sweeps" / name, others=folders)
 
 
 # --- models ---------------------------------------------------------------------------------------------------
 
 
-def trained_model(path: Path, workdir: Path) -> str:
+def trained_model(path: Path, workdir: Path, again: int = 0) -> str:
     """Folder of the model that a configuration of configs/ makes; trains what is left of it.
+
+    Args:
+      again: added to the seed of the configuration.
 
     Raises:
       InputError: no such configuration, or `workdir` cannot be used for it.
       Interrupted: SIGTERM stopped the training.
     """
     config, folder = read_config(path), workdir / "model"
+    config.train.seed += again
     log = workdir / "log.csv"
     ended = log.exists() and (pd.read_csv(log)["epoch"] >= config.train.epochs).any()
     if ended and json.loads(json.dumps(config.to_dict())) == model.load(folder).training["config"]:
@@ -165,25 +188,37 @@ class Interrupted(Exception):
     """SIGTERM stopped a training, which the same command continues."""
 
 
-def models_of(workdir: Path, named: Sequence[str], configs: Sequence[str]) -> tuple[str, str]:
-    """Folders of the models with attention and plain: those named, and trained ones for empty names.
+def models_of(workdir: Path, named: Sequence[Sequence[str]], configs: Sequence[str], seeds: int = 1) -> list[Pair]:
+    """Folders of the models with attention and plain, in pairs: those named, and trained ones where none are.
+
+    Args:
+      named: folders with attention, and plain ones.
+      configs: of the two kinds.
+      seeds: pairs, if no folder is named.
 
     Raises:
-      InputError: a folder that holds no model, a configuration that is not there.
+      InputError: a folder that holds no model, a configuration that is not there, folders that are no pairs.
     """
     if len(configs) != 2 or len({Path(path).stem for path in configs}) != 2:
         raise InputError(f"configs are two files, of the network with attention and of the plain one, got {configs}")
-    for folder, path in zip(named, configs, strict=True):
+    counts = {len(folders) for folders in named if folders} or {seeds}
+    if len(counts) > 1:
+        raise InputError(f"models come in pairs, but {' and '.join(str(len(folders)) for folders in named)} are named")
+    for folders, path in zip(named, configs, strict=True):
         # Before long work.
-        if folder:
+        for folder in folders:
             model.load(folder)
-        else:
+        if not folders:
             read_config(_found(path))
-    attention, plain = (
-        folder or trained_model(_found(path), workdir / "models" / Path(path).stem)
-        for folder, path in zip(named, configs, strict=True)
-    )
-    return attention, plain
+    kinds = [
+        folders or [_trained(_found(path), workdir, again) for again in range(max(counts))]
+        for folders, path in zip(named, configs, strict=True)
+    ]
+    return list(zip(*kinds, strict=True))
+
+
+def _trained(path: Path, workdir: Path, again: int) -> str:
+    return trained_model(path, workdir / "models" / f"{path.stem}{f'_{again}' if again else ''}", again)
 
 
 def _found(path: str) -> Path:
@@ -196,19 +231,20 @@ def _found(path: str) -> Path:
 
 def gather(
     workdir: Path, attention: str, plain: str, names: Sequence[str], *, scale: str = "cpu", frames: int = 0,
-    changes: Mapping[str, Any] | None = None, beside: Sequence[str] = (), sigmas: int = 9,
+    again: Sequence[Pair] = (), changes: Mapping[str, Any] | None = None, beside: Sequence[str] = (), sigmas: int = 9,
     length: resumption.Length | None = None,
 ) -> Evidence:  # fmt: skip
     """What the findings are judged by: rows of finished sweeps, errors by noise level, continued runs.
 
     Args:
       names: among PARTS.
+      again: the models of other seeds, of which the losses are shown.
       beside: folders of other models, for the errors by noise level.
       sigmas: noise levels.
       length: of the continued runs.
     """
     options = {"scale": scale, "frames": frames} | dict(changes or {})
-    models = {"attention": model.load(attention), "plain": model.load(plain)}
+    models = {name: model.load(folder) for name, folder in named_models(attention, plain).items()}
     weight, threshold = variance_facts(open_study(sweep_config("head_to_head", attention, plain, **options)))
     denoising, found = {}, None
     if {LEVELS, RESUME} & set(names):
@@ -226,8 +262,9 @@ def gather(
         levels=denoising,
         visible=visible_scales(models["attention"]),
         losses={
-            name: (one.training["held_out_loss"], one.training["held_out_loss_of_linear"])
-            for name, one in models.items()
+            name: (one["held_out_loss"], one["held_out_loss_of_linear"])
+            for name, folder in named_models(attention, plain, again).items()
+            for one in [model.load(folder).training]
         },
         resumption=found,
     )
@@ -273,10 +310,19 @@ def visible_scales(trained: Model) -> tuple[float, int, float, int]:
     return sigma, int(above.sum()), float(variance[above].sum() / total), len(variance)
 
 
-def about(attention: str, plain: str, command_line: str) -> list[str]:
+def named_models(attention: str, plain: str, again: Sequence[Pair] = ()) -> dict[str, str]:
+    """Folders by what the page calls the models."""
+    return {
+        numbered(f"{kind},", number)[:-1]: folder
+        for number, pair in enumerate(((attention, plain), *again), start=1)
+        for kind, folder in zip(("attention", "plain"), pair, strict=True)
+    }
+
+
+def about(attention: str, plain: str, command_line: str, again: Sequence[Pair] = ()) -> list[str]:
     """Lines on how the page was made."""
     lines = []
-    for name, folder in (("attention", attention), ("plain", plain)):
+    for name, folder in named_models(attention, plain, again).items():
         one = model.load(folder)
         size = sum(np.size(leaf) for leaf in jax.tree.leaves(one.params))
         text = one.training
@@ -292,7 +338,7 @@ def about(attention: str, plain: str, command_line: str) -> list[str]:
     sentence = (
         f"Made by the command below on `{first.training['data']}`. Errors are on unobserved ocean cells of held-out "
         "frames; a loss has the weights of its form, and beside it stands that of the exact Gaussian denoiser. Without "
-        "--attention and --plain the command trains both networks first."
+        "--attention and --plain the command trains the networks first."
     )
     if first.form != "eps":
         sentence += (
@@ -307,11 +353,12 @@ FLAGS = flags.FLAGS
 
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of everything; what is finished in it is not run again.")
-    flags.DEFINE_string("attention", "", "Folder of the model with attention; trained if empty.")
-    flags.DEFINE_string("plain", "", "Folder of the plain model; trained if empty.")
+    flags.DEFINE_list("attention", [], "Folders of models with attention, one a seed; trained if empty.")
+    flags.DEFINE_list("plain", [], "Folders of plain models, as many; trained if empty.")
     flags.DEFINE_list(
         "configs", ["configs/micro_attn.py", "configs/micro.py"], "Configurations of the two, with attention first."
     )
+    flags.DEFINE_integer("seeds", 2, "Seeds that each of the two is trained from if no folder is named.", lower_bound=1)
     flags.DEFINE_enum("scale", "cpu", SCALES, "full: 128 frames and all members everywhere, for a GPU.")
     flags.DEFINE_integer("frames", 0, "At most so many frames; 0 for no limit.", lower_bound=0)
     flags.DEFINE_list("only", [], f"Parts among {', '.join(PARTS)}; all if empty.")
@@ -329,16 +376,17 @@ def main(_) -> None:
     for folder in FLAGS.beside:
         model.load(folder)
     try:
-        attention, plain = models_of(workdir, (FLAGS.attention, FLAGS.plain), FLAGS.configs)
+        (attention, plain), *again = models_of(workdir, (FLAGS.attention, FLAGS.plain), FLAGS.configs, FLAGS.seeds)
     except Interrupted:
         print(f"stopped; the same command continues from {workdir}")
         sys.exit(143)
-    run_sweeps(workdir, attention, plain, names, FLAGS.scale, FLAGS.frames)
-    evidence = gather(workdir, attention, plain, names, scale=FLAGS.scale, frames=FLAGS.frames, beside=FLAGS.beside)
-    named = ("scale", "frames", "only", "attention", "plain", "configs", "beside")
-    options = {name: FLAGS[name].serialize() for name in named if FLAGS[name].value != FLAGS[name].default}
-    line = " ".join(["python -m jax_repaint.reproduce --workdir=WORKDIR", *options.values()])
-    verdicts = findings.write(evidence, out, about(attention, plain, line))
+    options = {"scale": FLAGS.scale, "frames": FLAGS.frames, "again": again}
+    run_sweeps(workdir, attention, plain, names, **options)
+    evidence = gather(workdir, attention, plain, names, **options, beside=FLAGS.beside)
+    named = ("scale", "frames", "only", "attention", "plain", "configs", "seeds", "beside")
+    given = {name: FLAGS[name].serialize() for name in named if FLAGS[name].value != FLAGS[name].default}
+    line = " ".join(["python -m jax_repaint.reproduce --workdir=WORKDIR", *given.values()])
+    verdicts = findings.write(evidence, out, about(attention, plain, line, again))
     width = max(map(len, verdicts), default=0)
     for title, judged in verdicts.items():
         print(f"{title:<{width}}  {judged}")

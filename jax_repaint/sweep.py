@@ -20,7 +20,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def make_rows(
         "point": point.number,
         "label": point.label,
         "method": point.method,
-        "settings": json.dumps(point.settings, sort_keys=True),
+        "settings": settings_text(point),
         "pattern": where.pattern,
         "seed": where.seed,
         "frame": where.frame,
@@ -102,8 +102,13 @@ def _by_distance(estimates: Estimates, mean: np.ndarray) -> dict[str, list[float
 # --- the sweep ------------------------------------------------------------------------------------------------
 
 
-def run(study: Study, workdir: Path, index: int = 0, count: int = 1, progress: bool = True) -> str | None:
+def run(
+    study: Study, workdir: Path, index: int = 0, count: int = 1, progress: bool = True, others: Sequence[Path] = ()
+) -> str | None:
     """Runs what is left of process `index` of `count`; the table if nothing is left of any, else None.
+
+    Args:
+      others: workdirs of other sweeps; tasks that one of them has finished are taken from there.
 
     Raises:
       InputError: the workdir is another's, is in use, or cannot be written.
@@ -116,6 +121,7 @@ def run(study: Study, workdir: Path, index: int = 0, count: int = 1, progress: b
         if count == 1:
             results.remove_unfinished(workdir)
         done = set(results.read_parts(workdir, remove_damaged=True)["task"])
+        done |= adopt(study, workdir, done, others)
         groups = make_groups(study)
         mine = [(point, where) for group in groups for point in group.points for where in group.cases[index::count]]
         before = sum(_weight(study, point) for point, where in mine if study.task(study.points[point], where) in done)
@@ -129,6 +135,38 @@ def run(study: Study, workdir: Path, index: int = 0, count: int = 1, progress: b
                     done |= {task for task, _ in finished}
                     bar.update(sum(_weight(study, point) for _, point in finished))
         return conclude(study, workdir, groups)
+
+
+def adopt(study: Study, workdir: Path, done: Collection[str], others: Sequence[Path]) -> set[str]:
+    """Writes the rows of tasks that another sweep has finished and this one has not; names of the tasks.
+
+    The name of a task says all that its rows depend on, but for what a sweep calls its points.
+    """
+    wanted = {
+        study.task(point, where): point for point in study.points for where in study.cases[point.consecutive]
+    }  # fmt: skip
+    taken: set[str] = set()
+    for other in others:
+        rows = results.read_parts(other)
+        rows = rows[rows["task"].isin(wanted.keys() - taken - set(done))]
+        if rows.empty:
+            continue
+        points = rows["task"].map(wanted)
+        names = {
+            "point": [point.number for point in points],
+            "label": [point.label for point in points],
+            "settings": [settings_text(point) for point in points],
+            "block": [study.blocks[point.consecutive] for point in points],
+        }
+        results.write_part(workdir, rows.assign(**names).to_dict("records"))
+        taken |= set(rows["task"])
+        logging.info("%d tasks taken from %s", rows["task"].nunique(), other)
+    return taken
+
+
+def settings_text(point: Point) -> str:
+    """Settings of a point as they are in its rows."""
+    return json.dumps(point.settings, sort_keys=True)
 
 
 def _weight(study: Study, number: int) -> int:

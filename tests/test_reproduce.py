@@ -141,6 +141,15 @@ def test_known_effects_are_found():
     assert judge("A second pass improves, the more the higher it starts", second) == HOLDS
 
 
+def test_attention_is_judged_by_every_pair_of_models(monkeypatch):
+    make = reproduce.sweep_config
+    monkeypatch.setattr(reproduce, "sweep_config", lambda *args: make(*args, again=[("c", "d")]))
+    better = lambda label, stage: 0.8 if label.startswith("attention") else 0.9  # noqa: E731
+    worse = lambda label, stage: 1.0 if label == "attention 2, plain" else better(label, stage)  # noqa: E731
+    assert judge("Attention helps inpainting", better) == HOLDS
+    assert judge("Attention helps inpainting", worse) == NOT
+
+
 def test_the_turn_is_looked_for_at_the_threshold():
     def turning(scaled):
         return lambda label, stage: 1.2 if stage == 10 and (scaled or "scaled" not in label) else 0.8
@@ -287,8 +296,10 @@ def test_sizes_and_models_of_the_sweeps():
         # Three ask what this page does not.
         named = {size.file or name for name, size in reproduce.SWEEPS.items()} | {"coverage", "distance", "methods"}
         assert file.stem in named
-    models = [point.model for point in points.read_points(reproduce.sweep_config("attention", "a", "b"))]
-    assert models == ["a", "a", "b", "b"]
+    pairs = points.read_points(reproduce.sweep_config("attention", "a", "b", again=[("c", "d")]))
+    assert [point.model for point in pairs] == list("aabbccdd")
+    assert [pairs[n].label for n in (0, 2, 4, 7)] == ["attention, plain", "standard, plain", "attention 2, plain",
+                                                      "standard 2, adaptive"]  # fmt: skip
     uniform = reproduce.sweep_config("equal_weight", "a", "b")
     assert [point.method for point in points.read_points(uniform)] == ["gp_init", "adaptive", "uniform"]
 
@@ -349,10 +360,11 @@ def test_models_are_trained_once(folder, tmp_path, monkeypatch):
     tiny.register(monkeypatch)
     path = tmp_path / "tiny_run.py"
     path.write_text("import tiny\n\ndef get_config(arg=''):\n    return tiny.config()\n")
-    calls = []
+    calls, seeds = [], []
 
     def trained(config, workdir):
         calls.append(workdir)
+        seeds.append(config.train.seed)
         made = model.load(folder / "model")
         shutil.copytree(folder / "model", workdir / "model")
         (workdir / "log.csv").write_text("epoch\n1\n3\n")
@@ -362,8 +374,12 @@ def test_models_are_trained_once(folder, tmp_path, monkeypatch):
     for _ in range(2):
         assert reproduce.trained_model(path, tmp_path / "run") == str(tmp_path / "run" / "model")
     assert calls == [tmp_path / "run"]
-    named = reproduce.models_of(tmp_path, (str(folder / "model"), ""), ("configs/micro.py", str(path)))
-    assert named == (str(folder / "model"), str(tmp_path / "models" / "tiny_run" / "model"))
+    configs = ("configs/micro.py", str(path))
+    given, made = str(folder / "model"), str(tmp_path / "models" / "tiny_run" / "model")
+    assert reproduce.models_of(tmp_path, ([given], []), configs, 2) == [(given, made)]
+    again = str(tmp_path / "models" / "tiny_run_1" / "model")
+    assert reproduce.models_of(tmp_path, ([given, given], []), configs) == [(given, made), (given, again)]
+    assert seeds[-2:] == [0, 1]
     monkeypatch.setattr(train, "train", lambda *_: None)
     with pytest.raises(reproduce.Interrupted):
         reproduce.trained_model(path, tmp_path / "stopped")
@@ -373,10 +389,14 @@ def test_models_are_trained_once(folder, tmp_path, monkeypatch):
     ("call", "message"),
     [
         (lambda path: reproduce.check_names(["gamma", "magic"]), "'magic' is not one of head_to_head, "),
-        (lambda path: reproduce.models_of(path, (str(path), str(path)), ("a.py", "b.py")), "no model in"),
-        (lambda path: reproduce.models_of(path, ("", ""), ("a.py", "b.py")), "a.py is missing"),
-        (lambda path: reproduce.models_of(path, ("", ""), ("a.py",)), "configs are two files"),
-        (lambda path: reproduce.models_of(path, ("", ""), ("a/micro.py", "b/micro.py")), "configs are two files"),
+        (lambda path: reproduce.models_of(path, ([str(path)], [str(path)]), ("a.py", "b.py")), "no model in"),
+        (lambda path: reproduce.models_of(path, ([], []), ("a.py", "b.py")), "a.py is missing"),
+        (
+            lambda path: reproduce.models_of(path, (["a", "b"], ["c"]), ("a.py", "b.py")),
+            "in pairs, but 2 and 1 are named",
+        ),
+        (lambda path: reproduce.models_of(path, ([], []), ("a.py",)), "configs are two files"),
+        (lambda path: reproduce.models_of(path, ([], []), ("a/micro.py", "b/micro.py")), "configs are two files"),
     ],
 )
 def test_mistakes_are_named(tmp_path, call, message):

@@ -385,6 +385,30 @@ def test_started_again_nothing_is_sampled(folder, first, monkeypatch):
     assert text == (workdir / "table.txt").read_text().rstrip("\n")
 
 
+def test_tasks_of_another_sweep_are_taken_over(folder, first, tmp_path, monkeypatch):
+    """What two sweeps have in common is sampled once, under the number and the name that it has in each."""
+    points = {
+        "p000": {"method": "gp_init", "t_start": 2},
+        "p001": {"method": "kalman", "levels": 3, "label": "shared"},
+        "p002": {"method": "kalman", "levels": 2},
+    }
+    config = make_config(folder)
+    config.points = ConfigDict({name: points[name] for name in ("p000", "p001")})
+    with monkeypatch.context() as patched:
+        patched.setattr(ensemble, "posterior_ensemble", None)
+        text, rows = go(config, tmp_path / "taken", others=[tmp_path / "none", first[0]])
+    assert "shared" in text
+    alone = go(config, tmp_path / "alone")[1]
+    check_same(rows, alone)
+    theirs = first[1][first[1]["method"] == "kalman"]
+    assert rows.loc[rows["label"] == "shared", "device_seconds"].tolist() == theirs["device_seconds"].tolist()
+    # Another setting, or other sizes of the ensemble, is another task.
+    config.points = ConfigDict({"p000": points["p002"]})
+    assert sweep.adopt(open_study(config), tmp_path / "other", (), [first[0]]) == set()
+    config = make_config(folder, 3, sizes=())
+    assert sweep.adopt(open_study(config), tmp_path / "other", (), [first[0]]) == set()
+
+
 def test_damaged_parts_are_computed_again(folder, first, tmp_path, caplog):
     shutil.copytree(first[0], tmp_path / "copy")
     parts = sorted((tmp_path / "copy" / "parts").iterdir())

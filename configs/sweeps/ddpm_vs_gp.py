@@ -23,4 +23,5 @@ def get_config(arg: str = ""):
     config.title = "plain RePaint against the Gaussian process"
     config.frames = 10
     config.patterns = "line:22"
+    config.prior = "seed_gp"
     return smoke(config, arg)
