@@ -336,6 +336,8 @@ def about(attention: str, plain: str, command_line: str, again: Sequence[Pair] =
             "name")  # fmt: skip
     first = model.load(attention)
     sentence = (
+        "The notes are the log of the PyTorch experiments that this project began with: RePaint with a UNet of two "
+        "components, started from a Gaussian process, with noise that its variance modulates. "
         f"Made by the command below on `{first.training['data']}`. Errors are on unobserved ocean cells of held-out "
         "frames; a loss has the weights of its form, and beside it stands that of the exact Gaussian denoiser. Without "
         "--attention and --plain the command trains the networks first."

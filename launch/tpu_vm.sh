@@ -83,7 +83,9 @@ case $action in
     show_and_do mkdir -p "$1"
     # Process 0 has the whole of a training; of a sweep each worker has its own parts.
     for ((worker = 0; worker < workers; worker++)); do
-      tpu scp --recurse "$name:jax_repaint/$1/*" "$1" --worker="$worker"
+      tpu scp --recurse "$name:jax_repaint/$1/*" "$1" --worker="$worker" && continue
+      [[ $worker -gt 0 ]] || exit 1
+      echo "note: nothing came from worker $worker: of a training that is right, of a sweep fetch again" >&2
     done
     ;;
   delete)

@@ -178,7 +178,7 @@ def test_a_tpu_from_creation_to_deletion(shell):
 
 
 def test_a_slice_runs_on_every_worker_and_is_fetched_from_each(shell):
-    code, output, calls = shell("set -e\n" + launching.blocks("colab_tpu.md")[2])
+    code, output, calls = shell("set -e\n" + launching.blocks("colab_tpu.md")[3])
     assert code == 0, output
     calls = [call.removeprefix(TPU) for call in calls]
     (run,) = (call for call in calls if call.startswith("ssh") and "jax_repaint.sweep" in call)
@@ -187,6 +187,20 @@ def test_a_slice_runs_on_every_worker_and_is_fetched_from_each(shell):
     fetched = [call for call in calls if call.startswith("scp --recurse")]
     assert [shlex.split(call)[4] for call in fetched] == [f"--worker={number}" for number in range(4)]
     assert calls[-1] == "python -m jax_repaint.sweep --config=configs/sweeps/gamma.py --workdir=sweeps/gamma"
+
+
+def test_workers_without_the_folder_are_named(shell):
+    """Of a training, worker 0 has everything; without it nothing was fetched."""
+    fails = 'case $* in *"$FAILS"*) exit 1 ;; esac'
+    text = f"""printf '%s\\n' '{fails}' >> $(command -v gcloud); sed -i '/^exit/d' $(command -v gcloud)
+    WORKERS=3 launch/tpu_vm.sh fetch currents runs/attn"""
+    code, output, calls = shell(text, FAILS="--worker=1")
+    assert code == 0, output
+    assert len(calls) == 3
+    assert "nothing came from worker 1" in output
+    assert "worker 2:" not in output
+    code, output, calls = shell("WORKERS=3 launch/tpu_vm.sh fetch currents runs/attn", FAILS="--worker=0")
+    assert (code, len(calls)) == (1, 1)
 
 
 def test_arguments_reach_the_worker_whole(shell):

@@ -2,7 +2,7 @@
 
     python -m jax_repaint.sweep --config=configs/sweeps/coverage.py --workdir=sweeps/coverage
 
-From a quarter of a per cent (8 of 3,309 cells of the twin) to 16 %. `:smoke` takes two shares.
+From a quarter of a per cent (9 of 3,787 cells of the twin) to 16 %. `:smoke` takes two shares.
 """
 
 from jax_repaint.points import default_config, smoke

@@ -16,6 +16,8 @@ from jax_repaint import evaluate
 from jax_repaint.points import default_config, smoke
 
 DRAWN = 2  # members of the RePaint family
+# Mean noise weight of `adaptive` from the linear estimate of the twin; `uniform` has it in every missing cell.
+MEAN_WEIGHT = 0.21
 STAGES = ("adaptive", "two_stage")  # what the first stages of `multistage` are
 
 
@@ -26,7 +28,8 @@ def get_config(arg: str = ""):
         add(method="linear_samples")
         for method in evaluate.REPAINT:
             if method not in STAGES:
-                add(method=method, **({} if arg == "full" else {"members": DRAWN}))
+                own = {} if arg == "full" else {"members": DRAWN}
+                add(method=method, **own | ({"noise_floor": MEAN_WEIGHT} if method == "uniform" else {}))
         for method in evaluate.POSTERIOR:
             # It takes a network that is given the observations.
             if method != "given":

@@ -2,8 +2,8 @@
 
     python -m jax_repaint.sweep --config=configs/sweeps/patterns.py --workdir=sweeps/patterns
 
-The notes know the line alone. About ninety cells of each but the swath, which has some two hundred. `:smoke` tries it
-in a minute on two cores.
+The notes know the line alone. Ninety to a hundred cells of each but the swath, which has some two hundred. `:smoke`
+tries it in a minute on two cores.
 """
 
 from jax_repaint.points import default_config, smoke
