@@ -92,19 +92,25 @@ def learn(
             blocks, calibration.BLOCKS_TO_PROMISE,
         )  # fmt: skip
     cases = evaluate.make_cases(trained, fields, numbers, patterns, seed)
-    priors = [evaluate.prior_of(trained, case) for case in cases]
     made, evidence = [], []
+    whole = []
     for case in tqdm.tqdm(cases, unit="field", disable=None):
-        made.append(evaluate.run_method(name, trained, fields, [case], members, seed, chunk).members[0])
+        (ensemble,) = evaluate.run_method(name, trained, fields, [case], members, seed, chunk).members
+        if len(ensemble) < members:
+            logging.warning("frame %d with %s is left out, as members of it failed", case.frame, case.pattern)
+            continue
+        whole.append(case)
+        made.append(ensemble)
         if gate:
             evidence += evaluate.gate_evidence(name, trained, fields, [case], members, seed, chunk)
+    priors = [evaluate.prior_of(trained, case) for case in whole]
     return calibration.fit(
-        [case.truth for case in cases],
+        [case.truth for case in whole],
         [mean for mean, _ in priors],
         [variance for _, variance in priors],
         made,
-        [metrics.scored_cells(case.truth, fields.ocean, case.observed) for case in cases],
-        [case.frame // block for case in cases],
+        [metrics.scored_cells(case.truth, fields.ocean, case.observed) for case in whole],
+        [case.frame // block for case in whole],
         method=name,
         antithetic=name in evaluate.PAIRED,
         patterns=list(dict.fromkeys(patterns)),

@@ -417,8 +417,7 @@ def fit(
     scale = _scales(values, np.abs(residual), std)
     promised = scale is not None
     if scale is None:
-        freedom = count / 2 if antithetic else count - 1
-        scale = np.full(spread.shape, stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(factor))
+        scale = np.full(spread.shape, metrics.half_width(count, antithetic, LEVEL))
     return Calibration.create(
         method=method,
         members=count,

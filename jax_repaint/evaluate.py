@@ -273,6 +273,12 @@ def linear_samples(trained: Model, case: Case, members: int, seed: int = 0, chun
     return in_chunks(run, np.arange(members), keys, chunk)
 
 
+def hold_out_of(places: np.ndarray, seed: int, frame: int, share: float = 0.1) -> np.ndarray:
+    """Some of the observations of a frame, at least one."""
+    rng = np.random.default_rng([seed, frame, 0x6A])
+    return rng.choice(places, max(1, round(share * places.size)), replace=False)
+
+
 def hold_out(trained: Model, case: Case, seed: int = 0, share: float = 0.1) -> tuple[Case, np.ndarray]:
     """The same case without some of its observations, at least one, and the cells they are on, (y, x) bool.
 
@@ -282,9 +288,8 @@ def hold_out(trained: Model, case: Case, seed: int = 0, share: float = 0.1) -> t
     places = np.flatnonzero(case.observed)
     if places.size < 2:
         raise InputError(f"{case.pattern} observes {places.size} cells of frame {case.frame}, too few to hold some out")
-    rng = np.random.default_rng([seed, case.frame, 0x6A])
     held = np.zeros(case.observed.size, bool)
-    held[rng.choice(places, max(1, round(share * places.size)), replace=False)] = True
+    held[hold_out_of(places, seed, case.frame, share)] = True
     held = held.reshape(case.observed.shape)
     observation = observation_of(trained, case.truth, case.observed & ~held)
     less = dataclasses.replace(
@@ -349,9 +354,9 @@ def calibrated_name(trained: Model, methods: Sequence[str], members: int) -> str
     return f"{learnt.method}_calibrated"
 
 
-def _score(case: Case, result: Result, i: int, ocean: np.ndarray) -> metrics.FrameScores:
+def _score(case: Case, result: Result, i: int, size: int, ocean: np.ndarray) -> metrics.FrameScores:
     scored = metrics.scored_cells(case.truth, ocean, case.observed)
-    score = metrics.score(case.truth, result.members[i], scored, ocean, antithetic=result.antithetic)
+    score = metrics.score(case.truth, result.members[i][:size], scored, ocean, antithetic=result.antithetic)
     if result.intervals is None:
         return score
     low, high = result.intervals[i]
@@ -360,13 +365,19 @@ def _score(case: Case, result: Result, i: int, ocean: np.ndarray) -> metrics.Fra
 
 
 def compare(cases: Sequence[Case], results: dict[str, Result], ocean: np.ndarray, block: int) -> list[dict]:
-    """Rows of metrics.summary, one a pattern and method, each against the best deterministic baseline there."""
+    """Rows of metrics.summary, one a pattern and method, each against the best deterministic baseline there.
+
+    Where members failed and were left out, as many of every frame are scored as the frame with the fewest has.
+    """
     rows = []
     for pattern in dict.fromkeys(case.pattern for case in cases):
         chosen = [i for i, case in enumerate(cases) if case.pattern == pattern]
         scores = {}
         for name, result in results.items():
-            scores[name] = [_score(cases[i], result, i, ocean) for i in chosen]
+            size = min(len(result.members[i]) for i in chosen)
+            if any(len(result.members[i]) > size for i in chosen):
+                logging.warning("%s, %s: scores are of %d members, which every frame has", pattern, name, size)
+            scores[name] = [_score(cases[i], result, i, size, ocean) for i in chosen]
         bases = [name for name in results if name in BASELINES and name != "linear_samples"] or list(results)[:1]
         best = min(bases, key=lambda name: np.mean([s.mse_mean for s in scores[name]]))
         for name, result in results.items():

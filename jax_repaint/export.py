@@ -35,7 +35,7 @@ import numpy as np
 from flax import struct
 from jax import export as jax_export
 
-from jax_repaint import ensemble, evaluate, guide, inpaint, observe
+from jax_repaint import ensemble, evaluate, guide, inpaint, metrics, observe
 from jax_repaint import model as models
 from jax_repaint.array_types import Array, Field, Float, Values
 from jax_repaint.calibration import Calibration, correct
@@ -128,7 +128,7 @@ def program(
         keys = ensemble.member_keys(seed, [0], range(members))[0][number // 2]
         x = ensemble.posterior_rows(jnp.asarray(number), (keys, signs), denoiser, evidence, gaussian, analysis, hyper)
         made = jnp.where(ocean[None], standardiser.restore(crop(x, trained.ocean.shape)), jnp.nan)
-        scale = jnp.full(made.shape[1:], inpaint.quantile(members, antithetic=True), made.dtype)
+        scale = jnp.full(made.shape[1:], metrics.half_width(members, antithetic=True), made.dtype)
         if calibration is not None:
             prior = standardiser.restore(crop(analysis.mean(observation.values), trained.ocean.shape))
             variance = standardiser.restore_variance(crop(analysis.variance, trained.ocean.shape))
@@ -183,10 +183,16 @@ def export(
       platforms: of jax.export that the program runs on.
 
     Raises:
-      InputError: a folder that cannot be written, flatbuffers is not installed, members as for `program`.
+      InputError: a folder that cannot be written, flatbuffers is not installed, members as for `program`, a
+        calibration with a gate.
     """
     method = method or inpaint.default_method(trained)
     calibration = None if raw else inpaint.calibration_of(trained, method, members)
+    if calibration is not None and calibration.gate is not None:
+        raise InputError(
+            "the calibration of this model weighs every field by a second run, which a program of one run cannot do; "
+            "calibrate without --gate, or export with --raw"
+        )
     run = jax.jit(program(trained, members, method, calibration))
     try:
         content = bytes(jax_export.export(run, platforms=tuple(platforms))(*shapes(rows)).serialize())

@@ -132,15 +132,19 @@ def against(rows: pd.DataFrame, baseline: str = "seed_gp", score: str = "mse_mem
 
 
 def of_frames(name: str, count: int, frames: int, expected: tuple[float, float], role: str = "claim") -> Check:
-    """A share of frames with its Wilson interval, as if they were independent."""
+    """A share of frames with its Wilson interval, as if they were independent; without where they are too few."""
     if not frames:
         return Check(name, math.nan, math.nan, math.nan, expected, role)
+    if frames < FEWEST:
+        return Check(name, count / frames, math.nan, math.nan, expected, role)
     found = stats.binomtest(count, frames).proportion_ci(0.95, method="wilson")
     return Check(name, count / frames, float(found.low), float(found.high), expected, role)
 
 
 def apart(name: str, over: metrics.Ratio, under: metrics.Ratio, expected: tuple[float, float]) -> Check:
     """The ratio of two ratios on different frames; its interval has the ends of theirs, and is too wide."""
+    if min(over.frames, under.frames) < FEWEST:
+        return Check(name, over.ratio / under.ratio, math.nan, math.nan, expected)
     return Check(name, over.ratio / under.ratio, over.lo / under.hi, over.hi / under.lo, expected)
 
 
@@ -535,8 +539,10 @@ def attention(evidence: Evidence) -> Judged:
         if label.startswith("attention") and label.endswith(method)
         for pair in [label.split(",")[0].removeprefix("attention")]
     ]  # fmt: skip
-    losses = ", ".join(f"{name} {loss:.3g} (exact Gaussian denoiser {linear:.3g})" for name, (loss, linear)
-                       in evidence.losses.items())  # fmt: skip
+    losses = ", ".join(
+        f"{name} {number(loss, '.3g')} (exact Gaussian denoiser {number(linear, '.3g')})"
+        for name, (loss, linear) in evidence.losses.items()
+    )
     remark = (
         f"Held-out losses: {losses}. The two networks differ in residual paths as well as in attention, as the "
         "notes' do, so that this is the effect of both."

@@ -22,12 +22,11 @@ import numpy as np
 import tqdm
 import xarray as xr
 from absl import flags, logging
-from scipy import stats
 
 import jax_repaint
 from jax_repaint import command, evaluate, files, metrics, observe
 from jax_repaint import model as models
-from jax_repaint.calibration import Calibration
+from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, crop
 from jax_repaint.data.observations import Grid, Observed, collect
@@ -39,6 +38,7 @@ METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 MANY = 24  # fields; more come from a table whose every row has its own time
 LEVELS = 16  # of posterior samplers
+LEAST_SIGMA = 1e-5  # standard error over the standard deviation of the currents, which float32 can still tell from 0
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
 
 _compiled: set[tuple] = set()
@@ -136,14 +136,20 @@ def estimate(
     case = _case(trained, frame)
     result = evaluate.run_method(method, trained, None, [case], members, seed, chunk, LEVELS)
     made = result.members[0]
-    if len(made) < members:
-        raise InputError(f"{members - len(made)} of {members} members by {method} are not finite; try another method")
+    fine = np.isfinite(made[:, trained.ocean]).all((1, 2))
+    if fine.sum() < members:
+        raise InputError(
+            f"{members - fine.sum()} of {members} members by {method} are not finite; try another method, or larger "
+            "standard errors of the observations"
+        )
     ocean = trained.ocean[..., None]
     prior_mean = trained.to_velocity(case.analysis.mean(case.observation.values))
     prior_variance = trained.standardiser.restore_variance(np.asarray(crop(case.analysis.variance, ocean.shape[:2])))
     calibration = None if raw else calibration_of(trained, method, len(made))
     if calibration is not None:
-        made = calibration.apply(prior_mean, prior_variance, made)
+        gate = calibration.gate
+        weight = 1.0 if gate is None else _weight(trained, gate, frame, members, seed, method, chunk)
+        made = calibration.apply(prior_mean, prior_variance, made, weight)
     antithetic = method in evaluate.PAIRED
     if len(made) < (4 if antithetic else 2):
         std = np.full(made.shape[1:], np.nan, np.float32)
@@ -152,9 +158,38 @@ def estimate(
     if calibration is not None:
         low, high = calibration.interval(prior_variance, made)
     else:
-        half = quantile(len(made), antithetic) * std
+        half = metrics.half_width(len(made), antithetic) * std
         low, high = made.mean(0) - half, made.mean(0) + half
     return Estimate(frame.time, made, prior_mean, std, low, high, case.observed)
+
+
+def _weight(trained: Model, gate: Gate, frame: Observed, members: int, seed: int, method: str, chunk: int) -> float:
+    """The weight of this field, from a second run without a tenth of its observations, as it was learnt.
+
+    The variance at a point between cells is taken to be the weighted mean of theirs, which is never too small.
+
+    Raises:
+      InputError: there are fewer than two observations.
+    """
+    given, places = frame.observation, np.flatnonzero(np.asarray(frame.observation.valid))
+    if places.size < 2:
+        raise InputError(
+            "the calibration of this model weighs every field by observations that it holds out, for which one "
+            "observation is too few; raw leaves the calibration out"
+        )
+    held = np.zeros(given.size, bool)
+    held[evaluate.hold_out_of(places, seed, _case(trained, frame).frame)] = True
+    case = _case(trained, frame._replace(observation=given.rows(jnp.asarray(~held))))
+    made = evaluate.run_method(method, trained, None, [case], members, seed, chunk, LEVELS).members[0]
+    at_held = given.rows(jnp.asarray(held))
+    mean, variance, ensemble = (
+        np.asarray(at_held.apply(jnp.asarray(np.nan_to_num(field))))[held]
+        for field in (*evaluate.prior_of(trained, case), made.mean(0))
+    )
+    values, sigma = np.asarray(given.values)[held], np.asarray(given.sigma)[held]
+    misfit = (values - mean) ** 2
+    evidence = Gate.evidence(misfit.mean(), np.mean((values - ensemble) ** 2), np.mean(misfit / (variance + sigma**2)))
+    return gate.of(evidence)
 
 
 def calibration_of(trained: Model, method: str, members: int) -> Calibration | None:
@@ -169,17 +204,17 @@ def calibration_of(trained: Model, method: str, members: int) -> Calibration | N
     return None
 
 
-def quantile(members: int, antithetic: bool) -> float:
-    """Of Student's t at 95 %; antithetic partners count once."""
-    independent = members // 2 if antithetic else members
-    return float(stats.t.ppf(0.95, max(independent - 1, 1)))
-
-
 def _case(trained: Model, frame: Observed) -> evaluate.Case:
     """The observations of one field in the units and on the grid of the network, and the linear analysis of them."""
     mean, std = (jnp.asarray(part)[None] for part in (trained.standardiser.mean, trained.standardiser.std))
     given = frame.observation
     valid = given.valid[:, None]
+    errors, least = np.asarray(given.sigma)[np.asarray(given.valid)], LEAST_SIGMA * np.asarray(std)
+    if (errors < least).any():
+        raise InputError(
+            f"the standard error of an observation is {errors.min():.2g} m/s; samplers in single precision need "
+            f"{least.max():.2g} m/s or more"
+        )
     observation = observe.pad_grid(given, trained.ocean.shape, trained.padded).replace(
         values=jnp.where(valid, (given.values - mean) / std, 0.0), sigma=jnp.where(valid, given.sigma / std, 1.0)
     )

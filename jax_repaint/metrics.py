@@ -346,6 +346,17 @@ def member_range_level(members: int, level: float = 0.9, antithetic: bool = Fals
     return min(level, (count - 1) / (count + 1))
 
 
+def half_width(members: int, antithetic: bool = False, level: float = 0.9) -> float:
+    """Half the width of a central interval of M Gaussian members, in their standard deviations.
+
+    q sqrt((M + 1) / M),   q the Student quantile at M - 1 degrees of freedom
+
+    For antithetic pairs one degree of freedom a pair, and no (M + 1) / M.
+    """
+    freedom, factor = (members / 2, 1) if antithetic else (members - 1, (members + 1) / members)
+    return float(stats.t.ppf((1 + level) / 2, freedom) * math.sqrt(factor))
+
+
 def coverage(
     truth: np.ndarray,
     members: np.ndarray,
@@ -356,12 +367,12 @@ def coverage(
 ) -> float:
     """Fraction of scored values inside the central interval of their ensemble.
 
-        gaussian   mean +- q sqrt((M + 1) / M) std,   q the Student quantile at M - 1 degrees of freedom
+        gaussian   mean +- half_width std
         order      between order statistics (M + 1)(1 -+ level) / 2, interpolated, at most the member range
 
     Few members do not know their std, which is why q is not the Gaussian quantile (1.645 for 90 %) it tends
-    to: with it a perfect ensemble of any size covers `level`. For antithetic pairs the first has one degree
-    of freedom a pair and no (M + 1) / M, the second takes the two halves of the ensemble one by one. The
+    to: with it a perfect ensemble of any size covers `level`. For antithetic pairs the second takes the two
+    halves of the ensemble one by one. The
     member range of a small ensemble covers less than `level`: `member_range_level` says how much.
 
     Raises:
@@ -374,8 +385,7 @@ def coverage(
     if not 0 < level < 1:
         raise InputError(f"the level of an interval lies between 0 and 1, got {level}")
     if interval == "gaussian":
-        freedom, factor = (count / 2, 1) if antithetic else (count - 1, (count + 1) / count)
-        half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(factor * ensemble_variance(members, antithetic))
+        half = half_width(count, antithetic, level) * np.sqrt(ensemble_variance(members, antithetic))
         return float(np.mean(np.abs(truth - members.mean(0)) <= half))
     halves = (members[0::2], members[1::2]) if antithetic else (members,)
     inside = []

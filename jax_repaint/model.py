@@ -195,11 +195,16 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
             publish(new / WEIGHTS)
             (new / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
             publish(new)
+            # A folder cannot be replaced in one step; the old one comes back if the new one cannot take its place.
+            old = new / "old"
             if folder.exists():
-                # A folder cannot be replaced in one step; the old one stands until the new one does.
-                old = new / "old"
                 os.replace(folder, old)
-            os.replace(new, folder)
+            try:
+                os.replace(new, folder)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
             shutil.rmtree(folder / "old", ignore_errors=True)
         finally:
             shutil.rmtree(new, ignore_errors=True)

@@ -71,12 +71,16 @@ class Observation:
 
     def within(self, present: Cells) -> "Observation":
         """The same positions; those that see a cell where `present` (y, x) is False only pad."""
-        seen = (present.reshape(-1)[self.cells] | (self.weights == 0)).all(-1) & self.valid
+        return self.rows((present.reshape(-1)[self.cells] | (self.weights == 0)).all(-1))
+
+    def rows(self, kept: Bool[Array, "m"]) -> "Observation":
+        """The rows where `kept`; the others only pad."""
+        used = kept & self.valid
         return self.replace(
-            weights=jnp.where(seen[:, None], self.weights, 0.0),
-            values=jnp.where(seen[:, None], self.values, 0.0),
-            sigma=jnp.where(seen[:, None], self.sigma, 1.0),
-            valid=seen,
+            weights=jnp.where(used[:, None], self.weights, 0.0),
+            values=jnp.where(used[:, None], self.values, 0.0),
+            sigma=jnp.where(used[:, None], self.sigma, 1.0),
+            valid=used,
         )
 
 

@@ -12,6 +12,7 @@ goes on where it was. The page (findings.py) has the notes' numbers of each find
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import pandas as pd
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from jax_repaint import command, evaluate, files, findings, levels, model, resumption, sample, sweep, train
+from jax_repaint import command, evaluate, files, findings, levels, metrics, model, resumption, sample, sweep, train
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
 from jax_repaint.findings import Evidence
@@ -175,13 +176,24 @@ def trained_model(path: Path, workdir: Path, again: int = 0) -> str:
     """
     config, folder = read_config(path), workdir / "model"
     config.train.seed += again
-    log = workdir / "log.csv"
-    ended = log.exists() and (pd.read_csv(log)["epoch"] >= config.train.epochs).any()
-    if ended and json.loads(json.dumps(config.to_dict())) == model.load(folder).training["config"]:
+    if (
+        _ended(workdir, config.train.epochs)
+        and json.loads(json.dumps(config.to_dict())) == model.load(folder).training["config"]
+    ):
         return str(folder)
     if train.train(config, workdir) is None:
         raise Interrupted
     return str(folder)
+
+
+def _ended(workdir: Path, epochs: int) -> bool:
+    """Whether the last epoch of a training has its model and its state; the log has it before they are written."""
+    log = workdir / "log.csv"
+    if not log.exists():
+        return False
+    rows = pd.read_csv(log)
+    last = rows.loc[rows["epoch"] >= epochs, "step"]
+    return any((workdir / "checkpoints" / "last" / str(step)).is_dir() for step in last)
 
 
 class Interrupted(Exception):
@@ -252,7 +264,9 @@ def gather(
     if LEVELS in names:
         others = {f"{one.training['config']['model']['network']}, {one.form}": one for one in map(model.load, beside)}
         denoising = errors_by_level(models | others, fields, split, min(64, frames or 64), sigmas)
-    if RESUME in names:
+    if RESUME in names and fields.gaps:
+        logging.warning("%s has gaps, on which no training is continued in wrong ways", fields.name)
+    elif RESUME in names:
         config = ConfigDict(models["attention"].training["config"])
         found = resumption.run(models["attention"], fields, split, config, workdir / "resume", length)
     return Evidence(
@@ -262,7 +276,7 @@ def gather(
         levels=denoising,
         visible=visible_scales(models["attention"]),
         losses={
-            name: (one["held_out_loss"], one["held_out_loss_of_linear"])
+            name: tuple(one.get(key, math.nan) for key in ("held_out_loss", "held_out_loss_of_linear"))
             for name, folder in named_models(attention, plain, again).items()
             for one in [model.load(folder).training]
         },
@@ -326,12 +340,14 @@ def about(attention: str, plain: str, command_line: str, again: Sequence[Pair] =
         one = model.load(folder)
         size = sum(np.size(leaf) for leaf in jax.tree.leaves(one.params))
         text = one.training
-        losses = [f"{text[key]:.4g}" for key in ("held_out_loss", "held_out_loss_of_linear")]
+        # An imported checkpoint has not been trained here.
+        losses = [
+            findings.number(text.get(key, math.nan), ".4g") for key in ("held_out_loss", "held_out_loss_of_linear")
+        ]
+        steps = f"{text['step']:,}" if "step" in text else metrics.DASH
         network, noise = f"`{text['config']['model']['network']}`", f"{one.sigma[0]:.2g} to {one.sigma[1]:.3g}"
         size = f"{size / 1e6:.2f} million"
-        lines.append(
-            [name, network, size, one.form, noise, f"{text['step']:,}", *losses, f"`{model.fingerprint(one)}`"]
-        )
+        lines.append([name, network, size, one.form, noise, steps, *losses, f"`{model.fingerprint(one)}`"])
     head = ("model", "network", "parameters", "form", "noise", "steps", "held-out loss", "of the Gaussian denoiser",
             "name")  # fmt: skip
     first = model.load(attention)

@@ -138,7 +138,14 @@ def claim(workdir: Path, sweep: Mapping[str, Any]) -> None:
     """
     path = Path(workdir) / CONFIG
     ours = flatten(json.loads(json.dumps(sweep)))
-    if path.exists():
+    # Processes of one sweep that start together make this file, and the first parts, at the same time.
+    others = [p.name for p in Path(workdir).iterdir() if not p.name.startswith((LOCK, "."))]
+    if not path.exists():
+        if others:
+            raise InputError(f"{workdir} is not empty and holds no sweep; choose another workdir")
+        with files.whole_file(path) as temporary:
+            temporary.write_text(json.dumps(sweep, indent=1, sort_keys=True) + "\n")
+    else:
         try:
             theirs = flatten(json.loads(path.read_text()))
         except (OSError, ValueError, AttributeError) as e:
@@ -148,12 +155,6 @@ def claim(workdir: Path, sweep: Mapping[str, Any]) -> None:
             shown = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:8])
             more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
             raise InputError(f"{workdir} holds another sweep ({shown}{more}); choose another workdir")
-        return
-    others = [p.name for p in Path(workdir).iterdir() if not p.name.startswith(LOCK)]
-    if others:
-        raise InputError(f"{workdir} is not empty and holds no sweep; choose another workdir")
-    with files.whole_file(path) as temporary:
-        temporary.write_text(json.dumps(sweep, indent=1, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

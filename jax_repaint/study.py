@@ -133,8 +133,9 @@ def open_study(config: ConfigDict) -> Study:
     chosen = fields.select(numbers) if fields is not None else twin.select(numbers, _twin(first))
     for one in models.values():
         one.check_grid(chosen)
+    part = dataclasses.replace(split, test=getattr(split, config.part))
     blocks = {
-        kind: max(len(frames[kind]) // 4, 1) if kind else evaluate.block_length(split, len(frames[kind]))
+        kind: max(len(frames[kind]) // 4, 1) if kind else evaluate.block_length(part, len(frames[kind]))
         for kind in kinds
     }
     study = Study(config, points, programs, models, chosen, numbers, frames, blocks)

@@ -625,6 +625,23 @@ def test_a_gate_takes_a_second_run(trained, data, learnt):
     )
 
 
+def test_fields_whose_members_failed_are_left_out(trained, data, monkeypatch, caplog):
+    def failing(name, trained, fields, cases, *arguments):
+        made = run(name, trained, fields, cases, *arguments)
+        return dataclasses.replace(made, members=[made.members[0][: 2 if cases[0].frame == 50 else None]])
+
+    def learn(*frames):
+        numbers = list(frames)
+        chosen = data.select(numbers)
+        return calibrate.learn(trained, chosen, numbers, ["line:4"], "linear_samples", block=9, members=3)
+
+    run, expected = evaluate.run_method, learn(3, 30)
+    monkeypatch.setattr(evaluate, "run_method", failing)
+    found = learn(3, 30, 50)
+    assert found == expected
+    assert "frame 50 with line:4 is left out" in caplog.text
+
+
 def test_pairs_are_calibrated_as_pairs(trained, data):
     made = calibrate.learn(trained, data.select([3, 30]), [3, 30], ["line:4"], "kalman", block=9, members=4)
     assert made.antithetic

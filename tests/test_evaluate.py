@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib import image
@@ -201,6 +202,20 @@ def test_mistakes_of_methods(trained, fields, cases):
         evaluate.run_method("magic", trained, fields, cases, 4)
     with pytest.raises(InputError, match="come in pairs, got 3 members"):
         evaluate.run_method("kalman", trained, fields, cases, 3)
+
+
+def test_frames_with_failed_members_are_scored_by_as_many_as_all_have(cases, results, caplog):
+    """The table of ensembles of 7, 5 and 6 members is that of the first five of each."""
+    whole = results["linear_samples"]
+    sizes = [(7, 5, 6)[i % 3] for i in range(len(cases))]
+    ragged = dataclasses.replace(whole, members=[m[:n] for m, n in zip(whole.members, sizes, strict=True)])
+    five = dataclasses.replace(whole, members=[m[:5] for m in whole.members])
+    found, expected = (
+        evaluate.compare(cases, {"linear": results["linear"], "adaptive": one}, OCEAN, 1) for one in (ragged, five)
+    )
+    pd.testing.assert_frame_equal(pd.DataFrame(found), pd.DataFrame(expected))
+    assert found[1]["members"] == 5
+    assert f"{PATTERNS[0]}, adaptive: scores are of 5 members" in caplog.text
 
 
 # --- the command --------------------------------------------------------------------------------------------

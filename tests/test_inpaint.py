@@ -18,8 +18,8 @@ from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
 
 import jax_repaint
-from jax_repaint import export, guide, inpaint, memory, metrics, model, observe
-from jax_repaint.calibration import Calibration
+from jax_repaint import evaluate, export, guide, inpaint, memory, metrics, model, observe
+from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
 from jax_repaint.data.observations import Grid, collect
@@ -159,7 +159,7 @@ def test_statistics_are_those_of_the_members(trained):
     std = np.sqrt(metrics.ensemble_variance(members, antithetic=True))
     np.testing.assert_allclose(both(fields, "_mean"), members.mean(0), atol=1e-6)
     np.testing.assert_allclose(both(fields, "_standard_deviation"), std, rtol=1e-4, atol=1e-6)
-    half = stats.t(df=3).ppf(0.95) * std
+    half = stats.t(df=4).ppf(0.95) * std  # one degree of freedom a pair
     np.testing.assert_allclose(both(fields, "_low"), members.mean(0) - half, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(both(fields, "_high"), members.mean(0) + half, rtol=1e-4, atol=1e-5)
     assert "not calibrated" in fields.attrs["interval"]
@@ -198,6 +198,50 @@ def test_the_calibration_of_the_model_is_applied(trained, caplog):
     other = quietly(calibrated, table(6), members=4)
     assert "for 8 members of kalman, not for 4 of kalman" in caplog.text
     assert "not calibrated" in other.attrs["interval"]
+
+
+def test_a_gate_weighs_each_field_as_it_was_learnt(trained):
+    """Whole cells of a held-out field, as a user gives them: the weight is that of an evaluation of the same field."""
+    fields = tiny.fields().select([3])
+    (case,) = evaluate.make_cases(trained, fields, [7], ["cells:0.3"])
+    gate = Gate(0.3, 0.7, -0.4)
+    (evidence,) = evaluate.gate_evidence("kalman", trained, fields, [case], 8)
+    weight = gate.of(evidence)
+    assert 0.05 < weight < 0.95
+    given = np.where(case.observed[..., None], case.truth, np.nan)
+    options = {"members": 8, "time": "1970-01-01T00:00:07"}
+    with_gate = quietly(calibrated_with(trained, gate=gate), given, **options)
+    raw = quietly(trained, given, **options)
+    prior = both(raw, "_prior_mean")
+    np.testing.assert_allclose(both(with_gate, "_mean"), prior + 0.5 * weight * (both(raw, "_mean") - prior), atol=1e-6)
+    one = np.full_like(given, np.nan)
+    one[tuple(np.argwhere(case.observed)[0])] = 0.1
+    with pytest.raises(InputError, match="one observation is too few; raw leaves"):
+        quietly(calibrated_with(trained, gate=gate), one, members=8)
+    with pytest.raises(InputError, match="which a program of one run cannot do"):
+        export.export(calibrated_with(trained, gate=gate), None, members=8, method="kalman")
+
+
+def test_members_that_are_not_finite_are_never_written(trained, monkeypatch):
+    def broken(*arguments, **options):
+        made = run(*arguments, **options)
+        made.members[0][1, 3] = np.nan
+        return made
+
+    run = evaluate.run_method
+    monkeypatch.setattr(evaluate, "run_method", broken)
+    for method in ("kalman", "linear_samples", "adaptive"):
+        with pytest.raises(InputError, match=f"1 of 4 members by {method} are not finite"):
+            quietly(trained, table(6), method=method)
+
+
+@pytest.mark.parametrize("error", [1e-20, 1e-9])
+def test_errors_that_single_precision_cannot_tell_from_none_are_refused(trained, error):
+    points = pd.concat([table(1), table(1)])
+    with pytest.raises(InputError, match=r"the standard error of an observation is 1e-.* m/s; samplers in single"):
+        quietly(trained, points, sigma=error)
+    least = 1.01 * inpaint.LEAST_SIGMA * trained.standardiser.std.max()
+    assert np.isfinite(both(quietly(trained, points, sigma=least))[..., GRID.ocean, :]).all()
 
 
 def test_an_interval_without_a_promise_is_not_called_calibrated(trained):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,21 @@ def test_a_model_that_cannot_be_written_leaves_the_older_one(trained, folder, mo
         model.save(trained, folder)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     model.load(folder)
+
+
+def test_a_model_that_cannot_take_its_place_leaves_the_older_one(trained, folder, monkeypatch):
+    replace = os.replace
+
+    def failing(source, target):
+        if target == folder and (folder.parent / source / model.WEIGHTS).exists() and (source / "old").exists():
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(InputError, match="Input/output error"):
+        model.save(dataclasses.replace(trained, training={"step": 7}), folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert model.load(folder).training != {"step": 7}
 
 
 def test_a_folder_of_something_else_is_left_alone(trained, tmp_path):

@@ -446,6 +446,7 @@ class TestChoices:
         dataset = cf().isel(time=0, drop=True)
         path = saved(tmp_path, dataset)
         assert readers.read(path, time="2005-03-01T12:00").time == np.datetime64("2005-03-01T12:00")
+        assert readers.read(path, time="2005-03-01T12:00+02:00").time == np.datetime64("2005-03-01T10:00")
         refused(path, r"no time found for uo \(lat=3, lon=4\); give it by time, such as 2000-01-01T12:00")
         for name in ("currents_20040229.nc", "2004-02-29_currents.nc"):
             assert readers.read(saved(tmp_path, dataset, name)).time == np.datetime64("2004-02-29")

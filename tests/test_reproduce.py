@@ -9,7 +9,19 @@ import pandas as pd
 import pytest
 import tiny
 
-from jax_repaint import ensemble, evaluate, findings, levels, model, points, reproduce, results, resumption, train
+from jax_repaint import (
+    ensemble,
+    evaluate,
+    findings,
+    levels,
+    metrics,
+    model,
+    points,
+    reproduce,
+    results,
+    resumption,
+    train,
+)
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
@@ -171,6 +183,13 @@ def test_failures_are_counted_and_left_out_of_ratios():
     assert f"| 500 | NaN | – | – | – | – | {FRAMES}/{FRAMES} |" in judged.table
 
 
+def test_a_few_frames_decide_nothing_of_shares_and_of_two_ratios():
+    for frames, judged in ((4, OPEN), (20, HOLDS)):
+        assert findings.of_frames("wins", frames, frames, findings.MOST).verdict == judged
+        better, worse = (metrics.Ratio(r, r - 0.01, r + 0.01, *[1.0] * 5, frames) for r in (0.5, 0.8))
+        assert findings.apart("row over random", better, worse, findings.BELOW).verdict == judged
+
+
 def test_a_few_frames_decide_nothing():
     rows = make_rows("head_to_head", by_method(gp_init=0.5, plain=0.9), frames=4)
     gp_init, plain = (findings.chosen(rows, label) for label in ("gp_init", "plain"))
@@ -238,6 +257,7 @@ def changes(folder):
 
 
 NAMES = ("head_to_head", "equal_weight")
+LOSSES = ("held_out_loss", "held_out_loss_of_linear")
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +279,11 @@ def test_sweeps_run_once_and_become_a_page(folder, finished, tmp_path, monkeypat
     assert np.isfinite(rows["mse_member"]).all()
     assert set(evidence.sweeps["equal_weight"]["members"]) == {8}
     assert 0.2 < evidence.weight < 1
+    imported = model.load(folder / "model")
+    bare = {key: imported.training[key] for key in imported.training if key not in ("step", *LOSSES)}
+    model.save(dataclasses.replace(imported, training=bare), tmp_path / "imported")
+    about = reproduce.about(one, str(tmp_path / "imported"), "the command")
+    assert about[-1].splitlines()[-1].split(" | ")[5:8] == ["–"] * 3
     findings.write(evidence, tmp_path / "page.md", reproduce.about(one, one, "the command"))
     text = (tmp_path / "page.md").read_text()
     assert "| attention | `test` |" in text
@@ -366,14 +391,19 @@ def test_models_are_trained_once(folder, tmp_path, monkeypatch):
         calls.append(workdir)
         seeds.append(config.train.seed)
         made = model.load(folder / "model")
-        shutil.copytree(folder / "model", workdir / "model")
-        (workdir / "log.csv").write_text("epoch\n1\n3\n")
+        shutil.copytree(folder / "model", workdir / "model", dirs_exist_ok=True)
+        (workdir / "log.csv").write_text("epoch,step\n1,5\n3,15\n")
+        (workdir / "checkpoints" / "last" / "15").mkdir(parents=True, exist_ok=True)
         return made
 
     monkeypatch.setattr(train, "train", trained)
     for _ in range(2):
         assert reproduce.trained_model(path, tmp_path / "run") == str(tmp_path / "run" / "model")
     assert calls == [tmp_path / "run"]
+    # The log has the last epoch before its state is written: killed in between, the training goes on.
+    (tmp_path / "run" / "checkpoints" / "last" / "15").rmdir()
+    reproduce.trained_model(path, tmp_path / "run")
+    assert calls == 2 * [tmp_path / "run"]
     configs = ("configs/micro.py", str(path))
     given, made = str(folder / "model"), str(tmp_path / "models" / "tiny_run" / "model")
     assert reproduce.models_of(tmp_path, ([given], []), configs, 2) == [(given, made)]

@@ -1,13 +1,16 @@
 """Parts of a sweep are whole or found out; a folder belongs to one sweep, and to one process of it at a time."""
 
+import concurrent.futures
 import errno
 import fcntl
 import itertools
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +113,23 @@ def test_a_changed_sweep_is_refused_with_what_differs(tmp_path):
     changed = {"config": {"frames": 5, "points": {"p0": {"gamma": 0.1}, "p1": {"gamma": 3}}}, "models": {"": "abc"}}
     with pytest.raises(InputError, match=r"frames: 4 there, 5 here; config.points.p1.gamma: None there, 3 here"):
         results.claim(tmp_path, changed)
+
+
+def test_processes_that_start_together_share_a_folder(tmp_path):
+    """One of them makes config.json while another looks into the folder."""
+    sweep = {"config": {"frames": 4}}
+
+    def start(folder, barrier):
+        barrier.wait()
+        results.claim(folder, sweep)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for number in range(50):
+            folder, barrier = tmp_path / str(number), threading.Barrier(4)
+            folder.mkdir()
+            for started in [pool.submit(start, folder, barrier) for _ in range(4)]:
+                started.result()
+            assert json.loads((folder / "config.json").read_text()) == sweep
 
 
 def test_folders_of_something_else_are_refused(tmp_path):

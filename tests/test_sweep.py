@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import launching
@@ -18,8 +19,10 @@ import tiny
 from ml_collections import ConfigDict
 
 from jax_repaint import comparison, ensemble, evaluate, metrics, model, results, sample, sweep
+from jax_repaint import study as study_module
 from jax_repaint.batches import make_groups
 from jax_repaint.data import readers
+from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
 from jax_repaint.points import default_config, read_points, smoke
 from jax_repaint.posterior import Posterior, evidence_for
@@ -500,6 +503,16 @@ def test_frames_of_a_part_random_and_consecutive(folder):
         assert (np.diff(made.frames[True]) == 1).all()
         assert (np.diff(made.frames[False]) >= 1).all()
         np.testing.assert_array_equal(made.fields.velocity, readers.read(folder / "tiny.nc").velocity[made.numbers])
+
+
+def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
+    """A decorrelation time of a fifth of the validation part, and of a fiftieth of the test part."""
+    parts = {"train": np.arange(100), "validation": np.arange(150, 200), "test": np.arange(250, 750)}
+    split = Split(**parts, decorrelation=10)
+    monkeypatch.setattr(study_module, "_frames", lambda split, config, kind: getattr(split, config.part)[:20])
+    monkeypatch.setattr(study_module, "_series", lambda *_: (SimpleNamespace(select=lambda _: tiny.fields()), split))
+    blocks = [open_study(make_config(folder, 1, frames=20, part=part)).blocks for part in ("validation", "test")]
+    assert blocks == [{False: 4}, {False: 1}]
 
 
 @pytest.mark.parametrize(

@@ -451,7 +451,7 @@ def _time_elsewhere(x: xr.DataArray, choice: Choice, source: Source) -> np.datet
 
 def _date(text: str, source: Source) -> np.datetime64:
     try:
-        return np.datetime64(pd.Timestamp(text).tz_localize(None), "ns")
+        return np.datetime64(pd.to_datetime(text, utc=True).tz_localize(None), "ns")
     except (ValueError, TypeError, OverflowError) as e:
         raise source.error(f"the time {text!r} is no date such as 2000-01-01 or 2000-01-01T12:00") from e
 
