@@ -36,6 +36,21 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def replace_folder(new: Path, folder: Path, old: Path) -> None:
+    """Moves `new` to `folder`, and what is there to `old`.
+
+    A folder cannot be replaced in one step; the old one comes back if the new one does not arrive.
+    """
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+
+
 def publish(path: Path) -> None:
     """Gives a temporary file or folder, which is private, the rights that the user's umask leaves."""
     umask = os.umask(0)

@@ -28,7 +28,7 @@ from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data.fields import Fields, Standardiser, crop, padded_shape
 from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDenoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
-from jax_repaint.files import publish, whole_file
+from jax_repaint.files import publish, replace_folder, whole_file
 from jax_repaint.nets import unet
 from jax_repaint.prior.gp import Kernel
 from jax_repaint.schedule import Schedule
@@ -189,25 +189,17 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        private = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
+            new = private / "new"
+            new.mkdir()
             save_file(tensors, new / WEIGHTS)
             publish(new / WEIGHTS)
             (new / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
             publish(new)
-            # A folder cannot be replaced in one step; the old one comes back if the new one cannot take its place.
-            old = new / "old"
-            if folder.exists():
-                os.replace(folder, old)
-            try:
-                os.replace(new, folder)
-            except BaseException:
-                if old.exists():
-                    os.replace(old, folder)
-                raise
-            shutil.rmtree(folder / "old", ignore_errors=True)
+            replace_folder(new, folder, private / "old")
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(private, ignore_errors=True)
     except OSError as e:
         raise InputError(f"cannot write the model to {folder}: {e.strerror or e}") from e
 

@@ -27,7 +27,7 @@ from jax_repaint.data.fields import Fields
 from jax_repaint.data.probe import check_hdf5
 from jax_repaint.data.source import Choice, Raw, Source, assemble, door
 from jax_repaint.errors import InputError
-from jax_repaint.files import whole_file
+from jax_repaint.files import replace_folder, whole_file
 
 FILL = np.float32(9.96921e36)  # NetCDF's own default for floats
 RAM_HEAD = arrays.RAM_HEAD
@@ -277,15 +277,7 @@ def _write_zarr(dataset: xr.Dataset, path: Path) -> None:
     try:
         new, old = folder / "new.zarr", folder / "old.zarr"
         dataset.to_zarr(new, mode="w", zarr_format=2, consolidated=True)
-        # A folder cannot be replaced in one step; the old one comes back if the new one does not arrive.
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except OSError:
-            if old.exists():
-                os.rename(old, path)
-            raise
+        replace_folder(new, path, old)
     except OSError as e:
         raise InputError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
