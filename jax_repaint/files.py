@@ -47,7 +47,7 @@ def replace_folder(new: Path, folder: Path, old: Path) -> None:
         os.replace(new, folder)
     except BaseException:
         if old.exists():
-            os.replace(old, folder)
+            os.rename(old, folder)
         raise
 
 
