@@ -50,7 +50,7 @@ SMALLER = (
     (r"(--config=configs/[\w/]+\.py)(?!\S)", r"\1:smoke"),
     (r"(jax_repaint\.sweep (?!.*--config\.model).*)", r"\1 --config.model=model"),
     (r"(jax_repaint\.sweep .*)", r"\1 --config.patterns=line:4 --config.frames=1"),
-    (r" --config\.(train\.batch|train\.epochs|init_from)=\S+", ""),
+    (r" --config\.(train\.batch|train\.epochs|train\.warmup_epochs|init_from)=\S+", ""),
     # Its network has to be that of the model it starts from, which is not the small one.
     (r"(configs/conditional\.py.*)", r"\1 --config.init_from="),
     (r"(jax_repaint\.train (?!.*--config\.data\.fields).*)", r"\1 --config.data.fields=currents.nc"),
