@@ -310,9 +310,13 @@ def _gaussian(
 
 
 def fingerprint(model: Model) -> str:
-    """16 hex digits that name these weights and this description."""
+    """16 hex digits that name these weights and all of the description that samples and baselines depend on."""
     digest = hashlib.blake2b(digest_size=8)
     for leaf in jax.tree.leaves((model.params, model.gaussian)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    digest.update(json.dumps([model.form, model.standardiser.to_json(), dataclasses.asdict(model.network)]).encode())
+    parts = [
+        model.form, model.standardiser.to_json(), dataclasses.asdict(model.network), model.schedule,
+        list(model.sigma), model.kernel and model.kernel.to_json(), model.padded,
+    ]  # fmt: skip
+    digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()

@@ -192,7 +192,17 @@ def test_fields_on_another_grid_are_refused(trained):
     trained.check_grid(others[-1])
 
 
-def test_the_fingerprint_names_weights(trained):
-    other = dataclasses.replace(trained, params=jax.tree.map(lambda leaf: leaf + 1, trained.params))
-    assert len(model.fingerprint(trained)) == 16
-    assert model.fingerprint(other) != model.fingerprint(trained)
+def test_the_fingerprint_names_all_that_samples_depend_on(trained):
+    kernel = dataclasses.replace(trained.kernel, noise=2 * trained.kernel.noise)
+    params = jax.tree.map(lambda leaf: leaf + 1, trained.params)
+    schedule = {**trained.schedule, "steps": 1000}
+    others = [
+        dataclasses.replace(trained, **change)
+        for change in ({"params": params}, {"schedule": schedule}, {"sigma": (0.01, 20.0)}, {"kernel": kernel},
+                       {"kernel": None})
+    ]  # fmt: skip
+    names = [model.fingerprint(one) for one in (trained, *others)]
+    assert len(set(names)) == len(names)
+    assert len(names[0]) == 16
+    # What does not change a sample does not change the name.
+    assert model.fingerprint(dataclasses.replace(trained, training={"step": 7})) == names[0]
