@@ -142,9 +142,7 @@ def adopt(study: Study, workdir: Path, done: Collection[str], others: Sequence[P
 
     The name of a task says all that its rows depend on, but for what a sweep calls its points.
     """
-    wanted = {
-        study.task(point, where): point for point in study.points for where in study.cases[point.consecutive]
-    }  # fmt: skip
+    wanted = {study.task(point, where): point for point in study.points for where in study.cases[point.consecutive]}
     taken: set[str] = set()
     for other in others:
         rows = results.read_parts(other)
