@@ -281,13 +281,16 @@ def test_two_processes_are_stopped_queued_again_and_have_the_curve_of_one(folder
     steps = [int(path.name) for path in (folder / "run" / "checkpoints" / "last").iterdir()]
     assert max(steps) == 8
     train, sweep = launching.blocks("slurm.md")[-2:]
-    text = train.replace("4321", str(launching.free_port())).rstrip() + " && wait $!"
-    done = launching.bash(text, folder)
+    small = {"4321": str(launching.free_port()), "configs/tiny.py": "train.py", "runs/tiny": "run", "wait": "wait $!",
+             "configs/sweeps/gamma.py": "sweep.py --config.model=run/model", "sweeps/gamma": "sweep"}  # fmt: skip
+    for name, there in small.items():
+        train, sweep = (text.replace(name, there) for text in (train, sweep))
+    done = launching.bash("set -e\n" + train, folder)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("process . of 2, with 1 of 2 devices", done.stderr)) == 2
     assert done.stdout.count("lowest held-out loss") == 1
     check_same_curve(folder / "run", one)
-    done = launching.bash(sweep, folder)
+    done = launching.bash("set -e\n" + sweep, folder)
     assert done.returncode == 0, done.stderr
     rows = results.read_parts(folder / "sweep")
     assert rows.groupby("method")["frame"].nunique().to_dict() == {"gp_init": 2, "kalman": 2}
