@@ -80,7 +80,7 @@ def learn(
 
     Raises:
       InputError: a method without an ensemble, members without a spread, patterns or fields that cannot be used,
-        frames from less than two blocks.
+        frames from less than two blocks whose members are finite.
     """
     check(name, members, block)
     blocks = np.unique(np.asarray(numbers) // block).size
@@ -92,8 +92,7 @@ def learn(
             blocks, calibration.BLOCKS_TO_PROMISE,
         )  # fmt: skip
     cases = evaluate.make_cases(trained, fields, numbers, patterns, seed)
-    made, evidence = [], []
-    whole = []
+    whole, made, evidence = [], [], []
     for case in tqdm.tqdm(cases, unit="field", disable=None):
         (ensemble,) = evaluate.run_method(name, trained, fields, [case], members, seed, chunk).members
         if len(ensemble) < members:
@@ -103,6 +102,8 @@ def learn(
         made.append(ensemble)
         if gate:
             evidence += evaluate.gate_evidence(name, trained, fields, [case], members, seed, chunk)
+    if len({case.frame // block for case in whole}) < 2:
+        raise InputError(f"members of {name} failed in all fields but those of one block of time; two are needed")
     priors = [evaluate.prior_of(trained, case) for case in whole]
     return calibration.fit(
         [case.truth for case in whole],

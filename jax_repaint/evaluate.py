@@ -274,7 +274,7 @@ def linear_samples(trained: Model, case: Case, members: int, seed: int = 0, chun
 
 
 def hold_out_of(places: np.ndarray, seed: int, frame: int, share: float = 0.1) -> np.ndarray:
-    """Some of the observations of a frame, at least one."""
+    """A random `share` of the `places` that are observed in a frame, at least one."""
     rng = np.random.default_rng([seed, frame, 0x6A])
     return rng.choice(places, max(1, round(share * places.size)), replace=False)
 

@@ -148,7 +148,7 @@ def estimate(
     calibration = None if raw else calibration_of(trained, method, len(made))
     if calibration is not None:
         gate = calibration.gate
-        weight = 1.0 if gate is None else _weight(trained, gate, frame, members, seed, method, chunk)
+        weight = 1.0 if gate is None else _weight(trained, gate, frame, case.frame, members, seed, method, chunk)
         made = calibration.apply(prior_mean, prior_variance, made, weight)
     antithetic = method in evaluate.PAIRED
     if len(made) < (4 if antithetic else 2):
@@ -163,8 +163,10 @@ def estimate(
     return Estimate(frame.time, made, prior_mean, std, low, high, case.observed)
 
 
-def _weight(trained: Model, gate: Gate, frame: Observed, members: int, seed: int, method: str, chunk: int) -> float:
-    """The weight of this field, from a second run without a tenth of its observations, as it was learnt.
+def _weight(
+    trained: Model, gate: Gate, frame: Observed, number: int, members: int, seed: int, method: str, chunk: int
+) -> float:
+    """The weight of field `number`, from a second run without a tenth of its observations, as it was learnt.
 
     The variance at a point between cells is taken to be the weighted mean of theirs, which is never too small.
 
@@ -178,7 +180,7 @@ def _weight(trained: Model, gate: Gate, frame: Observed, members: int, seed: int
             "observation is too few; raw leaves the calibration out"
         )
     held = np.zeros(given.size, bool)
-    held[evaluate.hold_out_of(places, seed, _case(trained, frame).frame)] = True
+    held[evaluate.hold_out_of(places, seed, number)] = True
     case = _case(trained, frame._replace(observation=given.rows(jnp.asarray(~held))))
     made = evaluate.run_method(method, trained, None, [case], members, seed, chunk, LEVELS).members[0]
     at_held = given.rows(jnp.asarray(held))

@@ -640,6 +640,8 @@ def test_fields_whose_members_failed_are_left_out(trained, data, monkeypatch, ca
     found = learn(3, 30, 50)
     assert found == expected
     assert "frame 50 with line:4 is left out" in caplog.text
+    with pytest.raises(InputError, match="failed in all fields but those of one block"):
+        learn(30, 50)
 
 
 def test_pairs_are_calibrated_as_pairs(trained, data):

@@ -18,7 +18,8 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from jax_repaint import comparison, ensemble, evaluate, metrics, model, results, sample, sweep
+import jax_repaint
+from jax_repaint import comparison, ensemble, evaluate, metrics, model, observe, reproduce, results, sample, sweep
 from jax_repaint import study as study_module
 from jax_repaint.batches import make_groups
 from jax_repaint.data import readers
@@ -26,6 +27,7 @@ from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
 from jax_repaint.points import default_config, read_points, smoke
 from jax_repaint.posterior import Posterior, evidence_for
+from jax_repaint.prior import linear
 from jax_repaint.study import Cases, open_study
 
 CONFIG = """
@@ -599,6 +601,24 @@ def test_every_method_is_in_the_table_of_all():
     assert {point.members for point in usual if point.repaint} == {module.DRAWN}
     assert {point.members for point in full} == {point.members for point in usual if not point.repaint} == {16}
     assert [point.label for point in full] == [point.label for point in usual]
+
+
+def test_uniform_has_as_much_noise_as_adaptive_in_the_table_of_all():
+    path = next(path for path in SWEEPS if path.stem == "methods")
+    weight = reproduce.read_config(path).points.p007
+    assert weight.method == "uniform"
+    trained = jax_repaint.load()
+    (stage,) = sample.method("adaptive")
+    for pattern in observe.usual(trained.ocean):
+        seen = observe.parse(pattern, trained.ocean, observe.pattern_rng(0, 0))
+        observation = evaluate.observation_of(trained, np.zeros((*trained.ocean.shape, 2), np.float32), seen)
+        missing = (
+            np.asarray(trained.gaussian.ocean > 0) & ~np.asarray(observation.on_grid(trained.padded)[0])[..., None]
+        )
+        variance = linear.analysis(trained.gaussian, observation).variance
+        doubt = sample.doubt(variance, missing)
+        found = np.asarray(sample.noise_weight(doubt, missing, stage.noise_floor, stage.gamma))
+        assert found[np.broadcast_to(missing, found.shape)].mean() == pytest.approx(weight.noise_floor, abs=0.01)
 
 
 def test_configurations_ask_what_the_notes_asked():
