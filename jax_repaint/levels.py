@@ -2,14 +2,17 @@
 
     python -m jax_repaint.levels --model=runs/small/model --frames=64
     python -m jax_repaint.levels --model=runs/conditional/model --pattern=walk:90
+    python -m jax_repaint.levels --model=runs/small/model,runs/other/model
 
 For held-out frames x0 and x = x0 + sigma n it prints, at every level, the mean square of D(x; sigma) - x0 over ocean
 cells that have a value, the same of the exact Gaussian denoiser of the training covariance, and the ratio of the two.
 Where that is not below 1 the network has learnt nothing that the covariance does not say. With a pattern both are given
 observations: the Gaussian by a Kalman analysis, a conditional network as it was trained, others by the sampler's
-correction `kalman`.
+correction `kalman`. Of several models the errors over those of the first are printed too, on the same frames and noise;
+so recipes compare whose losses weigh levels differently.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -29,6 +32,7 @@ from jax_repaint.prior import linear
 
 DENOISING = 7  # names the noise of this module among the members of a frame
 COLUMNS = ("sigma", "network", "gaussian", "ratio", "lo", "hi")
+OVER_FIRST = ("over_first", "first_lo", "first_hi")
 
 
 @jax.jit
@@ -77,10 +81,10 @@ def denoising_errors(
     Raises:
       InputError: a level outside of the network's training, another grid.
     """
-    low, high = trained.sigma
-    outside = (np.asarray(sigmas) < 0.999 * low) | (np.asarray(sigmas) > 1.001 * high)
-    if outside.any():
-        raise InputError(f"the network was trained for noise from {low:g} to {high:g}, not for {sigmas[outside][0]:g}")
+    known = within(trained, sigmas)
+    if not known.all():
+        low, high = trained.sigma
+        raise InputError(f"the network was trained for noise from {low:g} to {high:g}, not for {sigmas[~known][0]:g}")
     trained.check_grid(fields)
     cases = evaluate.make_cases(trained, fields, numbers, [pattern], seed) if pattern else [None] * len(fields)
     keys = member_keys(seed, numbers, [DENOISING])[:, 0]
@@ -98,6 +102,12 @@ def denoising_errors(
     return np.stack(rows)
 
 
+def within(trained: Model, sigmas: np.ndarray) -> np.ndarray:
+    """(n,) bool: which levels are in the range of the network's training."""
+    low, high = trained.sigma
+    return (np.asarray(sigmas) >= 0.999 * low) & (np.asarray(sigmas) <= 1.001 * high)
+
+
 def table(errors: np.ndarray, sigmas: np.ndarray, block: int = 1) -> pd.DataFrame:
     """One row a level: mean errors, their ratio and its paired bootstrap interval (metrics.ratio_of_means)."""
     rows = []
@@ -108,14 +118,45 @@ def table(errors: np.ndarray, sigmas: np.ndarray, block: int = 1) -> pd.DataFram
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def compare(errors: Mapping[str, np.ndarray], sigmas: np.ndarray, block: int = 1) -> pd.DataFrame:
+    """`table` of each model, one below the other, with the ratio of its errors to those of the first model."""
+    basis, parts = next(iter(errors.values()))[..., 0], []
+    for name, own in errors.items():
+        part = table(own, sigmas, block)
+        over = [metrics.ratio_of_means(own[:, n, 0], basis[:, n], block, seed=0) for n in range(len(sigmas))]
+        for column, of in zip(OVER_FIRST, ("ratio", "lo", "hi"), strict=True):
+            part[column] = [getattr(found, of) for found in over]
+        part.insert(0, "model", name)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def load_together(folders: Sequence[str]) -> dict[str, Model]:
+    """The models by their folders.
+
+    Raises:
+      InputError: none, one twice, one that cannot be read, or models of different data.
+    """
+    if not folders or len(set(folders)) < len(folders):
+        raise InputError(f"one or more different models are needed, got {', '.join(folders) or 'none'}")
+    models = {folder: model.load(folder) for folder in folders}
+    first = next(iter(models.values()))
+    for folder, other in models.items():
+        if other.training["fingerprint"] != first.training["fingerprint"]:
+            raise InputError(f"{folder} was trained on other data than {folders[0]}: their errors do not compare")
+    return models
+
+
 FLAGS = flags.FLAGS
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("model", None, "Folder of a model, as training writes it.")
+    flags.DEFINE_list(
+        "model", None, "Folders of a model, as training writes it, or of several to compare with the first."
+    )
     flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
     flags.DEFINE_integer("frames", 64, "Test frames, drawn at random.", lower_bound=1)
-    flags.DEFINE_integer("levels", 13, "Noise levels over the network's range, evenly in log sigma.", lower_bound=2)
+    flags.DEFINE_integer("levels", 13, "Noise levels over the range of all models, evenly in log sigma.", lower_bound=2)
     flags.DEFINE_string("pattern", "", "Observations that both denoisers are given, such as line:22; none if empty.")
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and noise.", lower_bound=0)
     flags.DEFINE_string("out", "", "CSV file for the table; none if empty.")
@@ -126,12 +167,18 @@ def main(_) -> None:
     """Prints the table."""
     if FLAGS.out:
         files.check_writable(FLAGS.out, (".csv",))
-    trained = model.load(FLAGS.model)
-    fields, split = evaluate.data_of(trained, FLAGS.fields)
+    models = load_together(FLAGS.model)
+    first = models[FLAGS.model[0]]
+    fields, split = evaluate.data_of(first, FLAGS.fields)
     numbers = evaluate.pick(split, FLAGS.frames, FLAGS.seed)
-    sigmas = np.geomspace(*trained.sigma, FLAGS.levels)
-    errors = denoising_errors(trained, fields.select(numbers), numbers, sigmas, FLAGS.pattern, FLAGS.seed)
-    rows = table(errors, sigmas, evaluate.block_length(split, len(numbers)))
+    chosen, block = fields.select(numbers), evaluate.block_length(split, len(numbers))
+    low, high = max(one.sigma[0] for one in models.values()), min(one.sigma[1] for one in models.values())
+    sigmas = np.geomspace(low, high, FLAGS.levels)
+    errors = {
+        folder: denoising_errors(one, chosen, numbers, sigmas, FLAGS.pattern, FLAGS.seed)
+        for folder, one in models.items()
+    }
+    rows = compare(errors, sigmas, block) if len(models) > 1 else table(errors[FLAGS.model[0]], sigmas, block)
     print(rows.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     if FLAGS.out:
         with files.whole_file(Path(FLAGS.out)) as temporary:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_repaint import guide, levels
+from jax_repaint import guide, levels, model
 from jax_repaint.data.fields import Fields, crop
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
@@ -58,3 +58,41 @@ def test_errors_are_those_of_theory(trained, drawn, pattern):
 def test_levels_beyond_training_are_refused(trained, drawn):
     with pytest.raises(InputError, match=r"trained for noise from 0.01 to 130, not for 200"):
         levels.denoising_errors(trained, drawn, np.arange(120), np.array([1.0, 200.0]))
+
+
+def test_models_are_compared_with_the_first_on_the_same_noise(trained, drawn):
+    # Half of the linear estimate is worse by what it leaves out; the same model again is neither better nor worse.
+    half = dataclasses.replace(trained.gaussian, mean=trained.gaussian.mean + 0.5)
+    worse = dataclasses.replace(trained, gaussian=half)
+    errors = {
+        name: levels.denoising_errors(one, drawn, np.arange(120), SIGMAS)
+        for name, one in {"first": trained, "again": trained, "shifted": worse}.items()
+    }
+    rows = levels.compare(errors, SIGMAS).set_index(["model", "sigma"])
+    for name in ("first", "again"):
+        np.testing.assert_array_equal(rows.loc[name][list(levels.OVER_FIRST)], 1)
+    for level, sigma in enumerate(SIGMAS):
+        row, basis = rows.loc["shifted", sigma], rows.loc["first", sigma]
+        np.testing.assert_allclose(row.over_first, row.network / basis.network, rtol=1e-6)
+        # A mean that is wrong by d is wrong by d times what the Gaussian takes from it: the error grows by its square.
+        kept = np.array(trained.gaussian(jnp.zeros_like(trained.gaussian.mean), jnp.float32(sigma)))
+        moved = np.array(half(jnp.zeros_like(half.mean), jnp.float32(sigma)))
+        ocean = np.asarray(trained.gaussian.ocean)[..., 0] > 0
+        expected = basis.network + np.mean((moved - kept)[ocean] ** 2)
+        np.testing.assert_allclose(row.network, expected, rtol=0.1)
+        assert row.first_lo <= row.over_first <= row.first_hi
+        assert errors["first"][0, level, 1] == errors["again"][0, level, 1]
+
+
+def test_only_models_of_the_same_data_are_compared(trained, tmp_path):
+    made = dataclasses.replace(trained, training=trained.training | {"fingerprint": "a"})
+    other = dataclasses.replace(trained, training=trained.training | {"fingerprint": "b"})
+    folders = [str(tmp_path / name) for name in ("one", "two", "three")]
+    for folder, one in zip(folders, (made, made, other), strict=True):
+        model.save(one, folder)
+    assert list(levels.load_together(folders[:2])) == folders[:2]
+    with pytest.raises(InputError, match=r"three was trained on other data than .*one: their errors do not compare"):
+        levels.load_together(folders)
+    for wrong, said in (([], "none"), ([folders[0]] * 2, "one, .*one")):
+        with pytest.raises(InputError, match=rf"different models are needed, got .*{said}"):
+            levels.load_together(wrong)
