@@ -57,12 +57,12 @@ SWEEPS = {
     "bulk": Size(128, 1),
     "attention": Size(128, 1),
     "consecutive": Size(128, 1),
-    "anneal_floor": Size(48, 1),
+    "anneal_floor": Size(128, 1),
     "x0_blend": Size(128, 1),
-    "stages": Size(32, 1),
-    "gamma": Size(48, 1),
-    "two_stage": Size(64, 1),
-    "guidance_scale": Size(32, 1),
+    "stages": Size(128, 1),
+    "gamma": Size(128, 1),
+    "two_stage": Size(128, 1),
+    "guidance_scale": Size(128, 1),
     "equal_weight": Size(32, 8, "head_to_head", ("gp_init", "adaptive", "uniform")),
     "ensemble_size": Size(16, 8),
     "calls": Size(16, 4),
@@ -294,7 +294,7 @@ def errors_by_level(
     sigmas = np.unique([*np.geomspace(*ends, count), last])
     made = {}
     for name, one in models.items():
-        own = sigmas[(sigmas >= 0.999 * one.sigma[0]) & (sigmas <= 1.001 * one.sigma[1])]
+        own = sigmas[levels.within(one, sigmas)]
         errors = levels.denoising_errors(one, fields.select(numbers), numbers, own)
         made[name] = levels.table(errors, own, evaluate.block_length(split, len(numbers)))
     return made

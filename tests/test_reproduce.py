@@ -207,7 +207,26 @@ def test_no_plateau_no_verdict_on_it():
     title = "Training reaches a plateau that Adam cannot leave"
     assert judge(title, None, make_resumption(falling=0.8)) == OPEN
     assert judge(title, None, make_resumption()) == OTHER
+    # A rate that falls without any gain is no other way to the same effect.
+    assert judge(title, None, make_resumption(decayed=1.0)) == HOLDS
     assert judge(title, None, make_resumption(decayed=1.1)) == HOLDS
+
+
+def test_a_curve_that_turns_back_is_not_monotone():
+    for title, name, turned in (
+        ("A larger gamma is better, up to 3", "gamma", {0.3: 1.05, 0.5: 1.1, 1: 1.0, 2: 1.2, 3: 0.9, 5: 0.9}),
+        ("More guidance is worse, up to NaN", "guidance_scale", {0.01: 1.4, 0.05: 1.3, 0.5: 1.2, 1: 1.1}),
+    ):
+        by_label = {label: value for key, value in turned.items() for label in (f"{name}={key:g}",)}
+
+        def shape(label, stage, by_label=by_label):
+            return next((0.5 * v for key, v in by_label.items() if label.endswith(key)), 0.5)
+
+        assert judge(title, shape) == NOT
+
+
+def test_no_claims_hold_nothing():
+    assert findings.verdict([]) == OPEN
 
 
 def test_the_page_has_every_finding_and_question(tmp_path):
