@@ -67,6 +67,8 @@ def check_writable(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> N
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise InputError(f"cannot write {path}: the suffix must be one of {', '.join(suffixes)}")
+    if path.is_dir() and path.suffix != ".zarr":
+        raise InputError(f"cannot write {path}: it is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -354,7 +354,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("method", None, METHODS, "Sampler; by default the one that the model is calibrated for.")
     flags.DEFINE_bool("raw", False, "Leave out the calibration that came with the model.")
     for key in ("lat", "lon", "u", "v", "sigma", "time"):
-        flags.DEFINE_string(f"{key}_name", "", f"Name of the column or variable that is {key}.")
+        flags.DEFINE_string(f"{key}_name", "", f"Name of the column that is {key}; of u and v, of a variable too.")
     flags.DEFINE_string("cache", None, "Private folder where compiled programs are kept for other runs.")
     flags.DEFINE_string("export", None, "Folder for a program that inpaints without this package, for a vehicle.")
     flags.DEFINE_integer("rows", 64, "Most observations that the exported program takes.", lower_bound=1)
@@ -374,6 +374,8 @@ def main(_) -> None:
     if not (FLAGS.observations and FLAGS.out):
         raise InputError("--observations=FILE and --out=FILE.nc are needed (or --export=FOLDER)")
     files.check_writable(FLAGS.out, (".nc",))
+    if Path(FLAGS.out).exists() and Path(FLAGS.observations).exists() and Path(FLAGS.out).samefile(FLAGS.observations):
+        raise InputError(f"--out={FLAGS.out} is the file of the observations, which would be lost; give another")
     columns = {key: getattr(FLAGS, f"{key}_name") for key in ("lat", "lon", "u", "v", "sigma", "time")}
     fields = inpaint(
         jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,

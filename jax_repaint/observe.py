@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from jax_repaint import locate
 from jax_repaint.array_types import Array, Bool, Cells, Field, Float, Int, Values
+from jax_repaint.data.fields import unmasked
 from jax_repaint.errors import InputError
 
 CORNERS = 4
@@ -107,7 +108,7 @@ def from_cells(
     Raises:
       InputError: nothing is observed, an observed cell is on land or not finite, sigma <= 0, shapes differ.
     """
-    observed, ocean, field = np.asarray(observed, bool), np.asarray(ocean, bool), np.asarray(field)
+    observed, ocean, field = np.asarray(observed, bool), np.asarray(ocean, bool), unmasked(field)
     if observed.shape != ocean.shape or field.shape != (*ocean.shape, 2):
         raise InputError(
             f"observed {observed.shape}, field {field.shape} and ocean {ocean.shape} are of different grids; "
@@ -134,7 +135,7 @@ def from_weights(
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values).all(-1))[0])
         raise InputError(f"observation {row} is not finite (u, v = {values[row][0]}, {values[row][1]})")
-    sigma = np.asarray(sigma, float)
+    sigma = unmasked(sigma)
     if sigma.shape not in ((), (2,), values.shape):
         raise InputError(
             f"observation error sigma must be one number or {values.shape}, one a component, got {sigma.shape}"
@@ -178,8 +179,7 @@ def from_points(
     Raises:
       InputError: a point lies outside the grid by more than half a cell, or on land, or is not finite.
     """
-    lat, lon = np.atleast_1d(np.asarray(lat, float)), np.atleast_1d(np.asarray(lon, float))
-    velocity = np.asarray(velocity, float)
+    lat, lon, velocity = np.atleast_1d(unmasked(lat)), np.atleast_1d(unmasked(lon)), unmasked(velocity)
     velocity = velocity[None] if velocity.ndim == 1 else velocity
     if velocity.ndim != 2 or velocity.shape[1] != 2:
         raise InputError(f"velocities must be (m, 2), u and v of each point, got {velocity.shape}")

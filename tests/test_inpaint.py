@@ -387,6 +387,7 @@ def forms(velocity, points, folder):
         "fields": (fields, {}),
         "array": (velocity, {}),
         "array of float32": (velocity.astype(np.float32), {}),
+        "masked array": (np.ma.masked_array(np.nan_to_num(velocity, nan=1e20), np.isnan(velocity)), {}),
     }  # fmt: skip
 
 
@@ -443,6 +444,11 @@ BAD = {
     "no column": (at().drop(columns="u"), "no column for u that could be recognised; it has lat, lon, v"),
     "two columns": (at(uo=1.0), "several columns for u, u, uo"),
     "two of one name": (at(U=1.0), "several columns of one name"),
+    "two of one name in a file": (
+        b"lat,lon,u,v,u\n18.03,295.08,0.1,0.2,0.3\n",
+        "several columns of one name: .* u, v, u",
+    ),
+    "seconds as times in a file": (b"lat,lon,u,v,time\n18.03,295.08,0.1,0.2,1700\n", "time holds numbers"),
     "times that are numbers": (at(time=3), "time holds numbers"),
     "times that are none": (at(time="noon"), "time is no date such as 2020-01-04T12:00 in rows 0, 1: 'noon'"),
     "another grid": (np.zeros((6, 12, 2)), "not on the model's grid"),
@@ -456,9 +462,89 @@ BAD = {
 }
 
 
+def three_times(observed_field, **coordinates):
+    velocity, _ = observed_field
+    coordinates = {"lat": GRID.lat, "lon": GRID.lon} | coordinates
+    dims = ("time", "lat", "lon")
+    data = {n: (dims, np.stack([velocity[..., c] * k for k in (1, 2, 3)])) for c, n in enumerate("uv")}
+    return xr.Dataset(data, coordinates)
+
+
+def test_times_of_a_data_set_count_however_they_are_written(observed_field):
+    days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
+    numbers = ("time", [0, 1, 2], {"units": "days since 2020-01-01"})
+    for time in (("time", days), numbers):
+        frames = collect(three_times(observed_field, time=time), GRID)
+        assert [frame.time for frame in frames] == list(days)
+        np.testing.assert_allclose([float(f.observation.values[0, 1]) for f in frames], [-0.05, -0.1, -0.15], rtol=1e-6)
+    with pytest.raises(InputError, match="has 3 times without dates"):
+        collect(three_times(observed_field), GRID)
+    with pytest.raises(InputError, match="3 times; one time can be given to one field only"):
+        collect(three_times(observed_field, time=numbers), GRID, time="2020-01-01")
+
+
+def test_times_of_cftime_count(observed_field):
+    cftime = pytest.importorskip("cftime")
+    days = [cftime.datetime(2020, 1, day, calendar="standard") for day in (1, 2, 3)]
+    frames = collect(three_times(observed_field, time=("time", days)), GRID)
+    assert [str(frame.time)[:10] for frame in frames] == ["2020-01-01", "2020-01-02", "2020-01-03"]
+
+
+def test_the_index_of_a_table_may_be_its_times():
+    rows, when = table(9), pd.date_range("2020-01-01", periods=3, freq="D").repeat(3)
+    assert len(rows) == 9
+    expected = [frame.time for frame in collect(rows.assign(time=when), GRID)]
+    assert len(expected) == 3
+    for name in (None, "time"):
+        frames = collect(rows.set_index(pd.DatetimeIndex(when, name=name)), GRID)
+        assert [frame.time for frame in frames] == expected
+
+
+def test_limits_and_flags_of_a_data_set_are_those_of_its_file(tmp_path):
+    u = np.full((2, 7, 12), np.nan)
+    u[:, 5, 3], u[:, 3, 6:9] = 0.2, -0.3
+    when = np.datetime64("2020-01-01", "ns") + np.arange(2) * np.timedelta64(1, "h")
+    flag = ("time", np.array([0, 1], np.int8), {"flag_values": np.array([0, 1], np.int8), "flag_meanings": "good bad"})
+    data = {n: (("time", "lat", "lon"), u, {"units": "m s-1", "standard_name": f"{to}ward_sea_water_velocity"})
+            for n, to in (("uo", "east"), ("vo", "north"))}  # fmt: skip
+    dataset = xr.Dataset(data | {"qc_flag": flag}, {"time": when, "lat": GRID.lat, "lon": GRID.lon})
+    packing = {"dtype": "uint16", "scale_factor": 0.001, "add_offset": -32.0, "_FillValue": np.uint16(65535)}
+    for name in ("uo", "vo"):
+        dataset[name].attrs |= {"valid_min": np.uint16(0), "valid_max": np.uint16(65000)}
+    path = tmp_path / "packed.nc"
+    dataset.to_netcdf(path, engine="h5netcdf", encoding={"uo": packing, "vo": packing})
+    by_path = collect(path, GRID)
+    with xr.open_dataset(path, engine="h5netcdf") as opened:
+        by_dataset = collect(opened, GRID)
+    assert [frame.count for frame in by_path] == [frame.count for frame in by_dataset] == [4]
+    np.testing.assert_array_equal(by_path[0].observation.values, by_dataset[0].observation.values)
+
+
+def test_a_field_without_time_takes_the_one_that_is_given(observed_field, tmp_path):
+    path = tmp_path / "still.nc"
+    still = three_times(observed_field).isel(time=0)
+    for variable in still.data_vars.values():
+        variable.attrs["units"] = "m s-1"
+    still.to_netcdf(path, engine="h5netcdf")
+    (frame,) = collect(path, GRID, time="2021-02-03T04:05")
+    assert frame.time == np.datetime64("2021-02-03T04:05")
+    with pytest.raises(InputError, match="give it by time"):
+        collect(path, GRID)
+
+
+def test_names_of_columns_go_with_tables(observed_field, tmp_path):
+    path = tmp_path / "field.nc"
+    readers.write(forms(*observed_field, tmp_path)["fields"][0], path)
+    with pytest.raises(InputError, match=r"field\.nc is no table of points: of fields u and v can be named, not sigma"):
+        collect(path, GRID, columns={"sigma": "err"})
+
+
 @pytest.mark.parametrize("mistake", BAD)
-def test_a_mistake_is_a_sentence(mistake):
+def test_a_mistake_is_a_sentence(mistake, tmp_path):
     source, message = BAD[mistake]
+    if isinstance(source, bytes):
+        (tmp_path / "points.csv").write_bytes(source)
+        source = tmp_path / "points.csv"
     with pytest.raises(InputError, match=message) as caught:
         collect(source, GRID)
     assert "\n" not in str(caught.value)

@@ -369,6 +369,19 @@ def _unpacked(limit: np.number, side: int, whole: xr.DataArray) -> float:
     return scale * float(limit) + offset + np.sign(scale) * half
 
 
+def unpack_limits(x: xr.DataArray) -> xr.DataArray:
+    """The variable with its limits in the units of its decoded values, for when its packing is dropped."""
+    sides = {"valid_range": (-1, 1), "valid_min": (-1,), "valid_max": (1,)}
+    given = {name: np.ravel(x.attrs[name]) for name in sides if name in x.attrs}
+    return x.assign_attrs(
+        {
+            name: np.squeeze([_unpacked(limit, side, x) for limit, side in zip(limits, sides[name], strict=True)])
+            for name, limits in given.items()
+            if limits.size == len(sides[name]) and limits.dtype.kind in "fiu"
+        }
+    )
+
+
 def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Source) -> xr.DataArray:
     """NaN where a quality flag (CF-1.11, 3.5) on the chosen level calls the value bad."""
     listed = attribute(x, "ancillary_variables").split()
@@ -422,11 +435,12 @@ def _times(x: xr.DataArray, time: xr.DataArray | None, choice: Choice, source: S
                 f"the times in {time.name} cannot be decoded, their units are {units!r}; "
                 "expected such as 'hours since 2000-01-01'"
             )
-        if choice.time is None:
+        given = choice.time or choice.undated
+        if given is None:
             raise source.error(
                 f"the times in {time.name} count {units!r} from no date; say from which by time, such as 2000-01-01"
             )
-        start = np.datetime_as_string(_date(choice.time, source), "s")
+        start = np.datetime_as_string(_date(given, source), "s")
         time = time.copy()
         time.attrs["units"] = f"{units} since {start}"
         source.facts["time"] = f"{time.name}, counted from {start}"
@@ -436,9 +450,10 @@ def _times(x: xr.DataArray, time: xr.DataArray | None, choice: Choice, source: S
 
 
 def _time_elsewhere(x: xr.DataArray, choice: Choice, source: Source) -> np.datetime64:
-    if choice.time is not None:
-        source.facts["time"] = f"given as {choice.time}"
-        return _date(choice.time, source)
+    given = choice.time or choice.undated
+    if given is not None:
+        source.facts["time"] = f"given as {given}"
+        return _date(given, source)
     dates = re.findall(r"(?<!\d)(?:19|20)\d\d([-_]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])(?!\d)", source.name)
     if len(dates) != 1:
         raise source.error(f"no time found for {x.name} {dims_of(x)}; give it by time, such as 2000-01-01T12:00")

@@ -67,8 +67,8 @@ class Fields:
           InputError: shapes disagree, coordinates or times cannot be used, there is no ocean cell, a frame is
             empty, a value is infinite, or a component never changes.
         """
-        velocity = np.array(velocity, np.float32)
-        lat, lon, time = np.asarray(lat, float), np.asarray(lon, float), _as_time(time, name)
+        velocity = np.array(unmasked(velocity, np.float32))
+        lat, lon, time = unmasked(lat), unmasked(lon), _as_time(time, name)
         _check_shapes(velocity, lat, lon, time, name)
         _check_axes(lat, lon, time, name)
         if np.isinf(velocity).any():
@@ -190,6 +190,13 @@ class Fields:
         """
         ocean = self.ocean & ((~np.isnan(self.u)).mean(0) >= fraction)
         return type(self).create(self.velocity, self.lat, self.lon, self.time, ocean, self.name)
+
+
+def unmasked(values: np.ndarray, dtype: type = np.float64) -> np.ndarray:
+    """Floats, NaN where a NumPy masked array hides a value; `np.asarray` takes what is hidden."""
+    if isinstance(values, np.ma.MaskedArray):
+        values = values.astype(dtype).filled(np.nan)
+    return np.asarray(values, dtype)
 
 
 def _as_time(time: np.ndarray, name: str) -> np.ndarray:

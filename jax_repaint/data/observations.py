@@ -19,7 +19,8 @@ import xarray as xr
 
 from jax_repaint import observe
 from jax_repaint.data import readers
-from jax_repaint.data.fields import Fields
+from jax_repaint.data.cf import unpack_limits
+from jax_repaint.data.fields import Fields, unmasked
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
 
@@ -80,11 +81,13 @@ def collect(
         file, a column, a time or a grid that cannot be used.
     """
     columns, when = _check_columns(columns), None if time is None else _one_time(time)
+    name = Path(source).name if isinstance(source, str | Path) else "the observations"
+    table = isinstance(source, pd.DataFrame) or Path(name).suffix.lower() in TABLES
+    names = sorted(columns.keys() - {"u", "v"})
+    if names and not table:
+        raise InputError(f"{name} is no table of points: of fields u and v can be named, not {names[0]}")
     if isinstance(source, str | Path):
-        path = Path(source)
-        source, name = (_read_table(path) if path.suffix.lower() in TABLES else _read(path, columns)), path.name
-    else:
-        name = "the observations"
+        source = _read_table(Path(source)) if table else _read(Path(source), columns, when)
     if isinstance(source, pd.DataFrame):
         return _from_table(source, grid, columns, sigma, when, step, name)
     if step is not None:
@@ -93,14 +96,14 @@ def collect(
     if _is_pair(source):
         source = xr.Dataset(dict(zip("uv", source, strict=True)))
     if isinstance(source, xr.Dataset):
-        known = any(variable.dtype.kind == "M" for variable in source.coords.values())
+        known = any(_dated(variable) for variable in source.coords.values())
         source = _from_xarray(source, columns)
     if isinstance(source, Fields):
         return _from_fields(source, grid, sigma, when, known)
     if isinstance(source, np.ndarray):
         if source.dtype.kind not in "fiu":
             raise InputError(f"an array of observations holds numbers, got {source.dtype}")
-        return [_of_cells(source.astype(np.float64), grid, sigma, UNKNOWN if when is None else when, name)]
+        return [_of_cells(unmasked(source), grid, sigma, UNKNOWN if when is None else when, name)]
     raise InputError(
         f"observations are a path, a DataFrame, an xarray Dataset or pair of DataArrays, or an array (y, x, 2); "
         f"got {type(source).__name__}"
@@ -140,16 +143,20 @@ def _read_table(path: Path) -> pd.DataFrame:
         with warnings.catch_warnings():
             # Rows longer than the header would lose values with a warning only.
             warnings.simplefilter("error")
-            return pd.read_csv(
-                path, sep=separator, dtype=str, comment="#", skipinitialspace=True, index_col=False,
-                encoding="utf-8-sig",
-            )  # fmt: skip
+            options = {"sep": separator, "dtype": str, "comment": "#", "skipinitialspace": True, "index_col": False,
+                       "encoding": "utf-8-sig"}  # fmt: skip
+            table = pd.read_csv(path, **options)
+            # pandas renames a second column of one name.
+            names = pd.read_csv(path, header=None, nrows=1, **options).iloc[0].dropna().str.strip().str.lower()
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror or e}") from e
     except Exception as e:
         # Whatever pandas raises on a damaged file.
         lines = str(e).strip().splitlines()
         raise InputError(f"cannot read {path}: {lines[0] if lines else type(e).__name__}") from e
+    if names.duplicated().any():
+        raise InputError(f"{path.name} has several columns of one name: {', '.join(names)}")
+    return table
 
 
 def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) -> dict[str, Any]:
@@ -198,7 +205,8 @@ def _numbers(column: pd.Series, name: str) -> np.ndarray:
 
 
 def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
-    if pd.api.types.is_numeric_dtype(column):
+    # Of up to seven digits a number counts from somewhere; 20200104 is a date.
+    if pd.api.types.is_numeric_dtype(column) or column.astype(str).str.fullmatch(r"\d{1,7}(\.\d*)?").all():
         raise InputError(f"{name}: {column.name} holds numbers; expected dates such as 2020-01-04T12:00")
     try:
         times = pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce").dt.tz_localize(None)
@@ -228,6 +236,10 @@ def _from_table(
     step: str | None,
     name: str,
 ) -> list[Observed]:
+    if isinstance(table.index, pd.DatetimeIndex):
+        table = table.rename_axis(index=table.index.name or "time")
+    levels = [level for level in table.index.names if level is not None and level not in table.columns]
+    table = table.reset_index(levels)
     found = _find_columns(table, columns, name)
     if table.empty:
         raise InputError(f"no observation: {name} has no row")
@@ -272,19 +284,29 @@ def _check_speed(u: np.ndarray, v: np.ndarray, name: str) -> None:
 # Fields with gaps
 
 
-def _read(path: Path, columns: Mapping[str, str]) -> Fields:
-    return readers.read(path, u=columns.get("u"), v=columns.get("v"))
+def _read(path: Path, columns: Mapping[str, str], when: np.datetime64 | None) -> Fields:
+    undated = None if when is None else np.datetime_as_string(when)
+    return readers.read(path, u=columns.get("u"), v=columns.get("v"), undated=undated)
+
+
+def _dated(variable: xr.DataArray) -> bool:
+    """Whether it holds dates: of NumPy, of cftime, or as numbers since one."""
+    of_cftime = variable.dtype.kind == "O" and variable.size > 0 and hasattr(variable.values.flat[0], "calendar")
+    return variable.dtype.kind == "M" or of_cftime or " since " in str(variable.attrs.get("units", ""))
 
 
 def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> Fields:
     """Through a file, so that it is understood as every other file is."""
     fields = {
-        name: variable.assign_attrs(units=variable.attrs.get("units", "m s-1"))
+        name: unpack_limits(variable).assign_attrs(units=variable.attrs.get("units", "m s-1"))
         for name, variable in dataset.data_vars.items()
-        if variable.ndim >= 2 and variable.dtype.kind in "fiu"
+        if variable.dtype.kind in "fiu" and (variable.ndim >= 2 or "flag_meanings" in variable.attrs)
     }
     plain = xr.Dataset(fields, attrs={}).drop_encoding()
-    if not any(variable.dtype.kind == "M" for variable in plain.coords.values()):
+    if not any(_dated(variable) for variable in plain.coords.values()):
+        times = plain.sizes.get("time", 1)
+        if times > 1:
+            raise InputError(f"the data set has {times} times without dates; give them dates, or choose one of them")
         plain = plain.drop_vars("time", errors="ignore")
         plain = plain.isel(time=0, missing_dims="ignore").expand_dims(time=[np.datetime64(0, "ns")])
     with tempfile.TemporaryDirectory() as folder:

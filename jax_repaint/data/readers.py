@@ -48,6 +48,7 @@ def read(
     level: int | None = None,
     time: str | None = None,
     directions: str | None = None,
+    undated: str | None = None,
 ) -> Fields:
     """The velocity fields of a file or a series of files, in m/s, eastward and northward, row 0 in the south.
 
@@ -63,12 +64,13 @@ def read(
       level: number of a level from 0 on, instead of a depth.
       time: date of a file without times, or from which its times count where they name no date.
       directions: "grid" or "east", where components on a curvilinear grid may run along either.
+      undated: as time, but of no account where a file has dates of its own.
 
     Raises:
       InputError: a file is missing, damaged or of another kind; no pair or several; dimensions, units, times
         or coordinates that cannot be used; files of a series that contradict each other.
     """
-    choice = Choice(u, v, grid, depth, level, time, directions)
+    choice = Choice(u, v, grid, depth, level, time, directions, undated)
     return understand(path, choice, v_path, name)[0]
 
 

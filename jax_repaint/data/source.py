@@ -29,6 +29,7 @@ class Choice:
     level: int | None = None
     time: str | None = None
     directions: str | None = None
+    undated: str | None = None
 
 
 @dataclasses.dataclass
