@@ -86,6 +86,9 @@ def test_check_writable_wants_a_known_suffix_and_leaves_nothing(tmp_path):
     check_writable(tmp_path / "deep" / "result.nc", (".nc", ".npz"))
     check_writable(str(tmp_path / "result"))
     assert [p.name for p in tmp_path.rglob("*")] == ["deep"]
+    (tmp_path / "folder.nc").mkdir()
+    with pytest.raises(InputError, match=r"folder\.nc: it is a folder"):
+        check_writable(tmp_path / "folder.nc", (".nc",))
     with pytest.raises(InputError, match=r"one of \.nc, \.npz"):
         check_writable(tmp_path / "other" / "result.csv", (".nc", ".npz"))
     assert not (tmp_path / "other").exists()

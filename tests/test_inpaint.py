@@ -5,8 +5,10 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import cftime
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -484,7 +486,6 @@ def test_times_of_a_data_set_count_however_they_are_written(observed_field):
 
 
 def test_times_of_cftime_count(observed_field):
-    cftime = pytest.importorskip("cftime")
     days = [cftime.datetime(2020, 1, day, calendar="standard") for day in (1, 2, 3)]
     frames = collect(three_times(observed_field, time=("time", days)), GRID)
     assert [str(frame.time)[:10] for frame in frames] == ["2020-01-01", "2020-01-02", "2020-01-03"]
@@ -617,6 +618,7 @@ def options(**changes):
         ({"observations": None}, "are needed"),
         ({"model": "nowhere"}, "no model in nowhere"),
         ({"observations": "nowhere.csv"}, "nowhere.csv"),
+        ({"out": "link.nc"}, r"is the file of the observations"),
         ({"export": "vehicle", "members": 2}, "antithetic pairs, two of them"),
     ],
 )
@@ -624,6 +626,7 @@ def test_mistakes_of_the_command_write_nothing(trained, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     model.save(trained, "model")
     at().to_csv("track.csv")
+    Path("link.nc").symlink_to("track.csv")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(inpaint, "FLAGS", options(**changes))
     with pytest.raises(InputError, match=message):

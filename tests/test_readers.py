@@ -844,6 +844,7 @@ class TestBadFiles:
         [
             ({"units": "hours since 2001-01-01", "calendar": "360_day"}, "from 'hours since .*', calendar 360_day"),
             ({"units": "days since 0001-01-01"}, "cannot be decoded from 'days since 0001-01-01', calendar standard"),
+            ({"units": "hours since 2001-01-01 00:00 EST"}, "cannot be decoded from 'hours since .* EST'"),
             ({"units": "fortnights since 2001-01-01"}, "cannot be decoded from 'fortnights since"),
             ({"units": "hours since the flood"}, "cannot be decoded from 'hours since the flood'"),
         ],
@@ -851,6 +852,13 @@ class TestBadFiles:
     def test_times_outside_the_civil_calendar(self, tmp_path, attributes, message):
         dataset = cf(time=("time", np.arange(FRAMES) * 24.0, attributes))
         refused(saved(tmp_path, dataset), message)
+
+    @pytest.mark.parametrize("units", ["days since 0001-01-01", "days since 1582-01-01", "days since 2001-01-01 UTC"])
+    def test_times_may_count_from_long_ago(self, tmp_path, units):
+        # 2020-01-01 less each date, in the calendar that changes in October 1582.
+        days = {"0001": 737426, "1582": 159966, "2001": 6939}[units.split()[2][:4]]
+        dataset = cf(time=("time", days + np.arange(FRAMES), {"units": units}))
+        assert str(readers.read(saved(tmp_path, dataset)).time[0])[:10] == "2020-01-01"
 
     def test_u_and_v_on_different_points(self, tmp_path):
         dataset = cf().drop_vars("vo")

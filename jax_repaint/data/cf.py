@@ -479,6 +479,10 @@ def _decode_time(time: xr.DataArray, source: Source) -> np.ndarray:
         f"the times in {time.name} cannot be decoded from {attribute(time, 'units')!r}, calendar "
         f"{attribute(time, 'calendar') or 'standard'}; expected the civil calendar and the years 1678..2261"
     )
+    zone = re.search(r"[a-z]{2,}", attribute(time, "units").partition(" since ")[2], re.IGNORECASE)
+    if zone and zone[0].upper() not in ("UTC", "GMT"):
+        # cftime ignores it.
+        raise source.error(undecodable)
     try:
         decoded = xr.decode_cf(xr.Dataset({"time": time.variable}))["time"].values
     except Exception as e:
