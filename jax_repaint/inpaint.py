@@ -36,6 +36,7 @@ from jax_repaint.prior import linear
 
 METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
+STRANGE = 20  # standard deviations from the mean
 MANY = 24  # fields; more come from a table whose every row has its own time
 LEVELS = 16  # of posterior samplers
 LEAST_SIGMA = 1e-5  # standard error over the standard deviation of the currents, which float32 can still tell from 0
@@ -108,6 +109,7 @@ def inpaint(
         raise InputError(f"an ensemble has at least two members, got {members}")
     grid = Grid(trained.ocean, trained.lat, trained.lon)
     frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step)
+    _warn_of_units(trained, frames)
     if len(frames) > MANY:
         logging.warning("the observations have %d times; each gets a field, step= or time= joins them", len(frames))
     estimates = []
@@ -116,6 +118,17 @@ def inpaint(
             _announce(trained, frame, members, method, chunk)
         estimates.append(estimate(trained, frame, members, seed, method, raw, chunk))
     return to_dataset(trained, estimates, _attributes(trained, frames, members, seed, method, raw))
+
+
+def _warn_of_units(trained: Model, frames: Sequence[Observed]) -> None:
+    mean, std = trained.standardiser.mean, trained.standardiser.std
+    fastest = max(float(np.abs((np.asarray(f.observation.values)[: f.count] - mean) / std).max()) for f in frames)
+    if fastest > STRANGE:
+        logging.warning(
+            "an observation is %.0f standard deviations of the training currents away from their mean; is it in m/s, "
+            "and no fill value?",
+            fastest,
+        )
 
 
 def default_method(trained: Model) -> str:

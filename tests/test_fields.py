@@ -173,6 +173,20 @@ class TestGrid:
         assert fields.covered().gaps == 0
         assert fields.covered(4 / 6).ocean[0, 0]
 
+    def test_frames_that_had_values_on_such_cells_alone_are_left_out(self, caplog):
+        velocity = noise()
+        velocity[:3, 0, 0] = velocity[3] = np.nan
+        velocity[3, 0, 0] = 0.1
+        covered = make(velocity).covered(0.7)
+        np.testing.assert_array_equal(covered.velocity[:, 1:], np.delete(velocity, 3, 0)[:, 1:])
+        assert "1 of 6 frames keep no value" in caplog.text
+
+    def test_what_a_masked_array_hides_is_missing(self):
+        velocity = noise()
+        hidden = velocity > 1
+        fields = make(np.ma.masked_array(velocity, hidden))
+        np.testing.assert_array_equal(fields.present, ~hidden.any(-1))
+
 
 class TestDecorrelation:
     def test_autocorrelation_is_the_plain_double_sum_with_gaps_and_missing_frames(self):

@@ -566,6 +566,13 @@ def test_a_wrong_option_is_a_sentence(options, message):
         collect(at(), GRID, **options)
 
 
+def test_values_unlike_any_current_of_the_training_are_warned_of(trained, caplog):
+    quietly(trained, at())
+    assert "standard deviations" not in caplog.text
+    quietly(trained, at(u=12.0))
+    assert "is it in m/s" in caplog.text
+
+
 def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
     times = table(4, time="2020-01-01")
     with pytest.raises(InputError, match="not a fixed duration"):

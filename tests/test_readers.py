@@ -392,6 +392,7 @@ class TestChoices:
             ((0.5, 10.0, 30.0), {}, 0, 1),
             ((0.5, 10.0, 30.0), {}, 12, 2),
             ((-30.0, -10.0, -0.5), {"positive": "up"}, 35, 1),
+            ((1.0, 10.0, 20.0), {"standard_name": "height"}, None, 3),
         ],
     )
     def test_the_nearest_level_or_the_surface(self, tmp_path, depth, attributes, asked, factor):

@@ -185,11 +185,18 @@ class Fields:
     def covered(self, fraction: float = 1.0) -> "Fields":
         """The same fields with land where less than `fraction` of the frames have a value.
 
+        Frames that had values nowhere else are left out.
+
         Raises:
           InputError: no cell is covered that often.
         """
-        ocean = self.ocean & ((~np.isnan(self.u)).mean(0) >= fraction)
-        return type(self).create(self.velocity, self.lat, self.lon, self.time, ocean, self.name)
+        ocean = self.ocean & (self.present.mean(0) >= fraction)
+        kept = (self.present & ocean).any((1, 2))
+        if ocean.any() and not kept.all():
+            logging.warning("%s: %d of %d frames keep no value and are left out", self.name, (~kept).sum(), len(kept))
+        else:
+            kept[:] = True
+        return type(self).create(self.velocity[kept], self.lat, self.lon, self.time[kept], ocean, self.name)
 
 
 def unmasked(values: np.ndarray, dtype: type = np.float64) -> np.ndarray:

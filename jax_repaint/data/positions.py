@@ -69,7 +69,7 @@ def _same_points(u: Component, v: Component) -> bool:
         return True
     if u.lat.shape != v.lat.shape or u.lon.shape != v.lon.shape:
         return False
-    step = max(float(np.ptp(u.lat)) / max(len(u.lat) - 1, 1), 1e-9)
+    step = max(float(np.nanmax(u.lat) - np.nanmin(u.lat)) / max(len(u.lat) - 1, 1), 1e-9)
     apart = np.abs((u.lon - v.lon + 180) % 360 - 180)
     return bool(np.nanmax(np.abs(u.lat - v.lat), initial=0) < 0.01 * step and np.nanmax(apart, initial=0) < 0.01 * step)
 

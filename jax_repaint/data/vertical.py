@@ -66,13 +66,16 @@ def _is_vertical(dataset: xr.Dataset, dim: str) -> bool:
     return bool(VERTICAL.fullmatch(str(dim)))
 
 
+UPWARD = ("ocean_s", "height", "altitude")
+
+
 def _below(coordinate: xr.DataArray) -> tuple[np.ndarray | None, str]:
     """How far below the surface (n,), and " m" where that is in metres; None where it is not known."""
     if coordinate.ndim != 1 or coordinate.dtype.kind not in "fiu" or not np.isfinite(coordinate.values).all():
         return None, ""
     values = coordinate.values.astype(float)
     positive = attribute(coordinate, "positive").lower()
-    if positive not in ("up", "down") and attribute(coordinate, "standard_name").startswith("ocean_s"):
+    if positive not in ("up", "down") and attribute(coordinate, "standard_name").startswith(UPWARD):
         positive = "up"
     below = {"up": -values, "down": values}.get(positive, np.abs(values))
     return below, " m" if attribute(coordinate, "units").lower() in METRES else ""
