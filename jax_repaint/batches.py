@@ -86,6 +86,12 @@ def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int
     return points, math.ceil(of_seed / math.ceil(of_seed / min(cases, of_seed)))
 
 
+def chunk_of(members: int, rows: int, devices: int) -> int:
+    """Members a call, a multiple of the devices: at most `rows`, but one a device, and about as many in each call."""
+    chunk = math.ceil(members / math.ceil(members / rows))
+    return max(min(-(-chunk // devices), rows // devices), 1) * devices
+
+
 def make_batches(left: dict[Where, list[int]], shape: tuple[int, int]) -> list[Batch]:
     """What is left of a group in batches of a shape."""
     most_points, most_cases = shape
@@ -151,15 +157,15 @@ class Sampler:
             made.shape = shape_of(study, left, rows)
             # A posterior sampler takes its cases one by one.
             of_batch = made.members * (math.prod(made.shape) if made.repaint else 1)
-            chunk = math.ceil(of_batch / math.ceil(of_batch / rows))
-            made.chunk = -(-chunk // jax.local_device_count()) * jax.local_device_count()
+            devices = jax.local_device_count()
+            made.chunk = chunk_of(of_batch, rows, devices)
             try:
                 made._compile(example)
             except jax.errors.JaxRuntimeError as e:
                 if not device.is_full(e):
                     raise
                 made.memory = 2 * budget
-            if made.memory is None or made.memory <= budget or made.chunk <= jax.local_device_count():
+            if made.memory is None or made.memory <= budget or made.chunk <= devices:
                 return made
             fitting = max(min(int(made.chunk * budget / made.memory), made.chunk - 1), 1)
             logging.warning(

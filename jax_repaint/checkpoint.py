@@ -175,6 +175,7 @@ def _define_flags() -> None:
     for name, share in (("train", "0.7"), ("validation", "0.15"), ("test", "0.15")):
         flags.DEFINE_string(name, share, f"Fraction or range of the fields for {name}, as in a training's config.data.")
     flags.DEFINE_bool("allow_short_gap", False, "Accept parts that are closer than the decorrelation time.")
+    flags.DEFINE_bool("block_split", False, "Split as its training did if that was by blocks of 130 hours, which leak.")
     flags.DEFINE_integer("rank", 256, "Most EOFs of the linear prior.", lower_bound=1)
     flags.DEFINE_string("out", None, "Folder of the model to write.")
     flags.mark_flags_as_required(("torch", "out"))
@@ -189,6 +190,7 @@ def main(_: Sequence[str]) -> None:
     config.model.network, config.model.rank = FLAGS.network, FLAGS.rank
     config.data.fields, config.data.frames = FLAGS.fields, FLAGS.frames
     config.data.allow_short_gap = FLAGS.allow_short_gap
+    config.data.block_split = FLAGS.block_split
     for name in ("train", "validation", "test"):
         config.data[name] = getattr(FLAGS, name)
     made = torch_import.import_model(FLAGS.torch, config)

@@ -22,6 +22,7 @@ jax.numpy.linalg.qr(jax.numpy.eye(2)) has to come before its first call: that lo
 ends.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import time
@@ -101,6 +102,9 @@ def program(
         raise InputError(f"method {method!r} cannot be exported; {' and '.join(METHODS)} can")
     if members < 4 or members % 2:
         raise InputError(f"the program makes antithetic pairs, two of them at least; got {members} members")
+    # Kernels of one platform cannot be part of a program for several.
+    network = dataclasses.replace(trained.network, attention_implementation="xla")
+    trained = dataclasses.replace(trained, network=network)
     hyper = evaluate.levels_of(trained, method)
     gaussian, denoiser, standardiser = trained.gaussian, trained.denoiser, trained.standardiser
     mean, std = jnp.asarray(standardiser.mean)[None], jnp.asarray(standardiser.std)[None]

@@ -50,7 +50,7 @@ def _errors(
 
     def one(now: tuple[Level, Array]) -> Float[Array, "2"]:
         sigma, number = now
-        x = x0 + gaussian.ocean * sigma * jax.random.normal(jax.random.fold_in(key, number), x0.shape)
+        x = x0 + sigma * jax.random.normal(jax.random.fold_in(key, number), x0.shape)
         estimates = denoiser(x, sigma), gaussian(x, sigma)
         if evidence.observation is not None:
             here = evidence.replace(gain=guide.kalman_gain(gaussian, evidence.observation, evidence.noise, sigma))

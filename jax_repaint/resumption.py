@@ -167,7 +167,10 @@ class _Run:
         def steps(flips: bool) -> Callable:
             config.train.flips = flips
             own = copy.deepcopy(config)
-            return train.make_steps(own, self.loss, self.optimiser, plan, trained.gaussian.ocean, fields.shape)
+            return train.make_steps(
+                own, self.loss, self.optimiser, plan, trained.gaussian.ocean, fields.shape,
+                standardiser=trained.standardiser,
+            )  # fmt: skip
 
         self.data = frames(split.train, length.epoch * config.train.batch)
         self.held_out = frames(split.validation, length.held_out)

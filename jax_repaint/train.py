@@ -464,11 +464,13 @@ def make_steps(
     ocean: Array,
     grid: tuple[int, int] | None = None,
     mesh: Mesh | None = None,
+    standardiser: Standardiser | None = None,
 ) -> Callable[[State, Frames], tuple[State, Array]]:
     """dispatch(state, data) -> state, losses: `steps.dispatch` training steps in one call of the device.
 
     `ocean` is (Y, X, 1); `grid` (y, x) is what it was before it was padded, which mirrors leave where it is. Devices of
-    `mesh` share each batch.
+    `mesh` share each batch. Of mirrored frames the component across the mirror changes its sign: in m/s, which are
+    those of `standardiser`, or without one in standardised units.
     """
     t = config.train
     key = jax.random.key(t.seed)
@@ -480,14 +482,20 @@ def make_steps(
         for inner, side in zip(grid or ocean.shape[:2], ocean.shape[:2], strict=True)
     )
 
+    # A velocity of zero in standardised units, about which a component turns round.
+    still = jnp.zeros(2) if standardiser is None else jnp.asarray(-standardiser.mean / standardiser.std)
+
+    def turn(x0: Array, component: int) -> Array:
+        return x0.at[..., component].set(2 * still[component] - x0[..., component])
+
     def batch_loss(params: dict, frames: tuple[Array, ...], key: Key) -> Level:
         x0, *present = frames
         where, noise, mirror = jax.random.split(key, 3)
         if t.flips:
             # East-west mirrors turn u round, north-south mirrors v; the coast stays, which is why this is off.
             turned = jax.random.bernoulli(mirror, 0.5, (2, len(x0), 1, 1, 1))
-            x0 = jnp.where(turned[0], x0[:, :, columns] * jnp.array([-1.0, 1.0])[None, None, None], x0)
-            x0 = jnp.where(turned[1], x0[:, rows] * jnp.array([1.0, -1.0])[None, None, None], x0)
+            x0 = jnp.where(turned[0], turn(x0[:, :, columns], 0), x0)
+            x0 = jnp.where(turned[1], turn(x0[:, rows], 1), x0)
             x0 = x0 * ocean[None]
             present = [jnp.where(turned[0], cells[:, :, columns], cells) for cells in present]
             present = [jnp.where(turned[1], cells[:, rows], cells) for cells in present]
@@ -758,7 +766,7 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
             state = state._replace(best=jnp.float32(jnp.inf))
     state = distributed.replicate(distributed.same(state), mesh)
     loss = make_loss(config, data.gaussian, graphdef)
-    dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape, mesh)
+    dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape, mesh, data.standardiser)
     held_out = make_held_out(config, loss, data.validation, mesh)
     linear_loss = float(make_held_out(config, make_loss(config, data.gaussian, None), data.validation, mesh)({}))
     logging.info("held-out loss of the exact Gaussian denoiser: %.5g", linear_loss)

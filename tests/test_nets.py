@@ -32,6 +32,21 @@ def reference_state_dict(file):
     return tensors
 
 
+@pytest.mark.parametrize("name", unet.NETWORKS)
+def test_attention_on_a_gpu_has_a_kernel_that_takes_its_heads(name):
+    config = dataclasses.replace(unet.NETWORKS[name], dtype="bfloat16")
+    for level in config.attention:
+        channels = config.channels[min(level, len(config.channels) - 1)]
+        chosen = unet.attention_implementation(config, channels, "gpu")
+        # cuDNN takes heads of a multiple of 8 channels up to 128 on every card.
+        size = channels // config.heads
+        assert chosen == ("cudnn" if size % 8 == 0 and size <= 128 else "xla")
+        assert unet.attention_implementation(config, channels, "cpu") == "xla"
+        asked = dataclasses.replace(config, attention_implementation="xla")
+        assert unet.attention_implementation(asked, channels, "gpu") == "xla"
+    assert name != "micro_attn" or chosen == "xla"
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("standard_attn", 23_144_902), ("standard_attn_slim", 6_112_486)])
 def test_equals_reference(shared, name, parameters):
     config = unet.NETWORKS[name]

@@ -2,7 +2,9 @@
 
 import errno
 import importlib.util
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict
 import jax_repaint
 from jax_repaint import comparison, ensemble, evaluate, metrics, model, observe, reproduce, results, sample, sweep
 from jax_repaint import study as study_module
-from jax_repaint.batches import make_groups
+from jax_repaint.batches import chunk_of, make_groups
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
@@ -642,3 +644,13 @@ def test_the_command(folder, tmp_path):
     assert "noise_floor=0.3" in done.stdout
     assert "error: " in changed.stderr
     assert "config.frames: 2 there, 3 here" in changed.stderr
+
+
+def test_fewer_rows_come_to_fewer_members_a_call_on_any_number_of_devices():
+    for devices, members in itertools.product((1, 3, 8), (1, 2, 12, 16, 100)):
+        for rows in range(1, 130):
+            chunk = chunk_of(members, rows, devices)
+            assert chunk % devices == 0
+            assert chunk <= max(rows, devices)
+            # As few calls as `rows` allows, up to the devices that a call leaves idle.
+            assert math.ceil(members / chunk) <= math.ceil(members / max(rows // devices * devices, devices))
