@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from jax_repaint import guide, observe
+from jax_repaint import guide, memory, observe
 from jax_repaint.errors import InputError
 from jax_repaint.prior import linear
 
@@ -248,3 +249,15 @@ def test_select_counts_each_pattern_relative_to_climatology(gaussian, fields):
     target = on_sea(fields[:9])
     expected = np.mean((guess - target) ** 2) / np.mean((on_sea(gaussian.mean) - target) ** 2)
     np.testing.assert_allclose(one.error, expected, rtol=1e-5)
+
+
+def test_an_analysis_that_does_not_fit_is_refused(monkeypatch):
+    made = tiny.model("anchored")
+    observed = np.zeros(made.ocean.shape, bool)
+    observed[4, 6] = True
+    observation = observe.from_cells(observed, np.zeros((*observed.shape, 2)), 0.1, made.ocean)
+    observation = observe.pad_grid(observation, made.ocean.shape, made.padded)
+    linear.analysis(made.gaussian, observation)
+    monkeypatch.setattr(memory, "available", lambda: 10_000)
+    with pytest.raises(InputError, match=r"does not fit into the memory: it needs .* take fewer frames"):
+        linear.analysis(made.gaussian, observation)

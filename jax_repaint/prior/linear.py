@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from jax_repaint import guide
+from jax_repaint import guide, memory
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
@@ -265,7 +265,19 @@ def analysis(gaussian: PrincipalGaussian, observation: Observation) -> Analysis:
     Args:
       gaussian: prior.
       observation: pattern and errors; its values are not used.
+
+    Raises:
+      InputError: the gain and what it is made of do not fit into the memory that is left.
     """
+    values = gaussian.direction.shape[-1]
+    # The gain as (cells, c, m c) in float32, its parts, and as much again for the covariance.
+    needed, free = 4 * 4 * gaussian.ocean.size * observation.size * values**2, memory.available()
+    if needed > free:
+        raise InputError(
+            f"the analysis of {observation.size} observed positions on {gaussian.ocean.size} cells does not fit into "
+            f"the memory: it needs {needed / 1e9:.2g} GB and {free / 1e9:.2g} are free; take fewer frames or patterns "
+            "at a time"
+        )
     gain = guide.kalman_gains(gaussian, observation, np.array([np.inf]))
     inverse, along = np.asarray(gain.inverse[0], np.float64), np.asarray(gain.along[0], np.float64)
     direction, ocean = np.asarray(gaussian.direction), np.asarray(gaussian.ocean)
