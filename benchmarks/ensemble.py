@@ -103,18 +103,21 @@ class Line:
 
 
 def _kalman(denoiser: EpsDenoiser, line: Line, batch: int) -> Timed:
-    """Members of one frame by Kalman guidance."""
+    """Ensembles of MEMBERS members by Kalman guidance, of as many frames as the batch holds."""
     prior, seen, hyper = line.prior, line.seen, line.hyper
-    analysis = linear.analysis(prior, seen)
-    evidence = evidence_for(hyper, prior.ocean, seen, prior)
-    rows, keys, numbers = _chunk(batch)
-    shared = denoiser, evidence, prior, analysis, hyper
-    compiled = device.compile_ahead(ensemble.posterior_rows, rows, (keys, numbers), shared)
+    frames, members = max(batch // MEMBERS, 1), min(batch, MEMBERS)
+    analyses = [linear.analysis(prior, seen)] * frames
+    evidence = [evidence_for(hyper, prior.ocean, seen, prior)] * frames
+    rows, _, numbers = _chunk(members)
+    keys = jax.eval_shape(lambda: ensemble.member_keys(0, range(frames), range(len(rows))).T)
+    shared = denoiser, ensemble.stack_evidence(evidence), prior, ensemble.stack_analyses(analyses), hyper
+    compiled = device.compile_ahead(ensemble.posterior_frames, rows, (keys, numbers), shared)
 
     def call() -> object:
         return ensemble.posterior_ensemble(
-            denoiser, evidence, prior, analysis, hyper, frame=0, members=batch, chunk=batch, antithetic=batch % 2 == 0
-        )
+            denoiser, evidence, prior, analyses, hyper,
+            frames=range(frames), members=members, chunk=batch, antithetic=members % 2 == 0,
+        )  # fmt: skip
 
     return Timed(call, hyper.calls, compiled)
 

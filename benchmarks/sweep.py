@@ -64,12 +64,13 @@ def measure_overhead(study: Study, rounds: int) -> dict[str, np.ndarray]:
     cases = Cases(study, next(iter(study.models.values())), "linear")
     sampler = Sampler.plan(study, group, left, cases.make([next(iter(left))])[0])
     batches = make_batches(left, sampler.shape)
-    made = [cases.make(batch.cases) for batch in batches]
+    estimates = [cases.make(batch.cases) for batch in batches]
+    evidence = [sampler.evidence_of(batch.points, one) for batch, one in zip(batches, estimates, strict=True)]
     seconds: dict[str, list[float]] = {"bare": [], "sweep": [], "end": []}
 
     def bare() -> None:
-        for batch, estimates in zip(batches, made, strict=True):
-            sampler.run(batch, estimates)
+        for arguments in zip(batches, estimates, evidence, strict=True):
+            sampler.run(*arguments)
 
     def whole(workdir: Path) -> None:
         for rows in sweep.run_group(study, group, set(), 0, 1):

@@ -290,15 +290,17 @@ def samplers(toy: Toy, cases: Sequence[Case], members: int, seed: int = 0, short
             float(schedule.sigma[-1]), float(schedule.sigma[0]), 3 if short else count, correction=correction, **changes
         )
 
-        def one(case: Case) -> np.ndarray:
-            prior = toy.denoiser if correction == "regimes" else toy.gaussian
-            evidence = evidence_for(hyper, toy.gaussian.ocean, case.observation, prior)
+        prior = toy.denoiser if correction == "regimes" else toy.gaussian
+
+        def make() -> np.ndarray:
             return posterior_ensemble(
-                toy.denoiser, evidence, toy.gaussian, case.analysis, hyper,
-                frame=case.number, members=members, seed=seed, antithetic=False,
+                toy.denoiser,
+                [evidence_for(hyper, toy.gaussian.ocean, case.observation, prior) for case in cases],
+                toy.gaussian, [case.analysis for case in cases], hyper,
+                frames=[case.number for case in cases], members=members, seed=seed, antithetic=False,
             )  # fmt: skip
 
-        return Sampler(hyper.calls, lambda: np.stack([one(case) for case in cases]))
+        return Sampler(hyper.calls, make)
 
     def gp_samples(case: Case) -> np.ndarray:
         keys = member_keys(seed, [case.number], range(members))[0]

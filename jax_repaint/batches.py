@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from jax_repaint import device, ensemble, evaluate
+from jax_repaint import device, ensemble, evaluate, guide
 from jax_repaint.evaluate import Case
 from jax_repaint.model import Model
 from jax_repaint.points import Program, same_program
@@ -76,7 +76,7 @@ def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int
     first = study.points[next(iter(left.values()))[0]]
     members, most = first.members, max(map(len, left.values()))
     if not first.repaint:
-        # Posterior samplers take points and cases one by one; several cases make a part worth writing.
+        # Posterior samplers take points one by one: each has gains of its own.
         most = 1
     points = min(max(rows // members, 1), most)
     points = math.ceil(most / math.ceil(most / points))
@@ -140,7 +140,7 @@ class Sampler:
     chunk: int = 1
     memory: int | None = None
     seconds: float | None = None
-    evidence: dict[int, tuple[bytes, Any]] = dataclasses.field(default_factory=dict)
+    _kept: dict[int, tuple[bytes, guide.Evidence]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def plan(cls, study: Study, group: Group, left: dict[Where, list[int]], example: Estimates) -> "Sampler":
@@ -155,10 +155,8 @@ class Sampler:
         rows = study.config.batch or device.usual_batch()
         while True:
             made.shape = shape_of(study, left, rows)
-            # A posterior sampler takes its cases one by one.
-            of_batch = made.members * (math.prod(made.shape) if made.repaint else 1)
             devices = jax.local_device_count()
-            made.chunk = chunk_of(of_batch, rows, devices)
+            made.chunk = chunk_of(made.members * math.prod(made.shape), rows, devices)
             try:
                 made._compile(example)
             except jax.errors.JaxRuntimeError as e:
@@ -186,12 +184,11 @@ class Sampler:
 
     def _compile(self, example: Estimates) -> None:
         program = self.study.programs[self.group.points[0]]
-        rows = np.zeros(self.chunk, np.int32)
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.chunk))
-        numbers = np.zeros(self.chunk, np.float32)
         if program is None:
             return
         if self.repaint:
+            rows, numbers = np.zeros(self.chunk, np.int32), np.zeros(self.chunk, np.float32)
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.chunk))
             stages = jax.tree.map(lambda leaf: numbers, program)
             known = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct((self.shape[1], *leaf.shape), leaf.dtype), example.known
@@ -199,19 +196,43 @@ class Sampler:
             shared = self.trained.denoiser, known, self.trained.steps
             compiled = device.compile_ahead(ensemble.repaint_rows, rows, (keys, stages, numbers), shared)
         else:
-            evidence = self._evidence(self.group.points[0], example.case)
-            shared = self.trained.denoiser, evidence, self.trained.gaussian, example.case.analysis, program
-            compiled = device.compile_ahead(ensemble.posterior_rows, rows, (keys, numbers), shared)
+            frames, members = ensemble.batch_shape(self.members, self.chunk)
+            frames = len(ensemble.frame_batches([0] * self.shape[1], frames)[0])
+            rows, numbers = np.zeros(members, np.int32), np.zeros(members, np.float32)
+            keys = jax.eval_shape(lambda: ensemble.member_keys(0, range(members), range(frames)))
+            (evidence,) = self.evidence_of([self.group.points[0]], [example])[self.group.points[0]]
+            evidence = jax.eval_shape(lambda: ensemble.stack_evidence([evidence] * frames))
+            analyses = jax.eval_shape(lambda: ensemble.stack_analyses([example.case.analysis] * frames))
+            shared = self.trained.denoiser, evidence, self.trained.gaussian, analyses, program
+            compiled = device.compile_ahead(ensemble.posterior_frames, rows, (keys, numbers), shared)
         self.memory = compiled.memory
         self.seconds = compiled.seconds + (self.seconds or 0)
 
-    def run(self, batch: Batch, estimates: Sequence[Estimates]) -> dict[tuple[int, int], Samples]:
-        """Samples of every (number of the point, number of the case in the batch)."""
+    def evidence_of(self, points: Sequence[int], estimates: Sequence[Estimates]) -> dict[int, list[guide.Evidence]]:
+        """Evidence of every case for each posterior sampler among the points; the host's part of the work."""
+        made = {}
+        for number in points:
+            program = self.study.programs[number]
+            if not self.repaint and program is not None:
+                made[number] = [self._evidence(number, one.case) for one in estimates]
+        return made
+
+    def run(
+        self, batch: Batch, estimates: Sequence[Estimates], evidence: dict[int, list[guide.Evidence]]
+    ) -> dict[tuple[int, int], Samples]:
+        """Samples of every (number of the point, number of the case in the batch).
+
+        Args:
+          evidence: of `evidence_of`.
+        """
         if self.repaint:
             return self._repaint(batch, estimates)
         made = {}
-        for number, (case, one) in itertools.product(batch.points, enumerate(estimates)):
-            made[number, case] = self._independent(number, batch.cases[case].seed, one.case)
+        for number in batch.points:
+            if self.study.programs[number] is None:
+                made |= self._linear(number, batch, estimates)
+            else:
+                made |= self._posterior(number, batch, estimates, evidence[number])
         return made
 
     def _repaint(self, batch: Batch, estimates: Sequence[Estimates]) -> dict[tuple[int, int], Samples]:
@@ -240,32 +261,51 @@ class Sampler:
                 made[number, case] = Samples(self.trained.to_velocity(outcome.x[p, case]), failed_at, seconds)
         return made
 
-    def _independent(self, number: int, seed: int, case: Case) -> Samples:
-        members, program, trained = self.members, self.study.programs[number], self.trained
-        evidence = None if program is None else self._evidence(number, case)
+    def _posterior(
+        self, number: int, batch: Batch, estimates: Sequence[Estimates], evidence: Sequence[guide.Evidence]
+    ) -> dict[tuple[int, int], Samples]:
+        trained, program = self.trained, self.study.programs[number]
+        chosen = _filled(list(range(len(estimates))), self.shape[1])
 
         def call(chunk: int) -> np.ndarray:
-            if program is None:
-                return evaluate.linear_samples(trained, case, members, seed, chunk)
             return ensemble.posterior_ensemble(
-                trained.denoiser, evidence, trained.gaussian, case.analysis, program,
-                frame=case.frame, members=members, seed=seed, chunk=chunk,
+                trained.denoiser, [evidence[i] for i in chosen], trained.gaussian,
+                [estimates[i].case.analysis for i in chosen], program,
+                frames=[batch.cases[i].frame for i in chosen], members=self.members, seed=batch.cases[0].seed,
+                chunk=chunk,
             )  # fmt: skip
 
         began = time.perf_counter()
         x, self.chunk = device.with_less_memory(call, self.chunk)
-        seconds = time.perf_counter() - began
-        x = trained.to_velocity(x)[:, None]
-        finite = np.isfinite(x[..., trained.ocean, :]).all((-1, -2))
+        seconds = (time.perf_counter() - began) / len(estimates)
+        return {(number, case): self._samples(x[case], seconds) for case in range(len(estimates))}
+
+    def _linear(self, number: int, batch: Batch, estimates: Sequence[Estimates]) -> dict[tuple[int, int], Samples]:
+        """Samples of the linear prior, case by case: they call no network."""
+        made = {}
+        for case, one in enumerate(estimates):
+
+            def call(chunk: int, one: Case = one.case) -> np.ndarray:
+                return evaluate.linear_samples(self.trained, one, self.members, batch.cases[0].seed, chunk)
+
+            began = time.perf_counter()
+            x, self.chunk = device.with_less_memory(call, self.chunk)
+            made[number, case] = self._samples(x, time.perf_counter() - began)
+        return made
+
+    def _samples(self, x: np.ndarray, seconds: float) -> Samples:
+        """Of members (M, y, x, 2), standardised."""
+        x = self.trained.to_velocity(x)[:, None]
+        finite = np.isfinite(x[..., self.trained.ocean, :]).all((-1, -2))
         return Samples(x, np.where(finite, "", "somewhere"), seconds)
 
-    def _evidence(self, number: int, case: Case) -> Any:
+    def _evidence(self, number: int, case: Case) -> guide.Evidence:
         """The gains of one point, kept from one frame to the next under the same pattern."""
         pattern, program = case.observed.tobytes(), self.study.programs[number]
-        if self.evidence.get(number, (b"",))[0] != pattern:
+        if self._kept.get(number, (b"",))[0] != pattern:
             made = evidence_for(program, self.trained.gaussian.ocean, case.observation, self.trained.gaussian)
-            self.evidence[number] = pattern, made
-        made = self.evidence[number][1]
+            self._kept[number] = pattern, made
+        made = self._kept[number][1]
         return made.replace(observation=case.observation)
 
 

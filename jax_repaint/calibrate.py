@@ -17,9 +17,10 @@ import numpy as np
 import tqdm
 from absl import flags, logging
 
-from jax_repaint import calibration, command, evaluate, files, metrics, model, observe
+from jax_repaint import calibration, command, device, evaluate, files, metrics, model, observe
 from jax_repaint.calibration import Calibration
 from jax_repaint.data.fields import Fields, Split
+from jax_repaint.ensemble import batch_shape, frame_batches
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 
@@ -67,7 +68,7 @@ def learn(
     block: int,
     members: int = 16,
     seed: int = 0,
-    chunk: int = 64,
+    chunk: int | None = None,
     gate: bool = False,
 ) -> Calibration:
     """Inpaints and learns.
@@ -93,15 +94,21 @@ def learn(
         )  # fmt: skip
     cases = evaluate.make_cases(trained, fields, numbers, patterns, seed)
     whole, made, evidence = [], [], []
-    for case in tqdm.tqdm(cases, unit="field", disable=None):
-        (ensemble,) = evaluate.run_method(name, trained, fields, [case], members, seed, chunk).members
-        if len(ensemble) < members:
-            logging.warning("frame %d with %s is left out, as members of it failed", case.frame, case.pattern)
-            continue
-        whole.append(case)
-        made.append(ensemble)
-        if gate:
-            evidence += evaluate.gate_evidence(name, trained, fields, [case], members, seed, chunk)
+    chunk = chunk or device.usual_batch()
+    batches = frame_batches([case.observation.size for case in cases], batch_shape(members, chunk)[0])
+    for batch in tqdm.tqdm(batches, unit="batch", disable=None):
+        mine = [cases[i] for i in batch]
+        ensembles = evaluate.run_method(name, trained, fields, mine, members, seed, chunk).members
+        weighed = evaluate.gate_evidence(name, trained, fields, mine, members, seed, chunk) if gate else []
+        # A batch that is filled up has its last case more than once.
+        for place in range(len(set(batch))):
+            case, ensemble = mine[place], ensembles[place]
+            if len(ensemble) < members:
+                logging.warning("frame %d with %s is left out, as members of it failed", case.frame, case.pattern)
+                continue
+            whole.append(case)
+            made.append(ensemble)
+            evidence += weighed[place : place + 1]
     if len({case.frame // block for case in whole}) < 2:
         raise InputError(f"members of {name} failed in all fields but those of one block of time; two are needed")
     priors = [evaluate.prior_of(trained, case) for case in whole]
@@ -145,7 +152,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("block", None, "Frames in a block of time; by default measured.", lower_bound=1)
     flags.DEFINE_bool("gate", False, "Also learn a weight for single frames; twice the work, here and in use.")
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0)
-    flags.DEFINE_integer("chunk", 64, "Members sampled at a time.", lower_bound=1)
+    flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.mark_flag_as_required("model")
 
 

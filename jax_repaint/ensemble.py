@@ -279,43 +279,149 @@ def posterior_rows(
     return jax.vmap(one)(*per_row)
 
 
-def posterior_ensemble(
+# What each frame has of its own; the coast and the prior are the same for all.
+_EVIDENCE = guide.Evidence(ocean=None, observation=0, noise=0, gaussian=None, gain=0, regimes=None)
+
+
+@jax.jit
+def posterior_frames(
+    rows: Int[Array, "k"],
+    per_row: tuple[Key, Float[Array, "k"]],
     denoiser: Denoiser,
     evidence: guide.Evidence,
     gaussian: PrincipalGaussian,
     analysis: Analysis,
     hyper: Posterior,
+) -> Float[Array, "k f y x c"]:
+    """`posterior_rows` of f frames at once, for `in_chunks` and device.compile_ahead: one compiled program.
+
+    Args:
+      rows: numbers of the members, as in `posterior_rows`.
+      per_row: keys (k, f) and signs (k,).
+      evidence, analysis: of the frames (`stack_evidence`, `stack_analyses`).
+      denoiser, gaussian, hyper: the same for all.
+    """
+    keys, signs = per_row
+
+    def one(keys: Key, evidence: guide.Evidence, analysis: Analysis) -> Float[Array, "k y x c"]:
+        return posterior_rows(rows, (keys, signs), denoiser, evidence, gaussian, analysis, hyper)
+
+    return jax.vmap(one, (1, _EVIDENCE, 0), 1)(keys, evidence, analysis)
+
+
+def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
+    """Evidence of f frames for `posterior_frames`; observation, noise and gain get an axis in front.
+
+    Raises:
+      InputError: frames with other numbers of rows or another prior.
+    """
+    first = evidence[0]
+    sizes = sorted({one.observation.size for one in evidence})
+    if len(sizes) > 1:
+        raise InputError(
+            f"frames that are sampled together need as many rows each, got {sizes} (ensemble.frame_batches)"
+        )
+    for one in evidence[1:]:
+        if not (_same(one.gaussian, first.gaussian) and _same(one.regimes, first.regimes)):
+            raise InputError("frames that are sampled together need the same prior")
+    own = {name: [getattr(one, name) for one in evidence] for name in ("observation", "noise", "gain")}
+    return first.replace(**{name: jax.tree.map(lambda *leaf: jnp.stack(leaf), *each) for name, each in own.items()})
+
+
+def stack_analyses(analyses: Sequence[Analysis]) -> Analysis:
+    """Analyses of f frames for `posterior_frames`; every leaf gets an axis in front."""
+    return jax.tree.map(lambda *leaf: jnp.stack(leaf), *analyses)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two trees hold the same arrays."""
+    if one is other:
+        return True
+    (leaves, kind), (others, other_kind) = jax.tree.flatten(one), jax.tree.flatten(other)
+    return kind == other_kind and all(a is b or np.array_equal(a, b) for a, b in zip(leaves, others, strict=True))
+
+
+def batch_shape(members: int, chunk: int, devices: int | None = None) -> tuple[int, int]:
+    """Frames and members of each of about `chunk` fields that are sampled together, members in whole rounds of devices.
+
+    Args:
+      members: of each frame.
+      devices: that share the members; the number of the local ones by default.
+    """
+    devices = devices or jax.local_device_count()
+    together = -(-min(chunk, members) // devices) * devices
+    return max(chunk // together, 1), together
+
+
+def frame_batches(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of the frames that are sampled together: of one size, at most `most`.
+
+    Batches of a size have as many frames each. The last one is filled up with its last frame, whose result comes twice:
+    a shorter one would be another program.
+
+    Args:
+      sizes: rows of each frame's observation.
+    """
+    made = []
+    for size in dict.fromkeys(sizes):
+        mine = [number for number, other in enumerate(sizes) if other == size]
+        each = -(-len(mine) // -(-len(mine) // most))
+        for start in range(0, len(mine), each):
+            batch = mine[start : start + each]
+            made.append(batch + batch[-1:] * (each - len(batch)))
+    return made
+
+
+def posterior_ensemble(
+    denoiser: Denoiser,
+    evidence: Sequence[guide.Evidence],
+    gaussian: PrincipalGaussian,
+    analyses: Sequence[Analysis],
+    hyper: Posterior,
     *,
-    frame: int,
+    frames: Sequence[int],
     members: int,
     seed: int = 0,
     chunk: int = 64,
     antithetic: bool = True,
     devices: Sequence[jax.Device] | None = None,
-) -> Float[np.ndarray, "members y x c"]:
-    """Members of one field by a posterior sampler, in antithetic pairs (2j, 2j + 1) or independent.
+) -> Float[np.ndarray, "n members y x c"]:
+    """Members of n fields by a posterior sampler, in antithetic pairs (2j, 2j + 1) or independent.
 
     Args:
       denoiser: D(x; sigma).
-      evidence: of the field, with its values (posterior.evidence_for).
+      evidence: of each field, with its values (posterior.evidence_for).
       gaussian: linear prior, from whose posterior the members start.
-      analysis: of the same pattern by that prior.
+      analyses: of the same patterns by that prior.
       hyper: levels and correction.
-      frame, seed: name the members' keys.
-      members: an even number where they are antithetic.
-      chunk: members sampled at a time.
+      frames: n numbers that name the frames in the keys.
+      members: of each frame; an even number where they are antithetic.
+      seed: of all of them.
+      chunk: members sampled at a time; several frames where they have fewer.
       antithetic: whether every second member has the noise of the one before it with the opposite sign.
       devices: that share the members of a chunk; all local ones by default.
 
     Raises:
-      InputError: no members, or an odd number of antithetic ones.
+      InputError: no members, an odd number of antithetic ones, another number of frames than of fields, fields of
+        different priors.
     """
     if antithetic and (members < 2 or members % 2):
         raise InputError(f"antithetic members come in pairs, got {members} members")
     if members < 1:
         raise InputError(f"an ensemble has at least one member, got {members}")
+    if not len(frames) == len(evidence) == len(analyses) > 0:
+        raise InputError(f"{len(frames)} frames are numbered, {len(evidence)} with {len(analyses)} analyses are given")
+    if chunk < 1:
+        raise InputError(f"a chunk holds at least one member, got {chunk}")
     number = np.arange(members)
-    keys = member_keys(seed, [frame], range(members))[0][number // 2 if antithetic else number]
+    keys = member_keys(seed, frames, range(members))[:, number // 2 if antithetic else number]
     signs = np.where(antithetic & (number % 2 == 1), -1, 1).astype(np.float32)
-    shared = denoiser, evidence, gaussian, analysis, hyper
-    return in_chunks(posterior_rows, number, (keys, signs), chunk, shared, devices)
+    most, together = batch_shape(members, chunk, None if devices is None else len(devices))
+    made: list[Any] = [None] * len(frames)
+    for batch in frame_batches([one.observation.size for one in evidence], most):
+        seen, found = stack_evidence([evidence[i] for i in batch]), stack_analyses([analyses[i] for i in batch])
+        shared = denoiser, seen, gaussian, found, hyper
+        x = in_chunks(posterior_frames, number, (keys[np.asarray(batch)].T, signs), together, shared, devices)
+        for i, one in zip(batch, np.moveaxis(x, 1, 0), strict=True):
+            made[i] = one
+    return np.stack(made)

@@ -24,11 +24,19 @@ import xarray as xr
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from jax_repaint import command, details, files, metrics, model, observe, plots, sample, train
+from jax_repaint import command, details, device, files, metrics, model, observe, plots, sample, train
 from jax_repaint.calibration import Gate
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, crop
-from jax_repaint.ensemble import in_chunks, member_keys, posterior_ensemble, repaint_ensemble, survivors
+from jax_repaint.ensemble import (
+    batch_shape,
+    frame_batches,
+    in_chunks,
+    member_keys,
+    posterior_ensemble,
+    repaint_ensemble,
+    survivors,
+)
 from jax_repaint.errors import InputError
 from jax_repaint.guide import prior_draw
 from jax_repaint.model import Model
@@ -204,7 +212,7 @@ def run_method(
     cases: Sequence[Case],
     members: int,
     seed: int = 0,
-    chunk: int = 64,
+    chunk: int | None = None,
     count: int = 16,
 ) -> Result:
     """The members of one method for every case.
@@ -212,13 +220,14 @@ def run_method(
     Args:
       name: one of METHODS.
       members: of each case; deterministic baselines give one.
-      chunk: members sampled at a time.
+      chunk: members sampled at a time, of several cases where they have fewer; what pays on the device by default.
       count: noise levels of posterior samplers.
 
     Raises:
       InputError: an unknown method, an odd number of antithetic members.
     """
     began = time.monotonic()
+    chunk = chunk or device.usual_batch()
     calls = 0
     frames = [case.frame for case in cases]
     if name == "climatology":
@@ -240,14 +249,17 @@ def run_method(
         calls = sum(stage.calls for stage in stages)
     elif name in POSTERIOR:
         hyper = levels_of(trained, name, count)
-        made = []
-        for case in cases:
-            evidence = evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian)
+        made = [np.empty(0)] * len(cases)
+        for batch in frame_batches([case.observation.size for case in cases], batch_shape(members, chunk)[0]):
+            mine = [cases[i] for i in batch]
             x = posterior_ensemble(
-                trained.denoiser, evidence, trained.gaussian, case.analysis, hyper,
-                frame=case.frame, members=members, seed=seed, chunk=chunk,
+                trained.denoiser,
+                [evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian) for case in mine],
+                trained.gaussian, [case.analysis for case in mine], hyper,
+                frames=[case.frame for case in mine], members=members, seed=seed, chunk=chunk,
             )  # fmt: skip
-            made.append(trained.to_velocity(x))
+            for i, one in zip(batch, x, strict=True):
+                made[i] = trained.to_velocity(one)
         calls = hyper.calls
     else:
         raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
@@ -263,14 +275,14 @@ def _linear_rows(gaussian, analysis, values, keys):
     return jax.vmap(one)(keys)
 
 
-def linear_samples(trained: Model, case: Case, members: int, seed: int = 0, chunk: int = 64) -> np.ndarray:
+def linear_samples(trained: Model, case: Case, members: int, seed: int = 0, chunk: int | None = None) -> np.ndarray:
     """Independent samples (M, Y, X, 2) of the linear prior's posterior, standardised."""
     keys = member_keys(seed, [case.frame], range(members))[0]
 
     def run(rows: jax.Array, keys: jax.Array) -> jax.Array:
         return _linear_rows(trained.gaussian, case.analysis, case.observation.values, keys)
 
-    return in_chunks(run, np.arange(members), keys, chunk)
+    return in_chunks(run, np.arange(members), keys, chunk or device.usual_batch())
 
 
 def hold_out_of(places: np.ndarray, seed: int, frame: int, share: float = 0.1) -> np.ndarray:
@@ -302,7 +314,13 @@ def hold_out(trained: Model, case: Case, seed: int = 0, share: float = 0.1) -> t
 
 
 def gate_evidence(
-    name: str, trained: Model, fields: Fields, cases: Sequence[Case], members: int, seed: int = 0, chunk: int = 64
+    name: str,
+    trained: Model,
+    fields: Fields,
+    cases: Sequence[Case],
+    members: int,
+    seed: int = 0,
+    chunk: int | None = None,
 ) -> list[np.ndarray]:
     """`Gate.evidence` of each case, from a second run without a tenth of its observations."""
     less, held = zip(*(hold_out(trained, case, seed) for case in cases), strict=True)
@@ -318,7 +336,7 @@ def gate_evidence(
 
 
 def calibrated(
-    trained: Model, fields: Fields, cases: Sequence[Case], result: Result, seed: int = 0, chunk: int = 64
+    trained: Model, fields: Fields, cases: Sequence[Case], result: Result, seed: int = 0, chunk: int | None = None
 ) -> Result:
     """What the model's calibration makes of the raw result of its method; with a gate, after a second run.
 
@@ -518,7 +536,7 @@ def run(
     *,
     members: int = 16,
     seed: int = 0,
-    chunk: int = 64,
+    chunk: int | None = None,
     block: int = 1,
     shown: str | None = None,
     kept: Sequence[str] = (),
@@ -589,7 +607,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("keep", [], "Methods whose members go into fields_METHOD.nc, beside the last one's in fields.nc.")
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0)
-    flags.DEFINE_integer("chunk", 64, "Members sampled at a time.", lower_bound=1)
+    flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.DEFINE_bool("raw", False, "Leave out the row of the method that the model is calibrated for.")
     flags.DEFINE_string("out", "results", "Folder for table.csv, fields.nc and figure.png.")
     flags.mark_flag_as_required("model")

@@ -24,12 +24,13 @@ import xarray as xr
 from absl import flags, logging
 
 import jax_repaint
-from jax_repaint import command, evaluate, files, metrics, observe
+from jax_repaint import command, device, evaluate, files, metrics, observe
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.data import readers
-from jax_repaint.data.fields import Fields, crop
+from jax_repaint.data.fields import Fields
 from jax_repaint.data.observations import Grid, Observed, collect
+from jax_repaint.ensemble import batch_shape, frame_batches
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 from jax_repaint.prior import linear
@@ -77,7 +78,7 @@ def inpaint(
     step: str | None = None,
     method: str | None = None,
     raw: bool = False,
-    chunk: int = 64,
+    chunk: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
     """Fields from observations, one for each of their times.
@@ -90,7 +91,7 @@ def inpaint(
       seed: names the members; a field depends on it, its time and its observations, and on no other field.
       method: one of METHODS; by default `default_method`.
       raw: whether a calibration that came with the model is left out.
-      chunk: members sampled at a time.
+      chunk: members sampled at a time, of several times where they have fewer; what pays on the device by default.
       progress: whether to say on stderr that a program is being compiled, and how far things are.
 
     Returns:
@@ -107,16 +108,22 @@ def inpaint(
     evaluate.check_methods([method], members)
     if members < 2:
         raise InputError(f"an ensemble has at least two members, got {members}")
+    chunk = chunk or device.usual_batch()
     grid = Grid(trained.ocean, trained.lat, trained.lon)
     frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step)
     _warn_of_units(trained, frames)
     if len(frames) > MANY:
         logging.warning("the observations have %d times; each gets a field, step= or time= joins them", len(frames))
-    estimates = []
-    for frame in tqdm.tqdm(frames, unit="field", disable=None if progress and len(frames) > 1 else True):
-        if progress:
-            _announce(trained, frame, members, method, chunk)
-        estimates.append(estimate(trained, frame, members, seed, method, raw, chunk))
+    made: dict[int, Estimate] = {}
+    hidden = None if progress and len(frames) > 1 else True
+    with tqdm.tqdm(total=len(frames), unit="field", disable=hidden) as bar:
+        for batch in frame_batches([frame.observation.size for frame in frames], batch_shape(members, chunk)[0]):
+            if progress:
+                _announce(trained, frames[batch[0]], len(batch), members, method)
+            mine = [frames[i] for i in batch]
+            made |= zip(batch, estimate(trained, mine, members, seed, method, raw, chunk), strict=True)
+            bar.update(len(made) - bar.n)
+    estimates = [made[number] for number in range(len(frames))]
     return to_dataset(trained, estimates, _attributes(trained, frames, members, seed, method, raw))
 
 
@@ -139,31 +146,55 @@ def default_method(trained: Model) -> str:
 
 
 def estimate(
-    trained: Model, frame: Observed, members: int, seed: int, method: str, raw: bool = False, chunk: int = 64
-) -> Estimate:
-    """The ensemble of one field.
+    trained: Model,
+    frames: Sequence[Observed],
+    members: int,
+    seed: int,
+    method: str,
+    raw: bool = False,
+    chunk: int | None = None,
+) -> list[Estimate]:
+    """The ensembles of some fields, sampled together where their observations have as many rows.
+
+    Args:
+      chunk: members sampled at a time; what pays on the device by default.
 
     Raises:
       InputError: members that are not finite.
     """
-    case = _case(trained, frame)
-    result = evaluate.run_method(method, trained, None, [case], members, seed, chunk, LEVELS)
-    made = result.members[0]
-    fine = np.isfinite(made[:, trained.ocean]).all((1, 2))
-    if fine.sum() < members:
-        raise InputError(
-            f"{members - fine.sum()} of {members} members by {method} are not finite; try another method, or larger "
-            "standard errors of the observations"
-        )
-    ocean = trained.ocean[..., None]
-    prior_mean = trained.to_velocity(case.analysis.mean(case.observation.values))
-    prior_variance = trained.standardiser.restore_variance(np.asarray(crop(case.analysis.variance, ocean.shape[:2])))
-    calibration = None if raw else calibration_of(trained, method, len(made))
+    chunk = chunk or device.usual_batch()
+    cases = [_case(trained, frame) for frame in frames]
+    ensembles = evaluate.run_method(method, trained, None, cases, members, seed, chunk, LEVELS).members
+    for case, made in zip(cases, ensembles, strict=True):
+        fine = np.isfinite(made[:, trained.ocean]).all((1, 2))
+        if fine.sum() < members:
+            where = "" if np.isnat(case.time) else f" of the field at {case.time}"
+            raise InputError(
+                f"{members - fine.sum()} of {members} members by {method}{where} are not finite; try another method, "
+                "or larger standard errors of the observations"
+            )
+    calibration = None if raw else calibration_of(trained, method, members)
+    weights = [1.0] * len(frames)
+    if calibration is not None and calibration.gate is not None:
+        weights = _weights(trained, calibration.gate, frames, cases, members, seed, method, chunk)
+    return [
+        _estimate(trained, case, made, calibration, weight, method in evaluate.PAIRED)
+        for case, made, weight in zip(cases, ensembles, weights, strict=True)
+    ]
+
+
+def _estimate(
+    trained: Model,
+    case: evaluate.Case,
+    made: np.ndarray,
+    calibration: Calibration | None,
+    weight: float,
+    antithetic: bool,
+) -> Estimate:
+    """What members (M, y, x, 2) in m/s say of a field, corrected by the calibration."""
+    prior_mean, prior_variance = evaluate.prior_of(trained, case)
     if calibration is not None:
-        gate = calibration.gate
-        weight = 1.0 if gate is None else _weight(trained, gate, frame, case.frame, members, seed, method, chunk)
         made = calibration.apply(prior_mean, prior_variance, made, weight)
-    antithetic = method in evaluate.PAIRED
     if len(made) < (4 if antithetic else 2):
         std = np.full(made.shape[1:], np.nan, np.float32)
     else:
@@ -173,38 +204,52 @@ def estimate(
     else:
         half = metrics.half_width(len(made), antithetic) * std
         low, high = made.mean(0) - half, made.mean(0) + half
-    return Estimate(frame.time, made, prior_mean, std, low, high, case.observed)
+    return Estimate(case.time, made, prior_mean, std, low, high, case.observed)
 
 
-def _weight(
-    trained: Model, gate: Gate, frame: Observed, number: int, members: int, seed: int, method: str, chunk: int
-) -> float:
-    """The weight of field `number`, from a second run without a tenth of its observations, as it was learnt.
+def _weights(
+    trained: Model,
+    gate: Gate,
+    frames: Sequence[Observed],
+    cases: Sequence[evaluate.Case],
+    members: int,
+    seed: int,
+    method: str,
+    chunk: int,
+) -> list[float]:
+    """The weight of each field, from a second run without a tenth of its observations, as it was learnt.
 
     The variance at a point between cells is taken to be the weighted mean of theirs, which is never too small.
 
     Raises:
       InputError: there are fewer than two observations.
     """
-    given, places = frame.observation, np.flatnonzero(np.asarray(frame.observation.valid))
-    if places.size < 2:
-        raise InputError(
-            "the calibration of this model weighs every field by observations that it holds out, for which one "
-            "observation is too few; raw leaves the calibration out"
+    less, held = [], []
+    for frame, case in zip(frames, cases, strict=True):
+        given, places = frame.observation, np.flatnonzero(np.asarray(frame.observation.valid))
+        if places.size < 2:
+            raise InputError(
+                "the calibration of this model weighs every field by observations that it holds out, for which one "
+                "observation is too few; raw leaves the calibration out"
+            )
+        out = np.zeros(given.size, bool)
+        out[evaluate.hold_out_of(places, seed, case.frame)] = True
+        held.append(out)
+        less.append(_case(trained, frame._replace(observation=given.rows(jnp.asarray(~out)))))
+    ensembles = evaluate.run_method(method, trained, None, less, members, seed, chunk, LEVELS).members
+    weights = []
+    for frame, case, out, made in zip(frames, less, held, ensembles, strict=True):
+        given = frame.observation
+        at_held = given.rows(jnp.asarray(out))
+        mean, variance, ensemble = (
+            np.asarray(at_held.apply(jnp.asarray(np.nan_to_num(field))))[out]
+            for field in (*evaluate.prior_of(trained, case), made.mean(0))
         )
-    held = np.zeros(given.size, bool)
-    held[evaluate.hold_out_of(places, seed, number)] = True
-    case = _case(trained, frame._replace(observation=given.rows(jnp.asarray(~held))))
-    made = evaluate.run_method(method, trained, None, [case], members, seed, chunk, LEVELS).members[0]
-    at_held = given.rows(jnp.asarray(held))
-    mean, variance, ensemble = (
-        np.asarray(at_held.apply(jnp.asarray(np.nan_to_num(field))))[held]
-        for field in (*evaluate.prior_of(trained, case), made.mean(0))
-    )
-    values, sigma = np.asarray(given.values)[held], np.asarray(given.sigma)[held]
-    misfit = (values - mean) ** 2
-    evidence = Gate.evidence(misfit.mean(), np.mean((values - ensemble) ** 2), np.mean(misfit / (variance + sigma**2)))
-    return gate.of(evidence)
+        values, sigma = np.asarray(given.values)[out], np.asarray(given.sigma)[out]
+        misfit = (values - mean) ** 2
+        error = np.mean((values - ensemble) ** 2)
+        weights.append(gate.of(Gate.evidence(misfit.mean(), error, np.mean(misfit / (variance + sigma**2)))))
+    return weights
 
 
 def calibration_of(trained: Model, method: str, members: int) -> Calibration | None:
@@ -247,15 +292,16 @@ def _case(trained: Model, frame: Observed) -> evaluate.Case:
     )
 
 
-def _announce(trained: Model, frame: Observed, members: int, method: str, chunk: int) -> None:
+def _announce(trained: Model, frame: Observed, frames: int, members: int, method: str) -> None:
     """Says once for each program that it will be compiled."""
     rows = frame.observation.size
-    program = (trained.network, trained.form, trained.padded, rows, members, method, chunk)
+    program = (trained.network, trained.form, trained.padded, rows, frames, members, method)
     if program in _compiled:
         return
     _compiled.add(program)
+    fields = "" if frames == 1 else f" of {frames} fields"
     print(
-        f"compiling for up to {rows} observations and {members} members; later calls do not wait for it",
+        f"compiling for up to {rows} observations and {members} members{fields}; later calls do not wait for it",
         file=sys.stderr,
     )
 

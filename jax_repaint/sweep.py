@@ -32,8 +32,8 @@ import tqdm
 from absl import flags, logging
 from ml_collections import config_flags
 
-from jax_repaint import command, comparison, distributed, metrics, results
-from jax_repaint.batches import Group, Sampler, Samples, left_of, make_batches, make_groups
+from jax_repaint import command, comparison, distributed, guide, metrics, results
+from jax_repaint.batches import Batch, Group, Sampler, Samples, left_of, make_batches, make_groups
 from jax_repaint.errors import InputError
 from jax_repaint.points import Point, calls_by_stage
 from jax_repaint.study import Cases, Estimates, Study, Where, open_study
@@ -181,13 +181,18 @@ def run_group(study: Study, group: Group, done: set[str], index: int, count: int
     cases = Cases(study, study.models[point.model], point.prior)
     sampler = Sampler.plan(study, group, left, cases.make([next(iter(left))])[0])
     batches = make_batches(left, sampler.shape)
+
+    def prepare(batch: Batch) -> tuple[list[Estimates], dict[int, list[guide.Evidence]]]:
+        estimates = cases.make(batch.cases)
+        return estimates, sampler.evidence_of(batch.points, estimates)
+
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(cases.make, batches[0].cases)
+        coming = pool.submit(prepare, batches[0])
         for batch, following in itertools.zip_longest(batches, batches[1:]):
-            estimates = coming.result()
+            estimates, evidence = coming.result()
             if following is not None:
-                coming = pool.submit(cases.make, following.cases)
-            made = sampler.run(batch, estimates)
+                coming = pool.submit(prepare, following)
+            made = sampler.run(batch, estimates, evidence)
             rows = []
             for (number, case), samples in made.items():
                 task = study.points[number], batch.cases[case]

@@ -91,7 +91,7 @@ def test_a_pair_of_a_silent_network_has_the_linear_mean(silent, prior, observati
     hyper = Posterior.create(20.0, count=6, correction="given")
     evidence = evidence_for(hyper, prior.ocean, observation, prior)
     found = linear.analysis(prior, observation)
-    pair = posterior_ensemble(silent, evidence, prior, found, hyper, frame=0, members=2)
+    pair = posterior_ensemble(silent, [evidence], prior, [found], hyper, frames=[0], members=2)[0]
     assert np.abs(pair[0] - pair[1]).max() > 0.05
     np.testing.assert_allclose(pair.mean(0), found.mean(observation.values) * prior.ocean, atol=1e-3)
 
@@ -174,5 +174,7 @@ def test_a_denoiser_without_observations_is_refused(prior, observation):
     hyper = Posterior.create(20.0, count=4, correction="given")
     evidence = evidence_for(hyper, prior.ocean, observation, prior)
     with pytest.raises(InputError, match="form conditional"):
-        posterior_ensemble(prior, evidence, prior, linear.analysis(prior, observation), hyper, frame=0, members=2)
+        posterior_ensemble(
+            prior, [evidence], prior, [linear.analysis(prior, observation)], hyper, frames=[0], members=2
+        )
     assert model.INPUTS["conditional"] == 5

@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 from flax import struct
 
-from jax_repaint import guide, observe
+from jax_repaint import ensemble, guide, observe
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.ensemble import (
+    batch_shape,
+    frame_batches,
     in_chunks,
     member_keys,
     posterior_ensemble,
     repaint_ensemble,
     repaint_sweep,
     same_program,
+    stack_evidence,
     survivors,
 )
 from jax_repaint.errors import InputError
@@ -101,7 +104,8 @@ def analysis(gaussian, observation):
 
 def pairs(denoiser, gaussian, observation, analysis, hyper=HYPER, **options):
     evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
-    return posterior_ensemble(denoiser, evidence, gaussian, analysis, hyper, **({"frame": 3, "members": 6} | options))
+    options = {"frames": [3], "members": 6} | options
+    return posterior_ensemble(denoiser, [evidence], gaussian, [analysis], hyper, **options)[0]
 
 
 # --- keys and chunks ----------------------------------------------------------------------------------------
@@ -397,8 +401,92 @@ def test_pairs_do_not_depend_on_chunks_or_number(gaussian, observation, analysis
     for options in ({"chunk": 4}, {"members": 4}):
         again = pairs(gaussian, gaussian, observation, analysis, **options)
         np.testing.assert_allclose(again, x[: len(again)], atol=1e-5)
-    for other in ({"seed": 1}, {"frame": 4}):
+    for other in ({"seed": 1}, {"frames": [4]}):
         assert np.abs(pairs(gaussian, gaussian, observation, analysis, **other) - x)[:, OCEAN].mean() > 0.05
+
+
+@pytest.fixture(scope="module")
+def three(frames):
+    """Observations of three frames: two patterns of as many rows, and one of more."""
+    shares, rows = (0.1, 0.15, 0.5), []
+    for number, share in enumerate(shares):
+        seen = observe.cells(OCEAN, share, np.random.default_rng(number))
+        rows.append(observe.from_cells(seen, frames[number], 0.1 + 0.1 * number, OCEAN))
+    assert rows[0].size == rows[1].size < rows[2].size
+    return rows
+
+
+@pytest.mark.parametrize("correction", ["paste", "kalman", "cov_pigdm", "pigdm", "mmps", "dps"])
+def test_frames_do_not_depend_on_each_other(gaussian, three, correction):
+    """Sampled together, whatever the chunk, each frame has the members that it has alone."""
+    hyper = Posterior.create(10.0, 0.02, 4, correction=correction)
+    evidence = [evidence_for(hyper, gaussian.ocean, one, gaussian) for one in three]
+    analyses = [linear.analysis(gaussian, one) for one in three]
+
+    def sampled(numbers, chunk):
+        return posterior_ensemble(
+            gaussian, [evidence[i] for i in numbers], gaussian, [analyses[i] for i in numbers], hyper,
+            frames=[5 + i for i in numbers], members=4, seed=1, chunk=chunk,
+        )  # fmt: skip
+
+    alone = np.concatenate([sampled([i], 4) for i in range(3)])
+    assert np.abs(alone[0] - alone[1]).max() > 0.1
+    for numbers, chunk in (([0, 1, 2], 8), ([2, 1, 0, 1], 64), ([1, 0], 3)):
+        np.testing.assert_allclose(sampled(numbers, chunk), alone[numbers], atol=2e-5)
+
+
+@pytest.mark.parametrize("correction", ["kalman", "pigdm"])
+def test_frames_of_a_batch_are_one_call(gaussian, three, correction, monkeypatch):
+    """Seven frames of four members in batches of three are three calls, and one program."""
+    calls, run = [], ensemble.posterior_frames
+
+    def counted(rows, per_row, *shared):
+        calls.append(per_row[0].shape)
+        return run(rows, per_row, *shared)
+
+    monkeypatch.setattr(ensemble, "posterior_frames", counted)
+    hyper = Posterior.create(10.0, 0.02, 2, correction=correction)
+    evidence = [evidence_for(hyper, gaussian.ocean, three[0], gaussian) for _ in range(7)]
+    options = {"frames": range(7), "members": 4, "chunk": 13}
+    x = posterior_ensemble(gaussian, evidence, gaussian, [linear.analysis(gaussian, three[0])] * 7, hyper, **options)
+    assert calls == [(4, 3)] * 3
+    assert len(np.unique(np.abs(x[:, :, OCEAN]).sum((2, 3)).round(3))) == 7 * 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ([8] * 4, 9, [[0, 1, 2, 3]]),
+        ([8] * 5, 2, [[0, 1], [2, 3], [4, 4]]),
+        ([8] * 5, 4, [[0, 1, 2], [3, 4, 4]]),
+        ([8, 16, 8, 16, 16], 2, [[0, 2], [1, 3], [4, 4]]),
+    ],
+)
+def test_batches_of_frames_are_full(sizes, most, expected):
+    assert frame_batches(sizes, most) == expected
+
+
+@pytest.mark.parametrize(
+    ("members", "chunk", "devices", "expected"),
+    [(16, 64, 1, (4, 16)), (16, 16, 1, (1, 16)), (16, 5, 1, (1, 5)), (6, 5, 8, (1, 8)), (2, 32, 4, (8, 4))],
+)
+def test_batches_fill_the_chunk(members, chunk, devices, expected):
+    assert batch_shape(members, chunk, devices) == expected
+
+
+def test_frames_that_do_not_go_together_are_refused(gaussian, three):
+    hyper = Posterior.create(10.0, 0.02, 2)
+    evidence = [evidence_for(hyper, gaussian.ocean, one, gaussian) for one in three]
+    with pytest.raises(InputError, match="as many rows each"):
+        stack_evidence(evidence)
+    other = gaussian.replace(rest=2 * gaussian.rest)
+    with pytest.raises(InputError, match="the same prior"):
+        stack_evidence([evidence[0], evidence_for(hyper, gaussian.ocean, three[1], other)])
+    with pytest.raises(InputError, match="1 frames are numbered, 3 with 3 analyses are given"):
+        posterior_ensemble(
+            gaussian, evidence, gaussian, [linear.analysis(gaussian, one) for one in three], hyper,
+            frames=[0], members=2,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -416,5 +504,5 @@ def test_other_values_and_levels_do_not_trace_again(gaussian, frames, observatio
     second = observe.from_cells(observe.cells(OCEAN, 0.3, np.random.default_rng(8)), frames[1], 0.2, OCEAN)
     assert second.size == observation.size
     hyper = Posterior.create(5.0, 0.05, 6, eta=0.5)
-    pairs(denoiser, gaussian, second, linear.analysis(gaussian, second), hyper, members=2, frame=8, seed=2)
+    pairs(denoiser, gaussian, second, linear.analysis(gaussian, second), hyper, members=2, frames=[8], seed=2)
     assert len(traces) == after

@@ -130,9 +130,9 @@ def test_members_are_those_of_the_samplers(folder, study, first):
     hyper = Posterior.create(min(evaluate.START, trained.sigma[1]), max(trained.sigma[0], 0.01), 3)
     evidence = evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian)
     pairs = ensemble.posterior_ensemble(
-        trained.denoiser, evidence, trained.gaussian, case.analysis, hyper,
-        frame=where.frame, members=4, seed=where.seed,
-    )  # fmt: skip
+        trained.denoiser, [evidence], trained.gaussian, [case.analysis], hyper,
+        frames=[where.frame], members=4, seed=where.seed,
+    )[0]  # fmt: skip
     scored = metrics.scored_cells(case.truth, fields.ocean, case.observed)
     for point, stage, members in ((1, 1, x[:, 0]), (1, 2, x[:, 1]), (2, 1, pairs)):
         velocity = trained.to_velocity(members)
@@ -209,7 +209,7 @@ def test_one_program_a_group(folder, tmp_path, caplog):
         go(make_config(folder, 3, members=10), tmp_path)
     compiled = [m.split(" with ")[0] for m in caplog.messages if m.startswith("Compiling")]
     assert sum("repaint_rows" in m for m in compiled) == 1
-    assert sum("posterior_rows" in m for m in compiled) == 1
+    assert sum("posterior_frames" in m for m in compiled) == 1
 
 
 def test_two_processes_share_a_sweep(folder, first, tmp_path):

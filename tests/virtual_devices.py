@@ -42,10 +42,12 @@ def main() -> None:
 
         same = in_chunks(run, np.arange(13), np.ones((13, 2), np.float32), 5, devices=devices)
         np.testing.assert_allclose(same, np.arange(13)[:, None] * np.full((1, 2), np.sin(1)), rtol=1e-6)
-        options = {"chunk": 5, "devices": devices}
+        options = {"chunk": 12, "devices": devices}
         schedule = Schedule.linear(20, 1e-3, 0.2)
         family = repaint_ensemble(gaussian, known, schedule, stages, frames=[4], members=7, **options)
-        pairs = posterior_ensemble(gaussian, evidence, gaussian, analysis, hyper, frame=4, members=6, **options)
+        pairs = posterior_ensemble(gaussian, [evidence], gaussian, [analysis], hyper, frames=[4], members=6, **options)[
+            0
+        ]
         (size,) = rows
         results[count] = {
             "devices": len(used), "rows": size, "repaint": family.x.tolist(), "posterior": pairs.tolist()
