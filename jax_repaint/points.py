@@ -21,6 +21,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jax_repaint import evaluate, sample
@@ -201,6 +202,20 @@ def make_program(point: Point, trained: Model) -> Program:
     except InputError as e:
         raise InputError(f"{point.label}: {e}") from e
     return None
+
+
+def describe(program: Program) -> list[dict[str, Any]]:
+    """Every number of a program, those that nobody set too, as it is written in JSON; to six digits, which last bits
+    of another machine do not change.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (str, bool, int)):
+            return value
+        return [float(f"{number:.6g}") for number in np.ravel(value)]
+
+    parts = () if program is None else program if isinstance(program, tuple) else (program,)
+    return [{field.name: plain(getattr(part, field.name)) for field in dataclasses.fields(part)} for part in parts]
 
 
 def same_program(point: Point, program: Program) -> Hashable:

@@ -21,7 +21,7 @@ from jax_repaint.demo import SHIPPED
 from jax_repaint.errors import InputError
 from jax_repaint.evaluate import Case
 from jax_repaint.model import Model
-from jax_repaint.points import FREE, Point, Program, make_program, read_points
+from jax_repaint.points import FREE, Point, Program, describe, make_program, read_points
 from jax_repaint.sample import Known
 
 
@@ -105,14 +105,22 @@ class Study:
             "frames": self.fields.hash(),
         }
 
+    @cached_property
+    def _named(self) -> list[str]:
+        """What of each point goes into the names of its tasks: all that its rows depend on, usual values too."""
+        names = []
+        for point, program in zip(self.points, self.programs, strict=True):
+            own = {key: value for key, value in point.settings.items() if key != "label"}
+            own["model"] = self.identity["models"][point.model]
+            names.append(
+                results.digest([results.VERSION, own, describe(program), evaluate.ERROR, self.identity["frames"]])
+            )
+        return names
+
     def task(self, point: Point, where: Where) -> str:
-        """Name of a point on a case: the same wherever and whenever it is run."""
-        own = {key: value for key, value in point.settings.items() if key != "label"}
-        own["model"] = self.identity["models"][point.model]
-        return results.digest(
-            [own, list(point.sizes(self.config)), self.identity["frames"], where.seed, where.pattern,
-             where.frame]
-        )  # fmt: skip
+        """Name of a point on a case: the same wherever and whenever it is run, by code that makes the same rows."""
+        name, sizes = self._named[point.number], list(point.sizes(self.config))
+        return results.digest([name, sizes, where.seed, where.pattern, where.frame])
 
 
 def open_study(config: ConfigDict) -> Study:

@@ -51,6 +51,7 @@ def get_config(arg=""):
 """
 CASES = 2 * 2  # patterns, frames
 TASKS = 5 * CASES
+GENTLER = sample.METHODS | {"two_stage": sample.METHODS["two_stage"] | {"gamma": 2.0}}
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +391,29 @@ def test_started_again_nothing_is_sampled(folder, first, monkeypatch):
     text, again = go(make_config(folder), workdir)
     check_same(again, rows, exact=True)
     assert text == (workdir / "table.txt").read_text().rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "changed"),
+    [
+        (evaluate, "START", 1.0, {"kalman"}),
+        (
+            sample,
+            "METHODS",
+            sample.METHODS | {"two_stage": sample.METHODS["two_stage"] | {"gamma": 2.0}},
+            {"two_stage"},
+        ),
+        (evaluate, "ERROR", 0.01, {"gp_init", "two_stage", "kalman", "guided"}),
+        (results, "VERSION", results.VERSION + 1, {"gp_init", "two_stage", "kalman", "guided"}),
+    ],
+)
+def test_tasks_are_named_by_usual_values_too(folder, study, monkeypatch, place, name, value, changed):
+    """A sweep that goes on after a usual value has changed does not mix rows of both."""
+    monkeypatch.setattr(place, name, value)
+    after = open_study(make_config(folder))
+    where = study.cases[False][0]
+    other = {p.method for p in study.points if study.task(p, where) != after.task(p, where)}
+    assert other == changed
 
 
 def test_tasks_of_another_sweep_are_taken_over(folder, first, tmp_path, monkeypatch):
