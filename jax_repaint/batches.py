@@ -75,12 +75,16 @@ def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int
     """
     first = study.points[next(iter(left.values()))[0]]
     members, most = first.members, max(map(len, left.values()))
+    fitting = rows
     if not first.repaint:
         # Posterior samplers take points one by one: each has gains of its own.
         most = 1
+        gaussian, program = study.models[first.model].gaussian, study.programs[first.number]
+        size = max(where.size for where in left)
+        fitting = ensemble.OWN_BYTES // ensemble.own_bytes(size, gaussian, 0 if program is None else program.calls)
     points = min(max(rows // members, 1), most)
     points = math.ceil(most / math.ceil(most / points))
-    cases = max(rows // (points * members), 1) if points == most else 1
+    cases = max(min(rows // (points * members), fitting), 1) if points == most else 1
     seeds = [where.seed for where in left]
     of_seed = max(seeds.count(seed) for seed in set(seeds))
     return points, math.ceil(of_seed / math.ceil(of_seed / min(cases, of_seed)))
@@ -196,8 +200,9 @@ class Sampler:
             shared = self.trained.denoiser, known, self.trained.steps
             compiled = device.compile_ahead(ensemble.repaint_rows, rows, (keys, stages, numbers), shared)
         else:
-            frames, members = ensemble.batch_shape(self.members, self.chunk)
-            frames = len(ensemble.frame_batches([0] * self.shape[1], frames)[0])
+            gaussian, size = self.trained.gaussian, example.case.observation.size
+            batch = ensemble.frame_batches([size] * self.shape[1], self.members, self.chunk, gaussian, program.calls)
+            frames, (_, members) = len(batch[0]), ensemble.batch_shape(self.members, self.chunk)
             rows, numbers = np.zeros(members, np.int32), np.zeros(members, np.float32)
             keys = jax.eval_shape(lambda: ensemble.member_keys(0, range(members), range(frames)))
             (evidence,) = self.evidence_of([self.group.points[0]], [example])[self.group.points[0]]
@@ -243,7 +248,7 @@ class Sampler:
         known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[estimates[i].known for i in chosen])
         frames = [batch.cases[i].frame for i in chosen]
         programs = [study.programs[number] for number in points]
-        decay = [study.points[number].hyper.get("var_decay", 0.1) for number in points]
+        decay = [study.points[number].var_decay for number in points]
 
         def call(chunk: int) -> Any:
             return ensemble.repaint_sweep(
@@ -253,7 +258,8 @@ class Sampler:
 
         began = time.perf_counter()
         outcome, self.chunk = device.with_less_memory(call, self.chunk)
-        seconds = (time.perf_counter() - began) / (len(batch.points) * len(batch.cases))
+        # What fills a batch up is not a cost of the others.
+        seconds = (time.perf_counter() - began) / math.prod(self.shape)
         made = {}
         for p, number in enumerate(batch.points):
             for case in range(len(batch.cases)):
@@ -277,7 +283,7 @@ class Sampler:
 
         began = time.perf_counter()
         x, self.chunk = device.with_less_memory(call, self.chunk)
-        seconds = (time.perf_counter() - began) / len(estimates)
+        seconds = (time.perf_counter() - began) / len(chosen)
         return {(number, case): self._samples(x[case], seconds) for case in range(len(estimates))}
 
     def _linear(self, number: int, batch: Batch, estimates: Sequence[Estimates]) -> dict[tuple[int, int], Samples]:
@@ -289,7 +295,7 @@ class Sampler:
                 return evaluate.linear_samples(self.trained, one, self.members, batch.cases[0].seed, chunk)
 
             began = time.perf_counter()
-            x, self.chunk = device.with_less_memory(call, self.chunk)
+            x, _ = device.with_less_memory(call, min(self.chunk, self.members))
             made[number, case] = self._samples(x, time.perf_counter() - began)
         return made
 

@@ -20,7 +20,7 @@ from absl import flags, logging
 from jax_repaint import calibration, command, device, evaluate, files, metrics, model, observe
 from jax_repaint.calibration import Calibration
 from jax_repaint.data.fields import Fields, Split
-from jax_repaint.ensemble import batch_shape, frame_batches
+from jax_repaint.ensemble import frame_batches
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 
@@ -95,20 +95,21 @@ def learn(
     cases = evaluate.make_cases(trained, fields, numbers, patterns, seed)
     whole, made, evidence = [], [], []
     chunk = chunk or device.usual_batch()
-    batches = frame_batches([case.observation.size for case in cases], batch_shape(members, chunk)[0])
+    sizes = [case.observation.size for case in cases]
+    batches = frame_batches(sizes, members, chunk, trained.gaussian, evaluate.LEVELS)
     for batch in tqdm.tqdm(batches, unit="batch", disable=None):
         mine = [cases[i] for i in batch]
         ensembles = evaluate.run_method(name, trained, fields, mine, members, seed, chunk).members
-        weighed = evaluate.gate_evidence(name, trained, fields, mine, members, seed, chunk) if gate else []
         # A batch that is filled up has its last case more than once.
-        for place in range(len(set(batch))):
-            case, ensemble = mine[place], ensembles[place]
+        found = list(zip(mine, ensembles, strict=True))[: len(set(batch))]
+        for case, ensemble in found:
             if len(ensemble) < members:
                 logging.warning("frame %d with %s is left out, as members of it failed", case.frame, case.pattern)
-                continue
-            whole.append(case)
-            made.append(ensemble)
-            evidence += weighed[place : place + 1]
+        kept = [(case, ensemble) for case, ensemble in found if len(ensemble) == members]
+        whole += [case for case, _ in kept]
+        made += [ensemble for _, ensemble in kept]
+        if gate and kept:
+            evidence += evaluate.gate_evidence(name, trained, fields, [case for case, _ in kept], members, seed, chunk)
     if len({case.frame // block for case in whole}) < 2:
         raise InputError(f"members of {name} failed in all fields but those of one block of time; two are needed")
     priors = [evaluate.prior_of(trained, case) for case in whole]

@@ -120,7 +120,7 @@ def repaint_ensemble(
     frames: Sequence[int],
     members: int,
     seed: int = 0,
-    var_decay: float = 0.1,
+    var_decay: float = sample.VAR_DECAY,
     chunk: int = 64,
     devices: Sequence[jax.Device] | None = None,
 ) -> Outcome:
@@ -169,7 +169,7 @@ def repaint_sweep(
 
     Args:
       points: p lists of stages with the same static part (`same_program` sorts others).
-      var_decay: of each point; .1 by default.
+      var_decay: of each point; VAR_DECAY by default.
 
     Returns:
       As `repaint_ensemble`, with the points in front: x (p, n, members, s, y, x, c), failed (p, n, members, s).
@@ -177,7 +177,7 @@ def repaint_sweep(
     Raises:
       InputError: as `repaint_ensemble`; no points, or points of different programs.
     """
-    var_decay = [0.1] * len(points) if var_decay is None else list(var_decay)
+    var_decay = [sample.VAR_DECAY] * len(points) if var_decay is None else list(var_decay)
     _check_points(points, var_decay, schedule)
     _check_frames(known, frames, members)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(tuple(stages) for stages in points))
@@ -263,7 +263,7 @@ def posterior_rows(
     analysis: Analysis,
     hyper: Posterior,
 ) -> Float[Array, "k y x c"]:
-    """One chunk of members by a posterior sampler, for `in_chunks` and device.compile_ahead: one compiled program.
+    """One chunk of members of one frame by a posterior sampler: one compiled program.
 
     Args:
       rows: numbers of the members, which say no more than how many they are.
@@ -272,15 +272,30 @@ def posterior_rows(
     """
 
     def one(key: Key, sign: Float[Array, ""]) -> Float[Array, "y x c"]:
-        draw_key, noise_key, run_key = jax.random.split(key, 3)
-        start = linear_sample(noise_key, analysis, guide.prior_draw(gaussian, draw_key), evidence, sign)
-        return posterior(run_key, denoiser, evidence, hyper, start, sign)
+        return _member(key, sign, denoiser, evidence, gaussian, analysis, hyper)
 
     return jax.vmap(one)(*per_row)
 
 
-# What each frame has of its own; the coast and the prior are the same for all.
-_EVIDENCE = guide.Evidence(ocean=None, observation=0, noise=0, gaussian=None, gain=0, regimes=None)
+def _member(
+    key: Key,
+    sign: Float[Array, ""],
+    denoiser: Denoiser,
+    evidence: guide.Evidence,
+    gaussian: PrincipalGaussian,
+    analysis: Analysis,
+    hyper: Posterior,
+) -> Float[Array, "y x c"]:
+    draw_key, noise_key, run_key = jax.random.split(key, 3)
+    start = linear_sample(noise_key, analysis, guide.prior_draw(gaussian, draw_key), evidence, sign)
+    return posterior(run_key, denoiser, evidence, hyper, start, sign)
+
+
+# What each frame has of its own; the coast and the prior are the same for all. Levels stay in front of frames, where
+# the scan over them needs them.
+_EVIDENCE = guide.Evidence(ocean=None, observation=0, noise=0, gaussian=None, gain=1, regimes=None)
+# Bytes that the frames of a call may have of their own; twelve of 96 rows and 16 levels have a seventh of it.
+OWN_BYTES = 2**30
 
 
 @jax.jit
@@ -301,16 +316,19 @@ def posterior_frames(
       evidence, analysis: of the frames (`stack_evidence`, `stack_analyses`).
       denoiser, gaussian, hyper: the same for all.
     """
-    keys, signs = per_row
 
-    def one(keys: Key, evidence: guide.Evidence, analysis: Analysis) -> Float[Array, "k y x c"]:
-        return posterior_rows(rows, (keys, signs), denoiser, evidence, gaussian, analysis, hyper)
+    # Members outside: they are what devices share, and an axis that is merged with others stays shared only in front.
+    def members(keys: Key, sign: Float[Array, ""]) -> Float[Array, "f y x c"]:
+        def one(key: Key, evidence: guide.Evidence, analysis: Analysis) -> Float[Array, "y x c"]:
+            return _member(key, sign, denoiser, evidence, gaussian, analysis, hyper)
 
-    return jax.vmap(one, (1, _EVIDENCE, 0), 1)(keys, evidence, analysis)
+        return jax.vmap(one, (0, _EVIDENCE, 0))(keys, evidence, analysis)
+
+    return jax.vmap(members)(*per_row)
 
 
 def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
-    """Evidence of f frames for `posterior_frames`; observation, noise and gain get an axis in front.
+    """Evidence of f frames for `posterior_frames`; observation and noise get an axis in front, gains one behind levels.
 
     Raises:
       InputError: frames with other numbers of rows or another prior.
@@ -318,14 +336,16 @@ def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
     first = evidence[0]
     sizes = sorted({one.observation.size for one in evidence})
     if len(sizes) > 1:
-        raise InputError(
-            f"frames that are sampled together need as many rows each, got {sizes} (ensemble.frame_batches)"
-        )
+        raise InputError(f"frames that are sampled together need as many rows each, got {sizes} (frame_batches)")
     for one in evidence[1:]:
         if not (_same(one.gaussian, first.gaussian) and _same(one.regimes, first.regimes)):
             raise InputError("frames that are sampled together need the same prior")
-    own = {name: [getattr(one, name) for one in evidence] for name in ("observation", "noise", "gain")}
-    return first.replace(**{name: jax.tree.map(lambda *leaf: jnp.stack(leaf), *each) for name, each in own.items()})
+
+    def stacked(name: str, axis: int) -> Any:
+        each = [getattr(one, name) for one in evidence]
+        return jax.tree.map(lambda *leaf: jnp.stack(leaf, axis), *each)
+
+    return first.replace(observation=stacked("observation", 0), noise=stacked("noise", 0), gain=stacked("gain", 1))
 
 
 def stack_analyses(analyses: Sequence[Analysis]) -> Analysis:
@@ -353,18 +373,33 @@ def batch_shape(members: int, chunk: int, devices: int | None = None) -> tuple[i
     return max(chunk // together, 1), together
 
 
-def frame_batches(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Numbers of the frames that are sampled together: of one size, at most `most`.
+def own_bytes(rows: int, gaussian: PrincipalGaussian, levels: int) -> int:
+    """Bytes of the linear analysis and of the gains of one frame with this many rows."""
+    size = rows * gaussian.mean.shape[-1]
+    return 4 * size * (gaussian.mean.size + levels * (size + gaussian.variance.size))
+
+
+def frame_batches(
+    sizes: Sequence[int],
+    members: int,
+    chunk: int,
+    gaussian: PrincipalGaussian,
+    levels: int,
+    devices: int | None = None,
+) -> list[list[int]]:
+    """Numbers of the frames that are sampled together: of one size, as many as `chunk` and OWN_BYTES allow.
 
     Batches of a size have as many frames each. The last one is filled up with its last frame, whose result comes twice:
     a shorter one would be another program.
 
     Args:
       sizes: rows of each frame's observation.
+      levels: of the gains.
     """
     made = []
     for size in dict.fromkeys(sizes):
         mine = [number for number, other in enumerate(sizes) if other == size]
+        most = min(batch_shape(members, chunk, devices)[0], max(OWN_BYTES // own_bytes(size, gaussian, levels), 1))
         each = -(-len(mine) // -(-len(mine) // most))
         for start in range(0, len(mine), each):
             batch = mine[start : start + each]
@@ -416,9 +451,11 @@ def posterior_ensemble(
     number = np.arange(members)
     keys = member_keys(seed, frames, range(members))[:, number // 2 if antithetic else number]
     signs = np.where(antithetic & (number % 2 == 1), -1, 1).astype(np.float32)
-    most, together = batch_shape(members, chunk, None if devices is None else len(devices))
+    count = None if devices is None else len(devices)
+    _, together = batch_shape(members, chunk, count)
+    sizes = [one.observation.size for one in evidence]
     made: list[Any] = [None] * len(frames)
-    for batch in frame_batches([one.observation.size for one in evidence], most):
+    for batch in frame_batches(sizes, members, chunk, gaussian, hyper.calls, count):
         seen, found = stack_evidence([evidence[i] for i in batch]), stack_analyses([analyses[i] for i in batch])
         shared = denoiser, seen, gaussian, found, hyper
         x = in_chunks(posterior_frames, number, (keys[np.asarray(batch)].T, signs), together, shared, devices)

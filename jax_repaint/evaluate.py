@@ -29,7 +29,6 @@ from jax_repaint.calibration import Gate
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, crop
 from jax_repaint.ensemble import (
-    batch_shape,
     frame_batches,
     in_chunks,
     member_keys,
@@ -38,7 +37,7 @@ from jax_repaint.ensemble import (
     survivors,
 )
 from jax_repaint.errors import InputError
-from jax_repaint.guide import prior_draw
+from jax_repaint.guide import Evidence, prior_draw
 from jax_repaint.model import Model
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.prior import gp, linear
@@ -51,6 +50,7 @@ POSTERIOR = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "dps", "paste")
 METHODS = (*BASELINES, *REPAINT, *POSTERIOR)
 PAIRED = POSTERIOR  # methods whose members come in antithetic pairs
 START = 3.4  # noise level that posterior samplers start from; chosen on validation frames among 3.4, 10, 30 and 130
+LEVELS = 16  # of posterior samplers
 ERROR = 0.005  # m/s, what the methods take the observations' standard error to be
 
 
@@ -194,7 +194,7 @@ def _gp_estimate(trained: Model, fields: Fields, name: str) -> Callable[[Case], 
     return estimate
 
 
-def levels_of(trained: Model, name: str, count: int = 16) -> Posterior:
+def levels_of(trained: Model, name: str, count: int = LEVELS) -> Posterior:
     """Hyperparameters of a posterior sampler: `count` levels from START, or less where the model was trained on less.
 
     Raises:
@@ -213,7 +213,7 @@ def run_method(
     members: int,
     seed: int = 0,
     chunk: int | None = None,
-    count: int = 16,
+    count: int = LEVELS,
 ) -> Result:
     """The members of one method for every case.
 
@@ -250,14 +250,20 @@ def run_method(
     elif name in POSTERIOR:
         hyper = levels_of(trained, name, count)
         made = [np.empty(0)] * len(cases)
-        for batch in frame_batches([case.observation.size for case in cases], batch_shape(members, chunk)[0]):
+        sizes = [case.observation.size for case in cases]
+        for batch in frame_batches(sizes, members, chunk, trained.gaussian, hyper.calls):
             mine = [cases[i] for i in batch]
-            x = posterior_ensemble(
-                trained.denoiser,
-                [evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian) for case in mine],
-                trained.gaussian, [case.analysis for case in mine], hyper,
-                frames=[case.frame for case in mine], members=members, seed=seed, chunk=chunk,
-            )  # fmt: skip
+            evidence = [
+                evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian) for case in mine
+            ]
+
+            def sampled(chunk: int, mine: Sequence[Case] = mine, evidence: Sequence[Evidence] = evidence) -> np.ndarray:
+                return posterior_ensemble(
+                    trained.denoiser, evidence, trained.gaussian, [case.analysis for case in mine], hyper,
+                    frames=[case.frame for case in mine], members=members, seed=seed, chunk=chunk,
+                )  # fmt: skip
+
+            x, chunk = device.with_less_memory(sampled, chunk)
             for i, one in zip(batch, x, strict=True):
                 made[i] = trained.to_velocity(one)
         calls = hyper.calls

@@ -30,7 +30,7 @@ from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
 from jax_repaint.data.observations import Grid, Observed, collect
-from jax_repaint.ensemble import batch_shape, frame_batches
+from jax_repaint.ensemble import frame_batches
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 from jax_repaint.prior import linear
@@ -39,7 +39,6 @@ METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE = 20  # standard deviations from the mean
 MANY = 24  # fields; more come from a table whose every row has its own time
-LEVELS = 16  # of posterior samplers
 LEAST_SIGMA = 1e-5  # standard error over the standard deviation of the currents, which float32 can still tell from 0
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
 
@@ -88,7 +87,8 @@ def inpaint(
       observations: path, DataFrame, xarray Dataset or pair, or array; columns, sigma (m/s), time and step are those
         of `data.observations.collect`.
       members: of the ensemble; even where they come in antithetic pairs.
-      seed: names the members; a field depends on it, its time and its observations, and on no other field.
+      seed: names the members; a field depends on it, its time and its observations, and but for
+        rounding on no other field.
       method: one of METHODS; by default `default_method`.
       raw: whether a calibration that came with the model is left out.
       chunk: members sampled at a time, of several times where they have fewer; what pays on the device by default.
@@ -115,9 +115,10 @@ def inpaint(
     if len(frames) > MANY:
         logging.warning("the observations have %d times; each gets a field, step= or time= joins them", len(frames))
     made: dict[int, Estimate] = {}
+    sizes = [frame.observation.size for frame in frames]
     hidden = None if progress and len(frames) > 1 else True
     with tqdm.tqdm(total=len(frames), unit="field", disable=hidden) as bar:
-        for batch in frame_batches([frame.observation.size for frame in frames], batch_shape(members, chunk)[0]):
+        for batch in frame_batches(sizes, members, chunk, trained.gaussian, evaluate.LEVELS):
             if progress:
                 _announce(trained, frames[batch[0]], len(batch), members, method)
             mine = [frames[i] for i in batch]
@@ -164,7 +165,7 @@ def estimate(
     """
     chunk = chunk or device.usual_batch()
     cases = [_case(trained, frame) for frame in frames]
-    ensembles = evaluate.run_method(method, trained, None, cases, members, seed, chunk, LEVELS).members
+    ensembles = evaluate.run_method(method, trained, None, cases, members, seed, chunk).members
     for case, made in zip(cases, ensembles, strict=True):
         fine = np.isfinite(made[:, trained.ocean]).all((1, 2))
         if fine.sum() < members:
@@ -236,7 +237,7 @@ def _weights(
         out[evaluate.hold_out_of(places, seed, case.frame)] = True
         held.append(out)
         less.append(_case(trained, frame._replace(observation=given.rows(jnp.asarray(~out)))))
-    ensembles = evaluate.run_method(method, trained, None, less, members, seed, chunk, LEVELS).members
+    ensembles = evaluate.run_method(method, trained, None, less, members, seed, chunk).members
     weights = []
     for frame, case, out, made in zip(frames, less, held, ensembles, strict=True):
         given = frame.observation
@@ -411,6 +412,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("step", None, "Times of points are rounded to multiples of this, such as 1h.")
     flags.DEFINE_float("sigma", evaluate.ERROR, "Standard error in m/s of observations that bring none.")
     flags.DEFINE_enum("method", None, METHODS, "Sampler; by default the one that the model is calibrated for.")
+    flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.DEFINE_bool("raw", False, "Leave out the calibration that came with the model.")
     for key in ("lat", "lon", "u", "v", "sigma", "time"):
         flags.DEFINE_string(f"{key}_name", "", f"Name of the column that is {key}; of u and v, of a variable too.")
@@ -438,7 +440,7 @@ def main(_) -> None:
     columns = {key: getattr(FLAGS, f"{key}_name") for key in ("lat", "lon", "u", "v", "sigma", "time")}
     fields = inpaint(
         jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,
-        columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw,
+        columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw, chunk=FLAGS.chunk,
     )  # fmt: skip
     readers.write_netcdf(fields, FLAGS.out)
     count = fields.sizes["time"]

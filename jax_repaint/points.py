@@ -125,6 +125,11 @@ class Point:
         return (*(n for n in config.sizes if n < self.members and not (self.paired and n % 2)), self.members)
 
     @property
+    def var_decay(self) -> float:
+        """Of the RePaint family."""
+        return self.hyper.get("var_decay", sample.VAR_DECAY)
+
+    @property
     def repaint(self) -> bool:
         """Whether it belongs to the RePaint family."""
         return self.method in evaluate.REPAINT
@@ -204,9 +209,10 @@ def make_program(point: Point, trained: Model) -> Program:
     return None
 
 
-def describe(program: Program) -> list[dict[str, Any]]:
-    """Every number of a program, those that nobody set too, as it is written in JSON; to six digits, which last bits
-    of another machine do not change.
+def describe(point: Point, program: Program) -> dict[str, Any]:
+    """Every number of a program, those that nobody set too, as it is written in JSON.
+
+    To six digits, which last bits of another machine do not change.
     """
 
     def plain(value: Any) -> Any:
@@ -215,7 +221,11 @@ def describe(program: Program) -> list[dict[str, Any]]:
         return [float(f"{number:.6g}") for number in np.ravel(value)]
 
     parts = () if program is None else program if isinstance(program, tuple) else (program,)
-    return [{field.name: plain(getattr(part, field.name)) for field in dataclasses.fields(part)} for part in parts]
+    numbers: dict[str, Any] = {
+        str(place): {field.name: plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
+        for place, part in enumerate(parts, start=1)
+    }
+    return numbers | ({"var_decay": point.var_decay} if point.repaint else {})
 
 
 def same_program(point: Point, program: Program) -> Hashable:

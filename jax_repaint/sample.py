@@ -154,6 +154,7 @@ class Repaint:
         return self.t_start * self.resample_steps + 1
 
 
+VAR_DECAY = 0.1
 _ADAPTIVE = {"noise_floor": 0.2, "gamma": 3.0}
 _REFINED = {"t_refine": 50, "refine_floor": 0.3}
 METHODS = {
@@ -373,7 +374,7 @@ def repaint_stages(
     known: Known,
     schedule: Schedule,
     stages: Sequence[Repaint],
-    var_decay: float | Level = 0.1,
+    var_decay: float | Level = VAR_DECAY,
     draw: Draw = jax.random.normal,
 ) -> Outcome:
     """Stages in turn: each starts from the last one's output, its variance map multiplied by var_decay once more.

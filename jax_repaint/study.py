@@ -86,6 +86,11 @@ class Study:
         return list(dict.fromkeys(given)) or list(observe.usual(self.fields.ocean))
 
     @cached_property
+    def present(self) -> np.ndarray:
+        """(n, y, x) bool, where the frames have values."""
+        return np.isfinite(self.fields.velocity).all(-1)
+
+    @cached_property
     def cases(self) -> dict[bool, list[Where]]:
         """Cases of points with random and with consecutive frames."""
         made = {}
@@ -93,28 +98,34 @@ class Study:
             made[consecutive] = []
             for seed, pattern, frame in itertools.product(self.config.seeds, self.patterns, frames.tolist()):
                 seen = observe.parse(pattern, self.fields.ocean, observe.pattern_rng(seed, frame))
+                # What falls into gaps is not observed, and may make another program of it.
+                seen = seen & self.present[int(np.searchsorted(self.numbers, frame))]
                 made[consecutive].append(Where(seed, pattern, frame, observe.bucket(int(seen.sum()))))
         return made
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the sweep is, as it is kept in the workdir."""
+        """What the sweep is, as it is kept in the workdir: usual values of the code, too."""
         return {
             "config": {key: value for key, value in self.config.to_dict().items() if key not in FREE},
             "models": {folder: model.fingerprint(one) for folder, one in self.models.items()},
             "frames": self.fields.hash(),
+            "rows_version": results.VERSION,
+            "observation_error": evaluate.ERROR,
+            "programs": {
+                point.label: describe(point, program) for point, program in zip(self.points, self.programs, strict=True)
+            },
         }
 
     @cached_property
     def _named(self) -> list[str]:
-        """What of each point goes into the names of its tasks: all that its rows depend on, usual values too."""
+        """What of each point goes into the names of its tasks: all that its rows depend on."""
+        common = [self.identity[key] for key in ("frames", "rows_version", "observation_error")]
         names = []
-        for point, program in zip(self.points, self.programs, strict=True):
+        for point in self.points:
             own = {key: value for key, value in point.settings.items() if key != "label"}
             own["model"] = self.identity["models"][point.model]
-            names.append(
-                results.digest([results.VERSION, own, describe(program), evaluate.ERROR, self.identity["frames"]])
-            )
+            names.append(results.digest([common, own, self.identity["programs"][point.label]]))
         return names
 
     def task(self, point: Point, where: Where) -> str:

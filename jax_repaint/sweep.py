@@ -312,7 +312,8 @@ def _seconds_a_call(study: Study, sampler: Sampler) -> float:
         return 0.0
     guided = program[0].guided if sampler.repaint else program.correction in ("cov_pigdm", "pigdm", "mmps", "dps")
     denoiser = sampler.trained.denoiser
-    x = jnp.zeros((sampler.chunk, *sampler.trained.padded, 2))
+    mine = max(sampler.chunk // jax.local_device_count(), 1)  # of one device, while the others do theirs
+    x = jnp.zeros((mine, *sampler.trained.padded, 2))
 
     def estimate(x: jax.Array, denoiser: Any) -> jax.Array:
         return jax.vmap(lambda one: denoiser(one, jnp.float32(1.0)))(x)
@@ -324,7 +325,7 @@ def _seconds_a_call(study: Study, sampler: Sampler) -> float:
     call(x, denoiser).block_until_ready()
     began = time.perf_counter()
     call(x, denoiser).block_until_ready()
-    return (time.perf_counter() - began) / sampler.chunk / jax.local_device_count()
+    return (time.perf_counter() - began) / mine / jax.local_device_count()
 
 
 FLAGS = flags.FLAGS

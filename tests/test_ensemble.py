@@ -20,6 +20,7 @@ from jax_repaint.ensemble import (
     frame_batches,
     in_chunks,
     member_keys,
+    own_bytes,
     posterior_ensemble,
     repaint_ensemble,
     repaint_sweep,
@@ -454,16 +455,25 @@ def test_frames_of_a_batch_are_one_call(gaussian, three, correction, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("sizes", "most", "expected"),
+    ("sizes", "chunk", "expected"),
     [
-        ([8] * 4, 9, [[0, 1, 2, 3]]),
-        ([8] * 5, 2, [[0, 1], [2, 3], [4, 4]]),
-        ([8] * 5, 4, [[0, 1, 2], [3, 4, 4]]),
-        ([8, 16, 8, 16, 16], 2, [[0, 2], [1, 3], [4, 4]]),
+        ([8] * 4, 36, [[0, 1, 2, 3]]),
+        ([8] * 5, 8, [[0, 1], [2, 3], [4, 4]]),
+        ([8] * 5, 16, [[0, 1, 2], [3, 4, 4]]),
+        ([8, 16, 8, 16, 16], 8, [[0, 2], [1, 3], [4, 4]]),
+        # Of 4,096 rows the gains of one frame are all that there is room for.
+        ([4096] * 2, 64, [[0], [1]]),
     ],
 )
-def test_batches_of_frames_are_full(sizes, most, expected):
-    assert frame_batches(sizes, most) == expected
+def test_batches_of_frames_are_full(gaussian, sizes, chunk, expected):
+    assert frame_batches(sizes, 4, chunk, gaussian, 16, 1) == expected
+
+
+def test_own_bytes_are_those_of_gains_and_analysis(gaussian, three):
+    hyper = Posterior.create(10.0, 0.02, 5)
+    evidence, analysis = evidence_for(hyper, gaussian.ocean, three[2], gaussian), linear.analysis(gaussian, three[2])
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((evidence.gain, analysis.gain)))
+    assert own_bytes(three[2].size, gaussian, 5) == held
 
 
 @pytest.mark.parametrize(

@@ -397,23 +397,22 @@ def test_started_again_nothing_is_sampled(folder, first, monkeypatch):
     ("place", "name", "value", "changed"),
     [
         (evaluate, "START", 1.0, {"kalman"}),
-        (
-            sample,
-            "METHODS",
-            sample.METHODS | {"two_stage": sample.METHODS["two_stage"] | {"gamma": 2.0}},
-            {"two_stage"},
-        ),
+        (sample, "METHODS", GENTLER, {"two_stage"}),
+        (sample, "VAR_DECAY", 0.2, {"gp_init", "two_stage", "guided"}),
         (evaluate, "ERROR", 0.01, {"gp_init", "two_stage", "kalman", "guided"}),
         (results, "VERSION", results.VERSION + 1, {"gp_init", "two_stage", "kalman", "guided"}),
     ],
 )
-def test_tasks_are_named_by_usual_values_too(folder, study, monkeypatch, place, name, value, changed):
-    """A sweep that goes on after a usual value has changed does not mix rows of both."""
+def test_tasks_are_named_by_usual_values_too(folder, study, first, monkeypatch, place, name, value, changed):
+    """A workdir of rows that were made with other usual values is refused."""
     monkeypatch.setattr(place, name, value)
     after = open_study(make_config(folder))
     where = study.cases[False][0]
     other = {p.method for p in study.points if study.task(p, where) != after.task(p, where)}
     assert other == changed
+    if changed:
+        with pytest.raises(InputError, match="holds another sweep"):
+            results.claim(first[0], after.identity)
 
 
 def test_tasks_of_another_sweep_are_taken_over(folder, first, tmp_path, monkeypatch):
