@@ -276,6 +276,8 @@ def main(argv: Sequence[str]) -> None:
     if f.network not in NETWORKS:
         raise InputError(f"network {f.network!r} is not one of {', '.join(NETWORKS)}")
     batches, rounds, shorten = measure.whole_numbers("batch", f.batch), f.rounds, f.shorten
+    if uneven := [batch for batch in batches if batch > MEMBERS and batch % MEMBERS]:
+        raise InputError(f"batches above {MEMBERS} hold whole ensembles of {MEMBERS} members, got {uneven[0]}")
     size, shorten = measure.matrix_size(), shorten or (25 if jax.default_backend() == "cpu" else 1)
     if f.smoke:
         batches, rounds, shorten, size = [1, 2], 2, 75, 256

@@ -633,6 +633,7 @@ def options(**changes):
     usual = {
         "model": "model", "observations": "track.csv", "out": "fields.nc", "members": 4, "seed": 0, "time": None,
         "step": None, "sigma": 0.005, "method": None, "raw": False, "cache": None, "export": None, "rows": 4,
+        "chunk": None,
     }  # fmt: skip
     return SimpleNamespace(**(usual | names | changes))
 

@@ -1,5 +1,6 @@
 """A sweep gives the same rows however it is cut up, spread out, stopped and started again, and they are right."""
 
+import dataclasses
 import errno
 import importlib.util
 import itertools
@@ -391,6 +392,47 @@ def test_started_again_nothing_is_sampled(folder, first, monkeypatch):
     text, again = go(make_config(folder), workdir)
     check_same(again, rows, exact=True)
     assert text == (workdir / "table.txt").read_text().rstrip("\n")
+
+
+def test_batches_of_pairs_are_filled_up_and_points_have_their_own_gains(folder, tmp_path, monkeypatch):
+    """Five frames in batches of three, two points of one program: rows are those of frame by frame."""
+    config = make_config(folder, frames=5, sizes=(), patterns="line:3")
+    config.points = ConfigDict(
+        {"p000": {"method": "kalman", "levels": 3}, "p001": {"method": "kalman", "sigma_max": 2.0}}
+    )
+    config.points.p001.levels = 3
+    assert len(make_groups(open_study(config))) == 1
+    alone = go(config.copy_and_resolve_references(), tmp_path / "alone")[1]
+    calls, run = [], ensemble.posterior_ensemble
+
+    def counted(*arguments, frames, **options):
+        calls.append(len(frames))
+        return run(*arguments, frames=frames, **options)
+
+    monkeypatch.setattr(ensemble, "posterior_ensemble", counted)
+    config.batch = 12
+    together = go(config, tmp_path / "together")[1]
+    assert calls == [3] * 4
+    assert len(together) == 10
+    keys = ["point", "frame"]
+    for name in ("mse_mean", "crps"):
+        pairs = zip(alone.sort_values(keys)[name], together.sort_values(keys)[name], strict=True)
+        assert all(a == pytest.approx(b, rel=1e-4) for a, b in pairs)
+    means = together.groupby("point")["mse_mean"].mean()
+    assert means[0] != pytest.approx(means[1], rel=1e-4)
+
+
+def test_groups_are_of_what_is_observed(folder, tmp_path):
+    """Cells that fall into gaps are not observed, and may make another program of a case."""
+    fields = tiny.fields()
+    velocity = fields.velocity.copy()
+    velocity[1::2, :4] = np.nan
+    readers.write(dataclasses.replace(fields, velocity=velocity), tmp_path / "gaps.nc")
+    study = open_study(make_config(folder, frames=9, fields=str(tmp_path / "gaps.nc"), patterns="cells:0.28"))
+    where = study.cases[False]
+    assert len({one.size for one in where}) > 1
+    made = Cases(study, next(iter(study.models.values())), "linear").make(where)
+    assert [one.size for one in where] == [one.case.observation.size for one in made]
 
 
 @pytest.mark.parametrize(
