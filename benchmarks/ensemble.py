@@ -4,7 +4,8 @@
 
 S1 is method "adaptive" (376 network calls), S6 "multistage" (1,631), kalman-16 Kalman guidance with 16 levels (16), all
 with random weights on the grid 48 x 96. The other way is how such samplers are usually run: one sample, one compiled
-step a dispatch, on the grid padded to 64 x 128. All of them run in turn in every round, batches on all local devices.
+step a dispatch, on the grid padded to 64 x 128. All of them run in turn in every round, batches on all local devices. A
+batch of kalman-16 above 16 is of ensembles of 16 members, each of a frame with gains of its own.
 
 A run is a loop over equal network calls, so a shortened one (--shorten) tells the time of a call, which is multiplied
 by their number. `speed-up a call` is the time of a call in the loop over that of a call here, which for S1 and S6 is
