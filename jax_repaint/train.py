@@ -8,6 +8,8 @@
     anchored   log-uniform in sigma_min..sigma_max         1 / mean square error of the exact Gaussian denoiser
     conditional  as anchored, with observations drawn anew for every frame and given to both denoisers (conditional.py)
 
+`train.focus` is the share of levels that are drawn from train.focus_min..focus_max only, log-uniform there too.
+
     python -m jax_repaint.train --config=configs/attn.py --workdir=runs/attn
 
 Of fields with gaps, as radars have them, the average is over ocean cells that have a value.
@@ -112,6 +114,10 @@ def default_config() -> ConfigDict:
                 "ocean_only": True,  # loss over ocean cells; False: over land and padding too
                 # Mirrored currents past a real coast are no currents of that coast.
                 "flips": False,
+                # Share of noise levels drawn between focus_min and focus_max; the others from all of the range.
+                "focus": 0.0,
+                "focus_min": 0.5,
+                "focus_max": 20.0,
                 "dispatch": 25,  # steps a call of the device
                 "held_out": 0,  # validation frames for the held-out loss; 0: all
                 "keep": 2,
@@ -168,6 +174,15 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"train.warmup_epochs ({t.warmup_epochs}) must be less than train.epochs ({t.epochs})")
     if not 0 < n.sigma_min < n.sigma_max:
         raise InputError(f"noise levels must be 0 < sigma_min < sigma_max, got {n.sigma_min}, {n.sigma_max}")
+    if not 0 <= t.focus < 1:
+        raise InputError(f"train.focus must be in [0, 1), got {t.focus}")
+    if t.focus and m.form == "eps":
+        raise InputError("train.focus must be 0 for model.form eps, whose levels are those of the steps")
+    if t.focus and not n.sigma_min <= t.focus_min < t.focus_max <= n.sigma_max:
+        raise InputError(
+            f"train.focus_min < train.focus_max must lie in {n.sigma_min} to {n.sigma_max}, the range of noise, "
+            f"got {t.focus_min}, {t.focus_max}"
+        )
     for name in ("patterns", "rows", "error"):
         if not config.observed[name] > 0:
             raise InputError(f"observed.{name} must be positive, got {config.observed[name]}")
@@ -367,6 +382,21 @@ def network_config(config: ConfigDict) -> unet.UNetConfig:
 Loss = Callable[..., Level]
 
 
+def level_at(place: Level, config: ConfigDict) -> Level:
+    """Noise level at `place` in 0..1 of the distribution that training draws from: its quantile function.
+
+    log sigma has the density  (1 - focus) U(sigma_min, sigma_max) + focus U(focus_min, focus_max)  of two uniform ones.
+    """
+    n, t = config.noise, config.train
+    low, high = math.log(n.sigma_min), math.log(n.sigma_max)
+    if not t.focus:
+        return jnp.exp(low + (high - low) * place)
+    inner, outer = math.log(t.focus_min), math.log(t.focus_max)
+    below, until = ((1 - t.focus) * (knot - low) / (high - low) for knot in (inner, outer))
+    quantiles = jnp.asarray([0.0, below, until + t.focus, 1.0])
+    return jnp.exp(jnp.interp(place, quantiles, jnp.asarray([low, inner, outer, high])))
+
+
 def make_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.GraphDef | None) -> Loss:
     """loss(params, x0, key, place, training) of one frame; `place` in 0..1 says where on the range its noise lies.
 
@@ -374,7 +404,6 @@ def make_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.Gra
     Without a network (graphdef None) the loss of the exact Gaussian denoiser, which a network has to beat.
     """
     schedule = model.make_schedule(dict(config.noise))
-    low, high = math.log(config.noise.sigma_min), math.log(config.noise.sigma_max)
     ocean = gaussian.ocean
     cells = ocean if config.train.ocean_only else jnp.ones_like(ocean)
     form = config.model.form
@@ -387,7 +416,7 @@ def make_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.Gra
             sigma = schedule.sigma[t]
             weight = 1 / sigma**2
         else:
-            sigma = jnp.exp(low + (high - low) * place)
+            sigma = level_at(place, config)
             weight = (1 + sigma**2) / sigma**2 if form == "edm" else 1 / gaussian.residual_variance(sigma)
         noise, dropout = jax.random.split(key)
         x = x0 + sigma * jax.random.normal(noise, x0.shape)
@@ -414,7 +443,6 @@ def _count(cells: Array, present: Array | None) -> Level:
 
 
 def _make_conditional_loss(config: ConfigDict, gaussian: PrincipalGaussian, graphdef: nnx.GraphDef | None) -> Loss:
-    low, high = math.log(config.noise.sigma_min), math.log(config.noise.sigma_max)
     wet = np.asarray(gaussian.ocean)[..., 0] > 0
     table = observe.pattern_table(wet, config.observed.patterns, config.observed.rows, config.train.seed)
     cells, counts = (jnp.asarray(part) for part in table)
@@ -429,7 +457,7 @@ def _make_conditional_loss(config: ConfigDict, gaussian: PrincipalGaussian, grap
         return guide.Evidence(gaussian.ocean, seen.replace(values=values), guide.noise_covariance(seen), gaussian)
 
     def loss(params: dict, x0: Field, key: Key, place: Level, training: bool, present: Array | None = None) -> Level:
-        sigma = jnp.exp(low + (high - low) * place)
+        sigma = level_at(place, config)
         noise, pattern, dropout = jax.random.split(key, 3)
         x = x0 + sigma * jax.random.normal(noise, x0.shape)
         evidence = observe_some(x0, pattern, present)

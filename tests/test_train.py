@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pandas as pd
 import pytest
 import tiny
+from scipy import stats
 
 from jax_repaint import model, train
 from jax_repaint.data import fields as fields_lib
@@ -126,6 +127,36 @@ def test_places_are_stratified_or_uniform():
     places = np.sort(train.make_places(jax.random.key(0), 64, True))
     assert (np.floor(places * 64) == np.arange(64)).all()
     assert train.make_places(jax.random.key(0), 64, False).min() >= 0
+
+
+def test_focus_draws_its_share_of_levels_from_its_range_and_the_others_evenly():
+    config = tiny.config("anchored", focus=0.6, focus_min=0.5, focus_max=8.0)
+    places = train.make_places(jax.random.key(0), 100_000, True)
+    sigma = np.asarray(jax.vmap(lambda place: train.level_at(place, config))(places))
+    assert sigma.min() >= 0.01 * (1 - 1e-5)
+    assert sigma.max() <= 130 * (1 + 1e-5)
+    even = stats.loguniform(0.01, 130)
+    focussed = stats.loguniform(0.5, 8.0)
+    for level in (0.02, 0.3, 0.5, 1.0, 3.0, 8.0, 20.0, 100.0):
+        expected = 0.4 * even.cdf(level) + 0.6 * focussed.cdf(level)
+        np.testing.assert_allclose((sigma <= level).mean(), expected, atol=1e-3)
+    without = tiny.config("anchored")
+    sigma = np.asarray(jax.vmap(lambda place: train.level_at(place, without))(places))
+    np.testing.assert_allclose(np.quantile(sigma, [0.1, 0.5, 0.9]), even.ppf([0.1, 0.5, 0.9]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["anchored", "conditional", "edm"])
+def test_focus_moves_the_level_of_a_place_and_nothing_else(form, standardised, gaussian):
+    x0, key = jnp.asarray(standardised[0][3]), jax.random.key(5)
+    focussed, even = tiny.config(form, focus=0.6, focus_min=0.5, focus_max=8.0), tiny.config(form)
+    losses = [train.make_loss(config, gaussian, None) for config in (focussed, even)]
+    for place in (0.1, 0.5, 0.95):
+        same = np.log(float(train.level_at(jnp.float32(place), focussed)) / 0.01) / np.log(130 / 0.01)
+        assert abs(same - place) > 0.01
+        got, expected = (
+            float(loss({}, x0, key, jnp.float32(at), False)) for loss, at in zip(losses, (place, same), strict=True)
+        )
+        np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
 # Steps, with a loss simple enough to follow by hand
@@ -285,6 +316,8 @@ def test_held_out_loss_is_fixed_and_knows_no_batches(noise_frames, frames):
         ("train.ema", 1.0, "ema"),
         ("train.warmup_epochs", 3.0, "less than train.epochs"),
         ("noise.sigma_min", 200.0, "sigma_min < sigma_max"),
+        ("train.focus", 1.0, "train.focus must be in"),
+        ("train.focus", 0.5, "must be 0 for model.form eps"),
         ("noise.max_beta", 1.5, "beta"),
         ("noise.steps", 0, "2 to 1,000,000 steps, got 0"),
     ],
@@ -294,6 +327,14 @@ def test_values_that_cannot_work_are_refused(name, value, words):
     config.update_from_flattened_dict({name: value})
     with pytest.raises(InputError, match=words):
         train.check_config(config)
+
+
+@pytest.mark.parametrize("focus_range", [(8.0, 0.5), (0.001, 8.0), (0.5, 200.0), (float("nan"), 8.0)])
+def test_a_focus_outside_of_the_noise_is_refused(focus_range):
+    low, high = focus_range
+    with pytest.raises(InputError, match=r"must lie in 0.01 to 130.0, .* got"):
+        train.check_config(tiny.config("anchored", focus=0.5, focus_min=low, focus_max=high))
+    train.check_config(tiny.config("anchored", focus_min=low, focus_max=high))
 
 
 def test_sigma_range_is_that_of_the_steps_or_of_the_settings():
