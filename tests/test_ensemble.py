@@ -14,7 +14,7 @@ import pytest
 from flax import struct
 
 from jax_repaint import ensemble, guide, observe
-from jax_repaint.denoise import PrincipalGaussian
+from jax_repaint.denoise import PrincipalGaussian, Regimes
 from jax_repaint.ensemble import (
     batch_shape,
     frame_batches,
@@ -406,6 +406,19 @@ def test_pairs_do_not_depend_on_chunks_or_number(gaussian, observation, analysis
         assert np.abs(pairs(gaussian, gaussian, observation, analysis, **other) - x)[:, OCEAN].mean() > 0.05
 
 
+@struct.dataclass
+class Informed:
+    """The exact Gaussian denoiser, and the exact one given observations."""
+
+    gaussian: PrincipalGaussian
+
+    def __call__(self, x, sigma):
+        return self.gaussian(x, sigma)
+
+    def given(self, x, sigma, evidence):
+        return guide.kalman(lambda x: self.gaussian(x, sigma), x, sigma, sigma, evidence)
+
+
 @pytest.fixture(scope="module")
 def three(frames):
     """Observations of three frames: two patterns of as many rows, and one of more."""
@@ -417,16 +430,19 @@ def three(frames):
     return rows
 
 
-@pytest.mark.parametrize("correction", ["paste", "kalman", "cov_pigdm", "pigdm", "mmps", "dps"])
+@pytest.mark.parametrize("correction", ["paste", "kalman", "cov_pigdm", "pigdm", "mmps", "dps", "given", "regimes"])
 def test_frames_do_not_depend_on_each_other(gaussian, three, correction):
     """Sampled together, whatever the chunk, each frame has the members that it has alone."""
     hyper = Posterior.create(10.0, 0.02, 4, correction=correction)
-    evidence = [evidence_for(hyper, gaussian.ocean, one, gaussian) for one in three]
+    shifted = gaussian.replace(mean=gaussian.mean + 0.5 * gaussian.ocean)
+    mixture = Regimes(jnp.array([0.6, 0.4]), jax.tree.map(lambda *leaves: jnp.stack(leaves), gaussian, shifted))
+    prior = mixture if correction == "regimes" else gaussian
+    evidence = [evidence_for(hyper, gaussian.ocean, one, prior) for one in three]
     analyses = [linear.analysis(gaussian, one) for one in three]
 
     def sampled(numbers, chunk):
         return posterior_ensemble(
-            gaussian, [evidence[i] for i in numbers], gaussian, [analyses[i] for i in numbers], hyper,
+            Informed(gaussian), [evidence[i] for i in numbers], gaussian, [analyses[i] for i in numbers], hyper,
             frames=[5 + i for i in numbers], members=4, seed=1, chunk=chunk,
         )  # fmt: skip
 

@@ -508,8 +508,9 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(folder, first, tmp_path, 
     check_same(go(config, tmp_path)[1], first[1], 2)
 
 
-def test_out_of_memory_halves_the_chunk(folder, first, tmp_path, monkeypatch, caplog):
-    sampled, sizes = ensemble.repaint_sweep, []
+@pytest.mark.parametrize(("name", "points"), [("repaint_sweep", 2), ("posterior_ensemble", 3)])
+def test_out_of_memory_halves_the_chunk(folder, first, tmp_path, monkeypatch, caplog, name, points):
+    sampled, sizes = getattr(ensemble, name), []
 
     def small(*arguments, chunk, **options):
         sizes.append(chunk)
@@ -517,17 +518,17 @@ def test_out_of_memory_halves_the_chunk(folder, first, tmp_path, monkeypatch, ca
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
         return sampled(*arguments, chunk=chunk, **options)
 
-    monkeypatch.setattr(ensemble, "repaint_sweep", small)
-    check_same(go(make_config(folder, 2, batch=4), tmp_path)[1], first[1], 2)
+    monkeypatch.setattr(ensemble, name, small)
+    check_same(go(make_config(folder, points, batch=4), tmp_path)[1], first[1], points)
     assert sizes[:4] == [4, 2, 1, 1]
     assert "out of memory with 4 members a call; going on with 2" in caplog.text
 
     def none(*arguments, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
-    monkeypatch.setattr(ensemble, "repaint_sweep", none)
+    monkeypatch.setattr(ensemble, name, none)
     with pytest.raises(InputError, match="not enough memory for one member"):
-        go(make_config(folder, 2, batch=4), tmp_path / "none")
+        go(make_config(folder, points, batch=4), tmp_path / "none")
 
 
 def test_other_errors_of_the_device_are_not_hidden(folder, tmp_path, monkeypatch):
