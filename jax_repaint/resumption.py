@@ -54,10 +54,10 @@ class Length:
       dispatch: steps between two changes of the rate, and between two averages of the weights.
     """
 
-    epoch: int = 40
-    before: int = 12
-    after: int = 4
-    held_out: int = 96
+    epoch: int = 200
+    before: int = 20
+    after: int = 6
+    held_out: int = 256
     dispatch: int = 10
 
 
@@ -68,12 +68,14 @@ class Resumption:
     Attributes:
       curves: branch, epoch, loss, averaged_loss: held-out losses; the branch `before` is what all start from.
       losses: of each held-out frame at the end of each branch, one column a branch, in the order of time.
+      length: how long it took.
       block: held-out frames within a decorrelation time.
       refusal: what `train` says to a changed optimiser in the workdir of a run.
     """
 
     curves: pd.DataFrame
     losses: pd.DataFrame
+    length: Length
     block: int
     refusal: str
 
@@ -141,7 +143,7 @@ def run(
                 table.to_csv(temporary, index=False)
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
-    return Resumption(curves, losses, block, refusal(config))
+    return Resumption(curves, losses, length, block, refusal(config))
 
 
 class _Run:

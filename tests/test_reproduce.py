@@ -105,7 +105,8 @@ def make_resumption(loaded=1.0, decayed=0.9, falling=1.0):
     losses = pd.DataFrame({name: hard * f * rng.lognormal(0, 0.001, FRAMES) for name, f in factors.items()})
     rows = [(name, epoch, 0.1 * f, 0.1) for name, f in factors.items() for epoch in (1, 2)]
     curves = pd.DataFrame(rows, columns=["branch", "epoch", "loss", "averaged_loss"])
-    return resumption.Resumption(curves, losses, 2, "WORKDIR holds a run of another kind")
+    length = resumption.Length(epoch=50, before=2, after=2, held_out=FRAMES)
+    return resumption.Resumption(curves, losses, length, 2, "WORKDIR holds a run of another kind")
 
 
 def make_evidence(effects=None, names=tuple(reproduce.SWEEPS), found=None):
@@ -201,6 +202,23 @@ def test_a_few_frames_decide_nothing():
 def test_damage_of_a_resumed_run(loaded, expected):
     title = "Loading Adam's state into AdamW damages the network"
     assert judge(title, None, make_resumption(loaded=loaded)) == expected
+
+
+def test_damage_is_told_from_what_passes():
+    """Mirrored epochs that a branch recovers from are in its worst epoch and not at its end."""
+    found = make_resumption()
+    curves, losses = found.curves.copy(), found.losses.assign(before=1.0, mirrored=1.02)
+    curves.loc[curves["branch"] == "mirrored", "loss"] = [1.3, 1.02]
+    judged = findings.resume_damage(
+        dataclasses.replace(make_evidence(), resumption=dataclasses.replace(found, curves=curves, losses=losses))
+    )
+    (row,) = [line.split("|") for line in judged.table.splitlines() if line.startswith("| mirrored")]
+    assert [cell.strip() for cell in row[2:5]] == ["1.02", "1.020", "1.300"]
+    assert (
+        "Mirrored epochs take the loss to 1.30 times what it was, those without that follow them to 1.02"
+        in judged.remark
+    )
+    assert "2 epochs of 50 steps at a constant rate, then 2 of each branch" in findings.plateau(make_evidence()).remark
 
 
 def test_no_plateau_no_verdict_on_it():
