@@ -45,16 +45,22 @@ def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0) ->
     """
     fields = fields.select(slice(RECORD))
     observed = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, 0))
-    (case,) = evaluate.make_cases(trained, fields.select([0]), [0], [pattern], seed)
     errors, gappy = [], fields.gaps > 0
+    if not gappy:
+        (case,) = evaluate.make_cases(trained, fields.select([0]), [0], [pattern], seed)
     for frame, velocity in enumerate(fields.velocity):
         if gappy:
+            present = fields.ocean & np.isfinite(velocity).all(-1)
+            if not ((present & observed).any() and (present & ~observed).any()):
+                continue
             # Gaps make a pattern of its own, and an analysis, of every frame.
             (case,) = evaluate.make_cases(trained, fields.select([frame]), [0], [pattern], seed)
         else:
             case = dataclasses.replace(case, observation=evaluate.observation_of(trained, velocity, observed))
         scored = metrics.scored_cells(velocity, fields.ocean, observed)
         errors.append(metrics.mse(evaluate.prior_of(trained, case)[0], velocity, scored))
+    if len(errors) < 2:
+        raise InputError(f"{fields.name}: {pattern} meets cells with values in {len(errors)} frames; two are needed")
     return calibration.independent_length(np.log(errors))
 
 

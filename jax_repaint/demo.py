@@ -12,12 +12,11 @@ import math
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from jax_repaint import command, evaluate, model, observe, train
-from jax_repaint.data import readers, twin
+from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, carve
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
@@ -60,7 +59,7 @@ FLAGS = flags.FLAGS
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("model", "", "Folder of a model of the twin; by default the one that comes with the package.")
+    flags.DEFINE_string("model", "", "Folder of a model; by default the one that comes with the package.")
     flags.DEFINE_string("fields", "", "File of your own; needs --train_range and --test_range.")
     flags.DEFINE_string("train_range", "", "Frames 0:250 or dates 2002-01-01/2002-09-07 of your file to train on.")
     flags.DEFINE_string("test_range", "", "Frames or dates of your file to inpaint.")
@@ -87,14 +86,13 @@ def main(_) -> None:
         if FLAGS.train_range or FLAGS.test_range:
             raise InputError("--train_range and --test_range go with --fields")
         trained = model.load(FLAGS.model or SHIPPED)
-        first, end = trained.training["parts"]["test"]
-        parts = Split(np.arange(0), np.arange(0), np.arange(first, end), 0, trained.training["decorrelation"])
+        select, parts = evaluate.held_out(trained)
         numbers = evaluate.pick(parts, FLAGS.frames, FLAGS.seed)
-        fields, block = twin.select(numbers), evaluate.block_length(parts, len(numbers))
+        fields, block = select(numbers), evaluate.block_length(parts, len(numbers))
     patterns = FLAGS.patterns or list(observe.usual(fields.ocean))
     text = evaluate.run(
         trained, fields, numbers, patterns, FLAGS.methods, out,
-        members=FLAGS.members, seed=FLAGS.seed, block=block,
+        members=FLAGS.members, seed=FLAGS.seed, block=block, inputs=evaluate.files_of(trained, FLAGS.fields or None),
     )  # fmt: skip
     print(text)
     if len(numbers) < 16:

@@ -547,6 +547,7 @@ def run(
     shown: str | None = None,
     kept: Sequence[str] = (),
     raw: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> str:
     """Inpaints, writes table.csv, details.csv, fields.nc and figure.png into `out`, and returns the table as text.
 
@@ -555,6 +556,7 @@ def run(
       shown: the method whose members go into fields.nc and the figure; by default the last one, calibrated if it is.
       kept: other methods whose members are written too, into fields_{method}.nc.
       raw: whether to leave out the row {method}_calibrated of the method that the model's calibration is for.
+      inputs: files that are read, which `out` must not replace.
     """
     check_methods(methods, members)
     patterns = list(dict.fromkeys(patterns))
@@ -566,13 +568,22 @@ def run(
             raise InputError(f"{name} is not among the methods that are run, {', '.join(methods)}")
     cases = make_cases(trained, fields, numbers, patterns, seed)
     for name in ("table.csv", "details.csv", *written.values(), "figure.png"):
-        files.check_writable(out / name)
+        files.check_writable(out / name, inputs=inputs)
     results = {}
     for name in (bar := tqdm.tqdm(methods, unit="method", disable=None)):
         bar.set_description(name)
         results[name] = run_method(name, trained, fields, cases, members, seed, chunk)
         if added and name == trained.calibration.method:
-            results[added] = calibrated(trained, fields, cases, results[name], seed, chunk)
+            if min(map(len, results[name].members)) == members:
+                results[added] = calibrated(trained, fields, cases, results[name], seed, chunk)
+            else:
+                # A calibration is for ensembles of one size.
+                logging.warning("members of %s failed; there is no row %s", name, added)
+    if added and added not in results:
+        written.pop(added, None)
+        if shown == added:
+            shown = trained.calibration.method
+            written[shown] = "fields.nc"
     rows = compare(cases, results, fields.ocean, block)
     metrics.write_csv(rows, out / "table.csv")
     metrics.write_csv(detail_rows(cases, results, fields), out / "details.csv")
@@ -599,6 +610,27 @@ def data_of(trained: Model, path: str | None) -> tuple[Fields, Split]:
             "%s is not the data that the model was trained on; its test part may not be held out", fields.name
         )
     return fields, train.split_fields(fields, data)
+
+
+def files_of(trained: Model, path: str | None) -> list[Path]:
+    """The files that `data_of` reads."""
+    path = trained.training["config"]["data"]["fields"] if path is None else path
+    return readers.files_of(path) if path else []
+
+
+def held_out(trained: Model, path: str | None = None) -> tuple[Callable[[np.ndarray], Fields], Split]:
+    """`data_of` as a function that gives frames by their numbers, and the split; of the twin it makes those alone.
+
+    Raises:
+      InputError: fields that cannot be read, or are on another grid.
+    """
+    data = trained.training["config"]["data"]
+    if path or data["fields"] or data["block_split"]:
+        fields, split = data_of(trained, path)
+        return fields.select, split
+    parts = {name: np.arange(*trained.training["parts"][name]) for name in ("train", "validation", "test")}
+    made = partial(twin.select, twin=twin.Twin(seed=data["twin_seed"]))
+    return made, Split(**parts, decorrelation=trained.training["decorrelation"])
 
 
 FLAGS = flags.FLAGS
@@ -630,7 +662,7 @@ def main(_) -> None:
     text = run(
         trained, fields.select(numbers), numbers, patterns, FLAGS.methods, out,
         members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, block=block_length(split, len(numbers)),
-        kept=FLAGS.keep, raw=FLAGS.raw,
+        kept=FLAGS.keep, raw=FLAGS.raw, inputs=files_of(trained, FLAGS.fields),
     )  # fmt: skip
     print(text)
     print(f"\nwrote {out / 'table.csv'}, {out / 'fields.nc'} and {out / 'figure.png'}")

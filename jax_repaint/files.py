@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jax_repaint.errors import InputError
@@ -13,12 +13,15 @@ from jax_repaint.errors import InputError
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path` and renames it to `path` when the block ends without error.
 
-    The temporary name keeps the suffix of `path`, because writers choose their format by it.
+    The temporary name keeps the suffix of `path`, because writers choose their format by it. A link stays one: what it
+    leads to is replaced.
 
     Raises:
-      InputError: the folder cannot be written or the disk is full; nothing is left behind.
+      InputError: the folder cannot be written, `path` is a device or a pipe, or the disk is full; nothing is left
+        behind.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    _check_regular(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
@@ -41,12 +44,12 @@ def replace_folder(new: Path, folder: Path, old: Path) -> None:
 
     A folder cannot be replaced in one step; the old one comes back if the new one does not arrive.
     """
-    if folder.exists():
-        os.replace(folder, old)
     try:
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(new, folder)
     except BaseException:
-        if old.exists():
+        if old.exists() and not folder.exists():
             os.rename(old, folder)
         raise
 
@@ -58,17 +61,30 @@ def publish(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def check_writable(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> None:
+def _check_regular(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"cannot write {path}: it is no regular file")
+
+
+def check_writable(
+    path: str | os.PathLike, suffixes: tuple[str, ...] = (), inputs: Sequence[str | os.PathLike] = ()
+) -> None:
     """Before long work: whether `path` has a known suffix and its folder takes files; creates the folder.
 
+    Args:
+      inputs: files that are read, of which `path` must be none.
+
     Raises:
-      InputError: it has not, or does not.
+      InputError: it has not, or does not, or `path` is one of `inputs`, which would be lost.
     """
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise InputError(f"cannot write {path}: the suffix must be one of {', '.join(suffixes)}")
     if path.is_dir() and path.suffix != ".zarr":
         raise InputError(f"cannot write {path}: it is a folder")
+    _check_regular(path)
+    if path.exists() and any(os.path.exists(one) and path.samefile(one) for one in inputs):
+        raise InputError(f"{path} is a file that this command reads, and would be lost; give --out another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

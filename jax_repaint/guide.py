@@ -141,6 +141,17 @@ def kalman_gains(
     Raises:
       InputError: a level is not positive, or memory does not hold that many observations.
     """
+    gain = exact_gains(gaussian, observation, sigma, correlation)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gain)
+
+
+def exact_gains(
+    gaussian: PrincipalGaussian, observation: Observation, sigma: np.ndarray, correlation: float | np.ndarray = 0.0
+) -> Gain:
+    """`kalman_gains` in float64, on the host.
+
+    Rows that see the same cells precisely have an S^-1 whose large entries cancel in A^T S^-1, beyond float32.
+    """
     sigma = np.atleast_1d(np.asarray(sigma, np.float64))
     _check_memory(observation, gaussian, len(sigma))
     variance, rest, direction, ocean, weights, noise = (
@@ -169,7 +180,7 @@ def kalman_gains(
         inverse = scipy.linalg.cho_solve(scipy.linalg.cho_factor(s, lower=True), np.eye(size))
         inverses.append(inverse.reshape(rows, components, rows, components))
         alongs.append((excess[:, None] * (leading.T @ inverse)).reshape(variance.size, rows, components))
-    return Gain(jnp.asarray(np.stack(inverses), jnp.float32), jnp.asarray(np.stack(alongs), jnp.float32))
+    return Gain(np.stack(inverses), np.stack(alongs))
 
 
 def _check_memory(observation: Observation, gaussian: PrincipalGaussian, levels: int) -> None:

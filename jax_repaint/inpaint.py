@@ -426,6 +426,8 @@ def main(_) -> None:
     if FLAGS.cache:
         jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if FLAGS.export and (FLAGS.observations or FLAGS.out):
+        raise InputError("--export writes a program and takes no --observations and --out")
     if FLAGS.export:
         from jax_repaint import export
 
@@ -434,9 +436,7 @@ def main(_) -> None:
         return
     if not (FLAGS.observations and FLAGS.out):
         raise InputError("--observations=FILE and --out=FILE.nc are needed (or --export=FOLDER)")
-    files.check_writable(FLAGS.out, (".nc",))
-    if Path(FLAGS.out).exists() and Path(FLAGS.observations).exists() and Path(FLAGS.out).samefile(FLAGS.observations):
-        raise InputError(f"--out={FLAGS.out} is the file of the observations, which would be lost; give another")
+    files.check_writable(FLAGS.out, (".nc",), inputs=readers.files_of(FLAGS.observations))
     columns = {key: getattr(FLAGS, f"{key}_name") for key in ("lat", "lon", "u", "v", "sigma", "time")}
     fields = inpaint(
         jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,

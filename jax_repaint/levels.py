@@ -142,8 +142,8 @@ def load_together(folders: Sequence[str]) -> dict[str, Model]:
     models = {folder: model.load(folder) for folder in folders}
     first = next(iter(models.values()))
     for folder, other in models.items():
-        if other.training["fingerprint"] != first.training["fingerprint"]:
-            raise InputError(f"{folder} was trained on other data than {folders[0]}: their errors do not compare")
+        if not model.same_parts(first, other):
+            raise InputError(f"{folder} was trained on other frames than {folders[0]}: their errors do not compare")
     return models
 
 

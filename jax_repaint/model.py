@@ -107,18 +107,25 @@ class Model:
 
     def check_grid(self, fields: Fields) -> None:
         """Raises InputError unless the fields are on this model's grid."""
-        same = (
-            fields.ocean.shape == self.ocean.shape
-            and (fields.ocean == self.ocean).all()
-            # Ten metres: coordinates in float32 are off by less.
-            and np.allclose(_places(fields.lat, fields.lon), _places(self.lat, self.lon), rtol=0, atol=1e-4)
-        )
+        same = fields.ocean.shape == self.ocean.shape and (fields.ocean == self.ocean).all()
+        if same:
+            lat, lon = _places(fields.lat, fields.lon) - _places(self.lat, self.lon)
+            # The same meridian may be written as -65 or 295. Ten metres: coordinates in float32 are off by less.
+            apart = np.abs([lat, (lon + 180) % 360 - 180])
+            same = bool((apart <= 1e-4).all())
         if not same:
             raise InputError(
                 f"the model was trained on another grid: {self.ocean.shape} with {self.ocean.sum()} ocean cells from "
                 f"{self.lat.min():.4f} N {self.lon.min():.4f} E; {fields.name} is {fields.ocean.shape} with "
                 f"{fields.ocean.sum()} ocean cells from {fields.lat.min():.4f} N {fields.lon.min():.4f} E"
             )
+
+
+def same_parts(one: Model, other: Model) -> bool:
+    """Whether both were trained on the same frames of the same data, and the same ones were held out."""
+    first, second = one.training, other.training
+    blocks = [text["config"]["data"].get("block_split", False) for text in (first, second)]
+    return all(first[key] == second[key] for key in ("fingerprint", "parts")) and blocks[0] == blocks[1]
 
 
 def _places(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:

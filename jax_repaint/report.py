@@ -364,10 +364,17 @@ class Ensembles:
             about={name: str(data.attrs.get(name, "")) for name in ("title", "history")},
         )
 
+    def ensemble(self, pattern: int, frame: int) -> np.ndarray:
+        """The members (M, y, x, 2) that did not fail; the file has gaps in the place of the others."""
+        members = self.members[pattern, frame]
+        whole = np.isfinite(members[:, self.ocean]).all((1, 2))
+        return members[whole] if whole.any() else members
+
     @property
     def mean(self) -> np.ndarray:
         """(pattern, time, y, x, 2)."""
-        return self.members.mean(2)
+        patterns, times = self.members.shape[:2]
+        return np.stack([np.stack([self.ensemble(p, t).mean(0) for t in range(times)]) for p in range(patterns)])
 
     @property
     def is_ensemble(self) -> bool:
@@ -379,9 +386,11 @@ class Ensembles:
         return metrics.scored_cells(self.truth[pattern, frame], self.ocean, self.observed[pattern, frame])
 
     def cases(self, pattern: int) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-        """Number, and (truth, members, scored), of every frame."""
-        for frame in range(len(self.when)):
-            yield frame, (self.truth[pattern, frame], self.members[pattern, frame], self.scored(pattern, frame))
+        """Number, and (truth, members, scored), of every frame; of as many members as every frame has, as in tables."""
+        ensembles = [self.ensemble(pattern, frame) for frame in range(len(self.when))]
+        size = min(map(len, ensembles))
+        for frame, members in enumerate(ensembles):
+            yield frame, (self.truth[pattern, frame], members[:size], self.scored(pattern, frame))
 
 
 def evaluation_body(workdir: Path, frames: int, members: int) -> list[str]:
@@ -682,7 +691,7 @@ def viewer_data(made: Sequence[Ensembles], frames: int, members: int) -> dict:
 
     def case(one: Ensembles, pattern: int, frame: int) -> dict:
         truth, scored = one.truth[pattern, frame], one.scored(pattern, frame)
-        ensemble = one.members[pattern, frame]
+        ensemble = one.ensemble(pattern, frame)
         alone = [] if len(ensemble) == 1 else list(ensemble[:members])
         estimates = [ensemble.mean(0), *alone]
         spread = one.spread[pattern, frame] if one.is_ensemble else None

@@ -15,7 +15,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jax_repaint import evaluate, metrics, model, observe, results
-from jax_repaint.data import twin
 from jax_repaint.data.fields import Fields, Split, pad
 from jax_repaint.demo import SHIPPED
 from jax_repaint.errors import InputError
@@ -145,11 +144,12 @@ def open_study(config: ConfigDict) -> Study:
     models = {folder: model.load(folder or SHIPPED) for folder in dict.fromkeys(p.model for p in points)}
     programs = [make_program(point, models[point.model]) for point in points]
     first = next(iter(models.values()))
-    fields, split = _series(first, config)
+    _check_parts(models)
+    select, split = evaluate.held_out(first, config.fields or None)
     kinds = dict.fromkeys(point.consecutive for point in points)
     frames = {kind: _frames(split, config, kind) for kind in kinds}
     numbers = np.unique(np.concatenate(list(frames.values())))
-    chosen = fields.select(numbers) if fields is not None else twin.select(numbers, _twin(first))
+    chosen = select(numbers)
     for one in models.values():
         one.check_grid(chosen)
     part = dataclasses.replace(split, test=getattr(split, config.part))
@@ -180,17 +180,15 @@ def _check(config: ConfigDict) -> None:
         raise InputError(f"sizes must be from 1 and below members ({config.members}), got {config.sizes}")
 
 
-def _twin(trained: Model) -> twin.Twin:
-    return twin.Twin(seed=trained.training["config"]["data"]["twin_seed"])
-
-
-def _series(trained: Model, config: ConfigDict) -> tuple[Fields | None, Split]:
-    """Fields and their split; no fields where the twin can make single frames."""
-    data = trained.training["config"]["data"]
-    if config.fields or data["fields"] or data["block_split"]:
-        return evaluate.data_of(trained, config.fields or None)
-    parts = {name: np.arange(*trained.training["parts"][name]) for name in ("train", "validation", "test")}
-    return None, Split(**parts, decorrelation=trained.training["decorrelation"])
+def _check_parts(models: Mapping[str, Model]) -> None:
+    """Raises InputError unless what is held out for one model is so for all."""
+    (name, first), *others = models.items()
+    for folder, one in others:
+        if not model.same_parts(first, one):
+            raise InputError(
+                f"{folder or SHIPPED} was trained on other frames than {name or SHIPPED}: what is held out for one may "
+                "be training data of the other"
+            )
 
 
 def _frames(split: Split, config: ConfigDict, consecutive: bool) -> np.ndarray:

@@ -15,7 +15,7 @@ import tiny
 import xarray as xr
 from scipy import optimize, signal, special
 
-from jax_repaint import calibrate, calibration, evaluate, guide, metrics, model
+from jax_repaint import calibrate, calibration, evaluate, guide, metrics, model, report
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
@@ -553,6 +553,31 @@ def test_the_table_has_the_raw_and_the_calibrated_row(trained, data, learnt, tmp
     for without in (table(ready, raw=True), table(trained)):
         pd.testing.assert_frame_equal(without[1].drop(columns="seconds"), rows.iloc[:2].drop(columns="seconds"))
     assert list(table(ready, members=5)[1].index) == ["linear", "linear_samples"]
+
+
+def test_failed_members_leave_out_the_calibrated_row(trained, data, learnt, tmp_path, monkeypatch, caplog):
+    """Rows and files of all methods are there, with the members that are left; the report reads them."""
+    numbers, sampled = np.arange(40, 43), evaluate.run_method
+
+    def failing(*arguments):
+        made = sampled(*arguments)
+        if arguments[0] == "linear_samples":
+            made = dataclasses.replace(made, members=[*made.members[:-1], made.members[-1][:-1]])
+        return made
+
+    monkeypatch.setattr(evaluate, "run_method", failing)
+    evaluate.run(
+        dataclasses.replace(trained, calibration=learnt), data.select(numbers), numbers, ["line:4"],
+        ["linear", "linear_samples"], tmp_path, members=6, seed=1,
+    )  # fmt: skip
+    assert list(pd.read_csv(tmp_path / "table.csv")["method"]) == ["linear", "linear_samples"]
+    assert "there is no row linear_samples_calibrated" in caplog.text
+    read = report.Ensembles.read(tmp_path / "fields.nc")
+    assert read.method == "linear_samples"
+    assert [len(read.ensemble(0, frame)) for frame in range(3)] == [6, 6, 5]
+    ocean = data.ocean
+    np.testing.assert_allclose(read.mean[0, 2][ocean], read.members[0, 2, :5].mean(0)[ocean], rtol=1e-6)
+    assert "linear_samples" in report.build(tmp_path)
 
 
 def test_the_table_takes_intervals_from_the_calibration(trained, data, learnt):

@@ -13,6 +13,7 @@ import xarray as xr
 from matplotlib import image
 
 from jax_repaint import evaluate, guide, metrics
+from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, Standardiser
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
@@ -328,6 +329,19 @@ def test_mistakes_are_found_before_the_work(trained, fields, tmp_path, monkeypat
     patterns, methods = asked.pop("patterns"), asked.pop("methods")
     with pytest.raises(InputError, match=message):
         evaluate.run(trained, fields, NUMBERS, patterns, methods, tmp_path, **asked)
+
+
+def test_results_do_not_replace_what_is_read(trained, fields, tmp_path):
+    path = tmp_path / "fields.nc"
+    readers.write(fields, path)
+    content = path.read_bytes()
+    made = dataclasses.replace(trained, training={"config": {"data": {"fields": str(tmp_path / "*.nc")}}})
+    for given in (str(path), None):
+        with pytest.raises(InputError, match="is a file that this command reads, and would be lost"):
+            evaluate.run(
+                made, fields, NUMBERS, PATTERNS, ["linear"], tmp_path, inputs=evaluate.files_of(made, given)
+            )  # fmt: skip
+    assert path.read_bytes() == content
 
 
 def test_results_need_a_folder(trained, fields, tmp_path):

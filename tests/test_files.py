@@ -12,7 +12,7 @@ import tiny
 from jax_repaint import command, model
 from jax_repaint.data import readers
 from jax_repaint.errors import InputError
-from jax_repaint.files import cache_folder, check_writable, whole_file
+from jax_repaint.files import cache_folder, check_writable, replace_folder, whole_file
 
 
 def test_a_file_appears_whole_with_the_rights_of_the_user(tmp_path):
@@ -80,6 +80,41 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         write(tmp_path / "result.nc")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "result.nc"]
+
+
+def test_a_link_stays_and_a_pipe_is_refused(tmp_path):
+    (tmp_path / "old.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "old.txt")
+    with whole_file(tmp_path / "link.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "old.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(InputError, match="no regular file"), whole_file(tmp_path / "pipe.txt"):
+        pass
+    with pytest.raises(InputError, match="no regular file"):
+        check_writable(tmp_path / "pipe.txt")
+    assert (tmp_path / "pipe.txt").is_fifo()
+
+
+def test_what_is_read_is_not_replaced(tmp_path):
+    (tmp_path / "data.nc").write_text("data")
+    (tmp_path / "link.nc").symlink_to("data.nc")
+    inputs = [tmp_path / "gone.nc", tmp_path / "data.nc"]
+    for path in (tmp_path / "data.nc", tmp_path / "link.nc", tmp_path / "." / "data.nc"):
+        with pytest.raises(InputError, match="is a file that this command reads, and would be lost"):
+            check_writable(path, (".nc",), inputs)
+    check_writable(tmp_path / "gone.nc", (".nc",), inputs)
+
+
+def test_a_folder_comes_back_if_the_new_one_does_not_arrive(tmp_path):
+    folder, old = tmp_path / "model", tmp_path / "old"
+    folder.mkdir()
+    (folder / "weights").write_text("first")
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "nowhere", folder, old)
+    assert (folder / "weights").read_text() == "first"
+    assert not old.exists()
 
 
 def test_check_writable_wants_a_known_suffix_and_leaves_nothing(tmp_path):

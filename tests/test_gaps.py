@@ -449,6 +449,17 @@ def test_a_calibration_is_learnt_from_present_cells(trained):
     frames = data.select(numbers)
     block = calibrate.block_length(made, frames, "line:5")
     assert 1 <= block < len(frames)
+    # A frame whose gap takes the whole pattern says nothing of the errors, and stops nothing.
+    hidden = frames.velocity.copy()
+    drawn = observe.parse("line:5", data.ocean, observe.pattern_rng(0, 0))
+    hidden[[0, 3]] = np.where(drawn[..., None], np.nan, hidden[[0, 3]])
+    fewer = Fields.create(hidden, data.lat, data.lon, frames.time, data.ocean, "gappy")
+    kept = frames.select([i for i in range(len(frames)) if i not in (0, 3)])
+    assert calibrate.block_length(made, fewer, "line:5") == calibrate.block_length(made, kept, "line:5")
+    nothing = Fields.create(np.where(drawn[..., None], np.nan, frames.velocity), data.lat, data.lon, frames.time,
+                            data.ocean, "gappy")  # fmt: skip
+    with pytest.raises(InputError, match="line:5 meets cells with values in 0 frames; two are needed"):
+        calibrate.block_length(made, nothing, "line:5")
     learnt = calibrate.learn(made, frames, numbers, ["line:5"], "linear_samples", block=block, members=4)
     (case,) = evaluate.make_cases(made, frames.select([0]), numbers[:1], ["line:5"])
     mean, variance = evaluate.prior_of(made, case)

@@ -577,6 +577,10 @@ def test_a_mistake_is_a_sentence(mistake, tmp_path):
         ({"columns": {"u": "speed"}}, "no column 'speed'; it has lat, lon, u, v"),
         ({"columns": {"w": "w"}}, "not to 'w'"),
         ({"time": "noon"}, "'noon' is not a date"),
+        ({"time": "now"}, "'now' is not a date"),
+        ({"time": "12:00"}, "'12:00' is not a date"),
+        ({"time": "04/01/2020"}, "'04/01/2020' is not a date"),
+        ({"time": 20200104}, "20200104 is not a date"),
         ({"step": "1h"}, "goes with a column of times"),
         ({"sigma": 0.0}, "must be positive"),
     ],
@@ -584,6 +588,14 @@ def test_a_mistake_is_a_sentence(mistake, tmp_path):
 def test_a_wrong_option_is_a_sentence(options, message):
     with pytest.raises(InputError, match=message):
         collect(at(), GRID, **options)
+
+
+def test_an_error_that_is_named_goes_before_those_that_are_found():
+    points = at(sigma_u=0.5, sigma_v=0.5, mine=0.01)
+    for columns, expected in ((None, 0.5), ({"sigma": "mine"}, 0.01)):
+        (observed,) = collect(points, GRID, columns=columns)
+        valid = np.asarray(observed.observation.valid)
+        np.testing.assert_allclose(np.asarray(observed.observation.sigma)[valid], expected)
 
 
 def test_values_unlike_any_current_of_the_training_are_warned_of(trained, caplog):
@@ -597,6 +609,9 @@ def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
     times = table(4, time="2020-01-01")
     with pytest.raises(InputError, match="not a fixed duration"):
         collect(times, GRID, step="often")
+    for step in ("0h", "-1h", "1MS"):
+        with pytest.raises(InputError, match="not a fixed duration"):
+            collect(times, GRID, step=step)
     with pytest.raises(InputError, match="goes with tables"):
         collect(gappy(), GRID, step="1h")
     shifted = Fields.create(tiny.fields().velocity, GRID.lat + 0.01, GRID.lon, tiny.fields().time)
@@ -646,8 +661,10 @@ def options(**changes):
         ({"observations": None}, "are needed"),
         ({"model": "nowhere"}, "no model in nowhere"),
         ({"observations": "nowhere.csv"}, "nowhere.csv"),
-        ({"out": "link.nc"}, r"is the file of the observations"),
-        ({"export": "vehicle", "members": 2}, "antithetic pairs, two of them"),
+        ({"out": "link.nc"}, r"link.nc is a file that this command reads"),
+        ({"out": "link.nc", "observations": "tr*.csv"}, r"link.nc is a file that this command reads"),
+        ({"export": "vehicle"}, "takes no --observations"),
+        ({"export": "vehicle", "members": 2, "observations": None, "out": None}, "antithetic pairs, two of them"),
     ],
 )
 def test_mistakes_of_the_command_write_nothing(trained, tmp_path, monkeypatch, changes, message):

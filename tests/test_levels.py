@@ -84,14 +84,15 @@ def test_models_are_compared_with_the_first_on_the_same_noise(trained, drawn):
         assert errors["first"][0, level, 1] == errors["again"][0, level, 1]
 
 
-def test_only_models_of_the_same_data_are_compared(trained, tmp_path):
+@pytest.mark.parametrize("changes", [{"fingerprint": "b"}, {"parts": {"train": [0, 10], "test": [20, 30]}}])
+def test_only_models_of_the_same_frames_are_compared(trained, tmp_path, changes):
     made = dataclasses.replace(trained, training=trained.training | {"fingerprint": "a"})
-    other = dataclasses.replace(trained, training=trained.training | {"fingerprint": "b"})
+    other = dataclasses.replace(made, training=made.training | changes)
     folders = [str(tmp_path / name) for name in ("one", "two", "three")]
     for folder, one in zip(folders, (made, made, other), strict=True):
         model.save(one, folder)
     assert list(levels.load_together(folders[:2])) == folders[:2]
-    with pytest.raises(InputError, match=r"three was trained on other data than .*one: their errors do not compare"):
+    with pytest.raises(InputError, match=r"three was trained on other frames than .*one: their errors do not compare"):
         levels.load_together(folders)
     for wrong, said in (([], "none"), ([folders[0]] * 2, "one, .*one")):
         with pytest.raises(InputError, match=rf"different models are needed, got .*{said}"):

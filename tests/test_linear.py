@@ -261,3 +261,22 @@ def test_an_analysis_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 10_000)
     with pytest.raises(InputError, match=r"does not fit into the memory: it needs .* take fewer frames"):
         linear.analysis(made.gaussian, observation)
+
+
+@pytest.mark.parametrize("sigma", [1e-2, 1e-4, 1e-5])
+def test_many_precise_rows_of_one_cell(gaussian, sigma):
+    """Forty rows in one cell are one of an error sqrt(40) times smaller, however large the entries of S^-1."""
+    observed = np.zeros(SHAPE, bool)
+    observed[5, 4] = True
+    rng = np.random.default_rng(0)
+    values = 0.7 + sigma * rng.normal(size=(40, 2))
+    once = observe.from_cells(observed, np.full((*SHAPE, 2), 0.7), sigma / np.sqrt(40), OCEAN)
+    cells, weights = (np.repeat(np.asarray(leaf[:1]), 40, 0) for leaf in (once.cells, once.weights))
+    many = observe.from_weights(cells, weights, values, np.full((40, 2), sigma))
+    # Padded rows of both have no value.
+    single = jnp.zeros_like(once.values).at[0].set(values.mean(0))
+    expected = linear.analysis(gaussian, once).mean(single)
+    np.testing.assert_allclose(linear.analysis(gaussian, many).mean(many.values), expected, atol=5e-5)
+    np.testing.assert_allclose(
+        linear.estimate(gaussian, many, np.asarray(many.values)[None])[0], np.asarray(expected), atol=5e-5
+    )

@@ -188,8 +188,11 @@ def test_fields_on_another_grid_are_refused(trained):
     for other in others[:-1]:
         with pytest.raises(InputError, match="another grid"):
             trained.check_grid(other)
-    # The same places written as a curvilinear grid.
+    # The same places written as a curvilinear grid, and from 0 to 360.
     trained.check_grid(others[-1])
+    trained.check_grid(Fields.create(data.velocity, data.lat, data.lon + 360, data.time))
+    with pytest.raises(InputError, match="another grid"):
+        trained.check_grid(Fields.create(data.velocity, data.lat, data.lon + 359.999, data.time))
 
 
 def test_the_fingerprint_names_all_that_samples_depend_on(trained):

@@ -615,6 +615,17 @@ def test_mistakes_are_named(folder, points, changes, message):
         open_study(config)
 
 
+def test_models_of_other_frames_are_not_compared(folder, tmp_path):
+    """What is held out for one of them would be training data of the other."""
+    trained = model.load(folder / "model")
+    moved = trained.training | {"parts": trained.training["parts"] | {"train": [20, 60], "test": [0, 10]}}
+    model.save(dataclasses.replace(trained, training=moved), tmp_path / "moved")
+    config = make_config(folder)
+    config.points = default_config(lambda add: [add(), add(model=str(tmp_path / "moved"))]).points
+    with pytest.raises(InputError, match="moved was trained on other frames than"):
+        open_study(config)
+
+
 def test_points_say_what_differs(folder):
     points = read_points(make_config(folder))
     assert points[1].label == "two_stage noise_floor=0.7"

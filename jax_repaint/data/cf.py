@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from jax_repaint.data import vertical
 from jax_repaint.data.positions import Component, place
-from jax_repaint.data.source import Choice, Raw, Source, attribute, dims_of, door
+from jax_repaint.data.source import Choice, Raw, Source, attribute, dims_of, door, instant
 from jax_repaint.errors import InputError
 
 PAIRS = (
@@ -466,8 +465,8 @@ def _time_elsewhere(x: xr.DataArray, choice: Choice, source: Source) -> np.datet
 
 def _date(text: str, source: Source) -> np.datetime64:
     try:
-        return np.datetime64(pd.to_datetime(text, utc=True).tz_localize(None), "ns")
-    except (ValueError, TypeError, OverflowError) as e:
+        return instant(text)
+    except ValueError as e:
         raise source.error(f"the time {text!r} is no date such as 2000-01-01 or 2000-01-01T12:00") from e
 
 

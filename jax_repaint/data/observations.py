@@ -21,6 +21,7 @@ from jax_repaint import observe
 from jax_repaint.data import readers
 from jax_repaint.data.cf import unpack_limits
 from jax_repaint.data.fields import Fields, unmasked
+from jax_repaint.data.source import instant
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
 
@@ -120,12 +121,9 @@ def _check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
 
 def _one_time(time: str | np.datetime64) -> np.datetime64:
     try:
-        parsed = pd.to_datetime(time, utc=True).tz_localize(None).to_datetime64().astype("datetime64[ns]")
-    except (ValueError, TypeError, OverflowError) as e:
+        return instant(time)
+    except ValueError as e:
         raise InputError(f"time {time!r} is not a date such as 2020-01-04T12:00") from e
-    if np.isnat(parsed):
-        raise InputError(f"time {time!r} is not a date such as 2020-01-04T12:00")
-    return parsed
 
 
 def _is_pair(source: Any) -> bool:
@@ -222,6 +220,8 @@ def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
     if step is None:
         return times.to_numpy()
     try:
+        if pd.tseries.frequencies.to_offset(step).nanos <= 0:
+            raise ValueError
         return times.dt.round(step).to_numpy()
     except ValueError as e:
         raise InputError(f"step {step!r} is not a fixed duration such as 1h or 30min") from e
@@ -244,7 +244,8 @@ def _from_table(
     if table.empty:
         raise InputError(f"no observation: {name} has no row")
     lat, lon, u, v = (_numbers(table[found[key]], name) for key in NEEDED)
-    if "sigma_u" in found:
+    # A column that was named goes before those that are found.
+    if "sigma_u" in found and "sigma" not in columns:
         errors = np.stack([_numbers(table[found[key]], name) for key in ("sigma_u", "sigma_v")], -1)
     elif "sigma" in found:
         errors = np.repeat(_numbers(table[found["sigma"]], name)[:, None], 2, 1)

@@ -82,8 +82,8 @@ def understand(
     Raises:
       InputError: as `read`.
     """
-    paths = _files(path)
-    v_paths = [None] * len(paths) if v_path is None else _files(v_path)
+    paths = files_of(path)
+    v_paths = [None] * len(paths) if v_path is None else files_of(v_path)
     source = Source(name or paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
     if len(v_paths) != len(paths):
         raise source.error(f"{len(paths)} files hold u, but {len(v_paths)} files hold v")
@@ -104,10 +104,10 @@ def understand(
         source.say()
 
 
-def _files(path: Paths) -> list[Path]:
+def files_of(path: Paths) -> list[Path]:
     """The files of a path, a pattern, or a list of them."""
     if not isinstance(path, str | os.PathLike):
-        files = [file for one in path for file in _files(one)]
+        files = [file for one in path for file in files_of(one)]
         if not files:
             raise InputError("no file to read: the list is empty")
         return files

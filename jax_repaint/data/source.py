@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from absl import logging
 
@@ -16,6 +17,24 @@ from jax_repaint.errors import InputError
 
 LONGEST = 200  # characters of a library's own message; some quote the file
 TOO_FAST = 50.0  # m/s; no current, but an undeclared fill value
+
+
+def instant(time: str | np.datetime64) -> np.datetime64:
+    """A date as ISO 8601 writes it, in UTC where it has no zone; datetime64[ns].
+
+    Raises:
+      ValueError: a number, `now`, or a text that is no such date; which of 04/01/2020 is the month nobody can tell.
+    """
+    if isinstance(time, int | float | np.number) or (isinstance(time, str) and not time.strip()[:1].isdigit()):
+        raise ValueError(time)
+    try:
+        parsed = pd.to_datetime(time, utc=True, format="ISO8601" if isinstance(time, str) else None)
+        parsed = parsed.tz_localize(None).to_datetime64().astype("datetime64[ns]")
+    except (TypeError, OverflowError, AttributeError) as e:
+        raise ValueError(time) from e
+    if np.isnat(parsed):
+        raise ValueError(time)
+    return parsed
 
 
 @dataclasses.dataclass(frozen=True)

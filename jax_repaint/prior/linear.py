@@ -278,20 +278,23 @@ def analysis(gaussian: PrincipalGaussian, observation: Observation) -> Analysis:
             f"the memory: it needs {needed / 1e9:.2g} GB and {free / 1e9:.2g} are free; take fewer frames or patterns "
             "at a time"
         )
-    gain = guide.kalman_gains(gaussian, observation, np.array([np.inf]))
-    inverse, along = np.asarray(gain.inverse[0], np.float64), np.asarray(gain.along[0], np.float64)
+    gain = guide.exact_gains(gaussian, observation, np.array([np.inf]))
+    inverse, along = gain.inverse[0], gain.along[0]
     direction, ocean = np.asarray(gaussian.direction), np.asarray(gaussian.ocean)
     grid, components = ocean.shape[:2], direction.shape[-1]
     rows, rest = observation.size, float(gaussian.rest)
-    seen = np.zeros((rows, ocean.size), np.float32)
-    np.add.at(seen, (np.arange(rows)[:, None], np.asarray(observation.cells)), np.asarray(observation.weights))
+    seen = np.zeros((rows, ocean.size))
+    weights = np.asarray(observation.weights, np.float64)
+    np.add.at(seen, (np.arange(rows)[:, None], np.asarray(observation.cells)), weights)
     seen *= ocean.reshape(1, -1)
+    used = np.flatnonzero(seen.any(0))
 
     def with_rest(of_rows: np.ndarray, of_directions: np.ndarray) -> np.ndarray:
         """rest A^T of_rows + E of_directions as (cells, c, m c)."""
         leading = np.tensordot(direction.reshape(len(direction), -1), of_directions.astype(np.float32), (0, 0))
-        scattered = rest * np.tensordot(seen, of_rows.astype(np.float32), (0, 0))
-        return (leading + scattered.reshape(leading.shape)).reshape(*grid, components, rows, components)
+        gains = leading.reshape(ocean.size, components, rows, components)
+        gains[used] += (rest * np.tensordot(seen[:, used], of_rows, (0, 0))).astype(np.float32)
+        return gains.reshape(*grid, components, rows, components)
 
     gains = with_rest(inverse, along)
     same = np.eye(rows * components).reshape((rows, components) * 2)
@@ -310,15 +313,17 @@ def analysis(gaussian: PrincipalGaussian, observation: Observation) -> Analysis:
 
 def estimate(gaussian: PrincipalGaussian, observation: Observation, values: np.ndarray) -> np.ndarray:
     """Posterior means (n, y, x, c) of n frames that share a pattern, from values (n, m, c), without the gain itself."""
-    gain = guide.kalman_gains(gaussian, observation, np.array([np.inf]))
-    known = guide.Evidence(gaussian.ocean, observation, gaussian=gaussian, gain=gain)
+    gain = guide.exact_gains(gaussian, observation, np.array([np.inf]))
     mean = gaussian.mean
     misfit = (values - np.asarray(observation.apply(mean))) * np.asarray(observation.valid)[:, None]
     along = np.einsum("rmc,nmc->nr", gain.along[0], misfit)
     weighed = np.einsum("mcpd,npd->nmc", gain.inverse[0], misfit)
     leading = np.tensordot(along, np.asarray(gaussian.direction), 1)
-    scattered = np.stack([np.asarray(known.spread(jnp.asarray(w, jnp.float32))) for w in weighed])
-    return np.asarray(mean) + leading + float(gaussian.rest) * scattered
+    ocean, weights = np.asarray(gaussian.ocean), np.asarray(observation.weights, np.float64)
+    scattered = np.zeros((len(weighed), ocean.size, weighed.shape[-1]))
+    np.add.at(scattered, (slice(None), np.asarray(observation.cells)), weights[..., None] * weighed[:, :, None])
+    found = np.asarray(mean) + leading + float(gaussian.rest) * scattered.reshape(leading.shape) * ocean
+    return found.astype(np.float32)
 
 
 def select(
