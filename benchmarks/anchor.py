@@ -28,11 +28,11 @@ FORMS = ("network", "anchored", "axes")
 class ByAxes(PrincipalGaussian):
     """The Gaussian with its products over several axes."""
 
-    def project(self, field: Field) -> Float[Array, "r"]:
+    def project(self, field: Field) -> Float[Array, " r"]:
         """<e_i, field>."""
         return jnp.einsum("ryxc,yxc->r", self.direction, field, precision=jax.lax.Precision.HIGHEST)
 
-    def combine(self, amplitude: Float[Array, "r"]) -> Field:
+    def combine(self, amplitude: Float[Array, " r"]) -> Field:
         """sum_i a_i e_i."""
         return jnp.einsum("r,ryxc->yxc", amplitude, self.direction, precision=jax.lax.Precision.HIGHEST)
 

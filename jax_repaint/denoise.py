@@ -107,7 +107,7 @@ class PrincipalGaussian:
 
     mean: Field
     direction: Float[Array, "r y x c"]
-    variance: Float[Array, "r"]
+    variance: Float[Array, " r"]
     rest: Level
     ocean: Float[Array, "y x 1"]
 
@@ -120,11 +120,11 @@ class PrincipalGaussian:
 
     # Products of matrices: of more axes than two XLA makes slow loops on a CPU inside of lax.scan, where samplers are.
 
-    def project(self, field: Field) -> Float[Array, "r"]:
+    def project(self, field: Field) -> Float[Array, " r"]:
         """<e_i, field>, the amplitudes of a field along the directions."""
         return jnp.matmul(self._matrix, field.ravel(), precision=jax.lax.Precision.HIGHEST)
 
-    def combine(self, amplitude: Float[Array, "r"]) -> Field:
+    def combine(self, amplitude: Float[Array, " r"]) -> Field:
         """sum_i a_i e_i, the field (y, x, c) of amplitudes along the directions."""
         field = jnp.matmul(amplitude, self._matrix, precision=jax.lax.Precision.HIGHEST)
         return field.reshape(self.direction.shape[1:])
@@ -168,7 +168,7 @@ class Regimes:
       gaussian: every leaf with a leading axis K.
     """
 
-    weight: Float[Array, "K"]
+    weight: Float[Array, " K"]
     gaussian: PrincipalGaussian
 
     def each(self) -> list[PrincipalGaussian]:

@@ -30,7 +30,7 @@ def member_keys(seed: int, frames: Sequence[int], members: Sequence[int]) -> Key
 
 
 @jax.jit
-def _member_keys(root: Key, frames: Int[Array, "f"], members: Int[Array, "m"]) -> Key:
+def _member_keys(root: Key, frames: Int[Array, " f"], members: Int[Array, " m"]) -> Key:
     def one(frame: Int[Array, ""], member: Int[Array, ""]) -> Key:
         return jax.random.fold_in(jax.random.fold_in(root, frame), member)
 
@@ -87,8 +87,8 @@ def in_chunks(
 
 @jax.jit
 def repaint_rows(
-    rows: Int[Array, "k"],
-    per_row: tuple[Key, tuple[Repaint, ...], Float[Array, "k"]],
+    rows: Int[Array, " k"],
+    per_row: tuple[Key, tuple[Repaint, ...], Float[Array, " k"]],
     denoiser: Denoiser,
     known: Known,
     schedule: Schedule,
@@ -255,8 +255,8 @@ def survivors(
 
 @jax.jit
 def posterior_rows(
-    rows: Int[Array, "k"],
-    per_row: tuple[Key, Float[Array, "k"]],
+    rows: Int[Array, " k"],
+    per_row: tuple[Key, Float[Array, " k"]],
     denoiser: Denoiser,
     evidence: guide.Evidence,
     gaussian: PrincipalGaussian,
@@ -300,8 +300,8 @@ OWN_BYTES = 2**30
 
 @jax.jit
 def posterior_frames(
-    rows: Int[Array, "k"],
-    per_row: tuple[Key, Float[Array, "k"]],
+    rows: Int[Array, " k"],
+    per_row: tuple[Key, Float[Array, " k"]],
     denoiser: Denoiser,
     evidence: guide.Evidence,
     gaussian: PrincipalGaussian,

@@ -14,6 +14,7 @@ method that the model is calibrated for has two rows, as it is and calibrated; -
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 
 from jax_repaint import command, details, device, files, metrics, model, observe, plots, sample, train
 from jax_repaint.calibration import Gate
-from jax_repaint.data import readers
+from jax_repaint.data import readers, twin
 from jax_repaint.data.fields import Fields, Split, crop
 from jax_repaint.ensemble import (
     frame_batches,

@@ -39,7 +39,7 @@ OVER_FIRST = ("over_first", "first_lo", "first_hi")
 def _errors(
     denoiser: Denoiser,
     gaussian: PrincipalGaussian,
-    sigmas: Float[Array, "n"],
+    sigmas: Float[Array, " n"],
     x0: Field,
     scored: Float[Array, "y x 1"],
     evidence: guide.Evidence,

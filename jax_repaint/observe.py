@@ -38,7 +38,7 @@ class Observation:
     weights: Float[Array, "m 4"]
     values: Values
     sigma: Values
-    valid: Bool[Array, "m"]
+    valid: Bool[Array, " m"]
 
     @property
     def size(self) -> int:
@@ -74,7 +74,7 @@ class Observation:
         """The same positions; those that see a cell where `present` (y, x) is False only pad."""
         return self.rows((present.reshape(-1)[self.cells] | (self.weights == 0)).all(-1))
 
-    def rows(self, kept: Bool[Array, "m"]) -> "Observation":
+    def rows(self, kept: Bool[Array, " m"]) -> "Observation":
         """The rows where `kept`; the others only pad."""
         used = kept & self.valid
         return self.replace(
@@ -406,7 +406,7 @@ def pattern_table(ocean: np.ndarray, count: int, rows: int, seed: int = 0) -> tu
     return table, counts
 
 
-def from_table(cells: Int[Array, "m"], count: Int[Array, ""], field: Field, sigma: float) -> Observation:
+def from_table(cells: Int[Array, " m"], count: Int[Array, ""], field: Field, sigma: float) -> Observation:
     """One row of `pattern_table` as an observation of a standardised field (y, x, c), inside of jit."""
     valid = jnp.arange(len(cells)) < count
     values = jnp.where(valid[:, None], field.reshape(-1, field.shape[-1])[cells], 0.0)

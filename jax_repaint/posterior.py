@@ -41,7 +41,7 @@ class Posterior:
       second_order: extrapolate x0 from the last two levels (needs eta = 0).
     """
 
-    sigma: Float[Array, "N"]
+    sigma: Float[Array, " N"]
     eta: Level
     dps_step: Level
     correction: str = struct.field(pytree_node=False)
@@ -171,7 +171,7 @@ def _gains(
     return gain
 
 
-def antithetic(key: Key, members: int) -> tuple[Key, Float[Array, "members"]]:
+def antithetic(key: Key, members: int) -> tuple[Key, Float[Array, " members"]]:
     """Keys and signs of members in pairs: member 2j + 1 has the noise of member 2j with its sign changed."""
     if members < 1:
         raise InputError(f"at least one member is needed, got {members}")

@@ -234,7 +234,7 @@ def static_part(stages: Sequence[Repaint]) -> Hashable:
     return tuple(jax.tree.structure(stage) for stage in stages)
 
 
-def first_failure(stages: Sequence[Repaint], failed: Int[np.ndarray, "s"]) -> Failure | None:
+def first_failure(stages: Sequence[Repaint], failed: Int[np.ndarray, " s"]) -> Failure | None:
     """Where a member failed first, from `Outcome.failed` of its stages; None if it did not."""
     for number, (stage, iteration) in enumerate(zip(stages, np.asarray(failed).tolist(), strict=True), start=1):
         if iteration >= 0:

@@ -25,12 +25,12 @@ class Schedule:
       sigma: noise over signal, (T,).
     """
 
-    beta: Float[Array, "T"]
-    alpha: Float[Array, "T"]
-    alpha_bar: Float[Array, "T"]
-    alpha_bar_prev: Float[Array, "T"]
-    posterior_variance: Float[Array, "T"]
-    sigma: Float[Array, "T"]
+    beta: Float[Array, " T"]
+    alpha: Float[Array, " T"]
+    alpha_bar: Float[Array, " T"]
+    alpha_bar_prev: Float[Array, " T"]
+    posterior_variance: Float[Array, " T"]
+    sigma: Float[Array, " T"]
 
     @property
     def steps(self) -> int:

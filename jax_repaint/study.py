@@ -6,7 +6,7 @@ is a point on a case, and has a name that is the same wherever and whenever it i
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 

@@ -478,7 +478,7 @@ def _make_conditional_loss(config: ConfigDict, gaussian: PrincipalGaussian, grap
     return loss
 
 
-def make_places(key: Key, count: int, stratified: bool) -> Float[Array, "b"]:
+def make_places(key: Key, count: int, stratified: bool) -> Float[Array, " b"]:
     """Places on the noise range: uniform, or one in each of `count` equal parts of it."""
     u = jax.random.uniform(key, (count,))
     return (jnp.arange(count, dtype=u.dtype) + u) / count if stratified else u

@@ -580,7 +580,7 @@ def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
     parts = {"train": np.arange(100), "validation": np.arange(150, 200), "test": np.arange(250, 750)}
     split = Split(**parts, decorrelation=10)
     monkeypatch.setattr(study_module, "_frames", lambda split, config, kind: getattr(split, config.part)[:20])
-    monkeypatch.setattr(study_module, "_series", lambda *_: (SimpleNamespace(select=lambda _: tiny.fields()), split))
+    monkeypatch.setattr(evaluate, "held_out", lambda *_: (lambda _: tiny.fields(), split))
     blocks = [open_study(make_config(folder, 1, frames=20, part=part)).blocks for part in ("validation", "test")]
     assert blocks == [{False: 4}, {False: 1}]
 

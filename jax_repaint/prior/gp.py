@@ -237,7 +237,7 @@ class PriorRoot:
     """
 
     root: Float[Array, "k k"]
-    cells: Int[Array, "n"]
+    cells: Int[Array, " n"]
 
     def draw(self, key: Key, background: Field) -> Field:
         """A draw of the prior: background + L n on ocean (y, x, 2), m/s; vmap over keys."""
