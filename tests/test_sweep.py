@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import launching
@@ -621,7 +620,7 @@ def test_models_of_other_frames_are_not_compared(folder, tmp_path):
     moved = trained.training | {"parts": trained.training["parts"] | {"train": [20, 60], "test": [0, 10]}}
     model.save(dataclasses.replace(trained, training=moved), tmp_path / "moved")
     config = make_config(folder)
-    config.points = default_config(lambda add: [add(), add(model=str(tmp_path / "moved"))]).points
+    config.points = default_config(lambda add: [add(), add(model=str(tmp_path / "moved"), label="moved")]).points
     with pytest.raises(InputError, match="moved was trained on other frames than"):
         open_study(config)
 
