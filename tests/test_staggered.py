@@ -191,6 +191,21 @@ class TestSyntheticRoms:
         expected = readers.read(saved(tmp_path, roms(), "masked.nc"))
         np.testing.assert_array_equal(got.velocity, expected.velocity)
 
+    @pytest.mark.parametrize("masks", [(), ("mask_rho", "mask_u", "mask_v")])
+    def test_a_gap_of_one_file_of_a_series_is_no_wall(self, tmp_path, masks):
+        """Files of a frame each are what one file of all frames is: gaps are of their frame, walls of all."""
+        dataset = roms(masks=masks, land_value=np.nan)
+        u = dataset["u"].values.copy()
+        u[1, 5, 4] = np.nan
+        dataset["u"] = (dataset["u"].dims, u, dataset["u"].attrs)
+        whole = readers.read(saved(tmp_path, dataset))
+        assert 0 < np.isnan(whole.velocity[1][whole.ocean]).sum() <= 4
+        files = [saved(tmp_path, dataset.isel(ocean_time=[n]), f"part{n}.nc") for n in (0, 1)]
+        for order in (files, files[::-1]):
+            got = readers.read(order)
+            np.testing.assert_array_equal(got.velocity, whole.velocity)
+            np.testing.assert_array_equal(got.ocean, whole.ocean)
+
     def test_masks_of_another_subset_are_refused(self, tmp_path):
         dataset = roms()
         dataset["mask_u"] = (dataset["mask_u"].dims, np.roll(dataset["mask_u"].values, 3, axis=1))

@@ -187,6 +187,9 @@ def _wet(
     masked = wet_u is not None or wet_v is not None
     source.facts["grid"] = "C-grid, averaged to cell centres" + " with its masks" * masked
     wet_u, wet_v = (~np.isnan(c.values).all(0) & (True if w is None else w) for c, w in ((u, wet_u), (v, wet_v)))
+    if source.wet is not None:
+        wet_u, wet_v = source.wet
+    source.wet = wet_u, wet_v
     known = masked or not (wet_u.all() and wet_v.all())
     if not known:
         source.notice("no mask and no gaps; cells at rest in every frame count as land")

@@ -97,6 +97,9 @@ def understand(
     for one, other in zip(paths, v_paths, strict=True):
         sources.append(source if len(paths) == 1 else Source(one.name))
         parts.append(_read_one(one, other, choice, sources[-1]))
+    for number, wet in _missing_in_one(sources).items():
+        sources[number] = Source(paths[number].name, wet=wet)
+        parts[number] = _read_one(paths[number], v_paths[number], choice, sources[number])
     try:
         raw = parts[0] if len(parts) == 1 else _series(parts, sources, source)
         return assemble(raw, source), source
@@ -131,6 +134,18 @@ def _read_one(path: Path, v_path: Path | None, choice: Choice, source: Source) -
         raise source.error("v_path goes with NetCDF and Zarr, not with .npz, .mat or a pickle")
     with door(path):
         return arrays.read_arrays(path, kind, choice, source)
+
+
+def _missing_in_one(sources: list[Source]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Numbers of the files that lack values on faces where others have some, and the wet faces of the whole series.
+
+    Alone, such a gap of a C-grid would count as a wall, without a current through it.
+    """
+    found = [one.wet for one in sources]
+    if any(one is None or [w.shape for w in one] != [w.shape for w in found[0]] for one in found):
+        return {}
+    whole = tuple(np.any(faces, axis=0) for faces in zip(*found, strict=True))
+    return {i: whole for i, one in enumerate(found) if any((a != b).any() for a, b in zip(one, whole, strict=True))}
 
 
 def _series(parts: list[Raw], sources: list[Source], source: Source) -> Raw:

@@ -59,11 +59,13 @@ class Source:
       name: in messages.
       notices: texts without the name, in the order of their discovery, and how many files each is about.
       facts: topic to sentence, for `python -m jax_repaint.data.describe`.
+      wet: faces of u and v on a C-grid that hold a value in some frame; given, those of the whole series.
     """
 
     name: str
     notices: dict[str, int] = dataclasses.field(default_factory=dict)
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
+    wet: tuple[np.ndarray, np.ndarray] | None = None
 
     def error(self, text: str) -> InputError:
         """The exception for what cannot be used."""
