@@ -20,6 +20,7 @@ import html
 import io
 import json
 import math
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 import pandas as pd
 import tqdm
 import xarray as xr
-from absl import flags
+from absl import flags, logging
 from matplotlib.colors import Colormap, to_hex
 from matplotlib.figure import Figure
 
@@ -364,6 +365,11 @@ class Ensembles:
             about={name: str(data.attrs.get(name, "")) for name in ("title", "history")},
         )
 
+    @property
+    def run(self) -> str:
+        """Model and seed, which all files of an evaluation share, as its history has them."""
+        return re.sub("method [^,]*, ", "", self.about["history"])
+
     def ensemble(self, pattern: int, frame: int) -> np.ndarray:
         """The members (M, y, x, 2) that did not fail; the file has gaps in the place of the others."""
         members = self.members[pattern, frame]
@@ -400,8 +406,13 @@ def evaluation_body(workdir: Path, frames: int, members: int) -> list[str]:
       InputError: a file cannot be read, or files are of different frames.
     """
     body = ["<h2>Evaluation</h2>"]
-    files = sorted(workdir.glob("fields*.nc"))
-    made = [Ensembles.read(path) for path in files]
+    found = {path: Ensembles.read(path) for path in sorted(workdir.glob("fields*.nc"))}
+    last = found.get(workdir / "fields.nc")
+    older = [path for path, one in found.items() if last is not None and one.run != last.run]
+    for path in older:
+        logging.warning("%s is of another model or seed than fields.nc, and is left out", path)
+        del found[path]
+    files, made = list(found), list(found.values())
     if made:
         _check_alike(made, files)
         body.append(facts_html(_evaluation_facts(made)))

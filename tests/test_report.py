@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import xarray as xr
 
 from jax_repaint import checkpoint, comparison, evaluate, metrics, model, plots, report, results, train
 from jax_repaint.data import readers
@@ -557,6 +558,17 @@ def test_what_cannot_be_reported_is_refused(tmp_path, what, words):
     with pytest.raises(InputError, match=words) as e:
         report.build(broken(tmp_path, what))
     assert "\n" not in str(e.value)
+
+
+def test_files_of_an_older_run_are_left_out(evaluation, tmp_path, caplog):
+    shutil.copytree(evaluation.folder, tmp_path / "again")
+    fresh = report.build(tmp_path / "again")
+    for path, changes in (("fields_old.nc", ("model 12ab", "model 34cd")), ("fields_other.nc", ("seed 0", "seed 1"))):
+        with xr.open_dataset(evaluation.folder / "fields.nc") as data:
+            data = data.load().assign_attrs(method="old", history=data.attrs["history"].replace(*changes))
+        readers.write_netcdf(data, tmp_path / "again" / path)
+    assert report.build(tmp_path / "again") == fresh
+    assert caplog.text.count("is of another model or seed than fields.nc, and is left out") == 2
 
 
 @pytest.mark.slow
