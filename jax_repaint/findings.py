@@ -873,19 +873,27 @@ QUESTIONS = (
 # --- the page -------------------------------------------------------------------------------------------------
 
 
-RULE = (
-    "Each claim is that a ratio of mean errors, over the same frames, lies in a range. It **holds** if its whole 95 "
-    "% interval does (paired moving-block bootstrap; blocks of one decorrelation time or, where that is shorter, of a "
-    "quarter of the frames), **does not hold** if none of it does, and is **not decided** otherwise; a "
-    "finding is judged by the worst of its claims. A finding "
-    "**holds for another reason** if the controls, which give the effect without the cause that the notes name, "
-    "hold too. Conditions are what a claim needs to be seen at all; lines marked `beside` do not count. `average` "
-    "is the notes' number, the average over frames of the ratio of one member's error to that of the notes' GP; it "
-    "is ruled by frames on which that GP is nearly right, so that verdicts are on ratios of means. Wins have Wilson "
-    "intervals, as if frames were independent. No effect means within one per cent. "
-    "Where a control is not decided, `holds` leaves the reason open. "
-    f"An interval over fewer than {FEWEST} frames decides nothing."
-)
+RULE = f"""\
+A claim says in which range a ratio of mean errors over the same frames lies; a finding is judged by the worst of its
+claims:
+
+- it **holds** if the whole 95 % interval of each ratio lies in its range, **does not hold** if none of one does, and is
+  **not decided** otherwise;
+- it **holds for another reason** if its controls hold too: they have the effect without the cause that the notes name.
+  Where a control is not decided, `holds` leaves the reason open.
+
+In the tables of checks:
+
+- a `condition` has to hold before a claim can be judged at all; what is `beside` is shown and does not count;
+- "no effect" is a ratio within one per cent of 1;
+- intervals are of a paired moving-block bootstrap, in blocks of one decorrelation time or, where that is shorter, of a
+  quarter of the frames; over fewer than {FEWEST} frames they decide nothing. Those of wins are Wilson's, as if frames
+  were independent.
+
+`average` is the notes' number: the average over frames of the ratio of one member's error to that of the notes'
+Gaussian process. Frames on which that is nearly right rule it, so that verdicts are on ratios of means. S1 to S10 are
+stages of `multistage`, t is one of the 250 steps of the notes' schedule, EOFs are the principal components of the
+training frames, and `line:22` is a transect along row 22; docs/samplers.md and docs/reading_tables.md have the rest."""
 
 
 def has(evidence: Evidence, needed: str) -> bool:
