@@ -355,9 +355,9 @@ def test_sizes_and_models_of_the_sweeps():
         assert full.frames == 128
         assert reproduce.sweep_config(name, "a", "b", frames=3).frames == 3
     for file in (reproduce.CONFIGS / "sweeps").glob("*.py"):
-        # Three ask what this page does not.
-        named = {size.file or name for name, size in reproduce.SWEEPS.items()} | {"coverage", "distance", "methods"}
-        assert file.stem in named
+        # Four ask what this page does not.
+        others = {"coverage", "distance", "methods", "start_level"}
+        assert file.stem in {size.file or name for name, size in reproduce.SWEEPS.items()} | others
     pairs = points.read_points(reproduce.sweep_config("attention", "a", "b", again=[("c", "d")]))
     assert [point.model for point in pairs] == list("aabbccdd")
     assert [pairs[n].label for n in (0, 2, 4, 7)] == ["attention, plain", "standard, plain", "attention 2, plain",
