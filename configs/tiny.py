@@ -1,9 +1,10 @@
-"""Half the cost of `small`, on the whole Ram Head twin: the first half of the training of the package's model.
+"""Half the cost of `small`, on the whole Ram Head twin: the first part of the training of the package's model.
 
     python -m jax_repaint.train --config=configs/tiny.py --workdir=runs/tiny
 
 2.4 million parameters on top of the linear estimate of 256 EOFs. Four epochs of 10,880 frames take half an hour on
-two CPU cores; configs/conditional.py goes on from there. `configs/tiny.py:smoke` takes less than a minute.
+two CPU cores; configs/conditional.py goes on from there, and the model's card says how further.
+`configs/tiny.py:smoke` takes less than a minute.
 """
 
 from jax_repaint.train import default_config, smoke
