@@ -575,13 +575,21 @@ def resume_damage(evidence: Evidence) -> Judged:
     ]
     before = found.losses["before"].mean()
     row = found.losses[resumption.FIRST].mean() / before
-    highest = found.curves[found.curves["branch"] != "before"].groupby("branch")["loss"].max() / before
+    branches = found.curves[found.curves["branch"] != "before"].groupby("branch")
+    highest = branches["loss"].max() / before
+    first, last = (getattr(branches["averaged_loss"], end)() / before for end in ("first", "last"))
     table = markdown(
-        ("branch", "held-out loss at its end", "over `before`", "at its worst epoch"),
+        ("branch", "held-out loss at its end", "over `before`", "at its worst epoch", "averaged weights, first epoch",
+         "last epoch"),
         [
-            [name, f"{loss:.4g}", number(loss / before), number(highest.get(name, math.nan))]
+            [name, f"{loss:.4g}", number(loss / before),
+             *(number(values.get(name, math.nan)) for values in (highest, first, last))]
             for name, loss in found.losses.mean().items()
         ],
+    )  # fmt: skip
+    jumps = highest["mirrored"] > found.losses["mirrored"].mean() / before > 1
+    halves = (
+        ": of the two curves here one jumps and comes down, the other rises" if jumps and last["mirrored"] > 1 else ""
     )
     remark = (
         "AdamW takes the same step from the same moments and moves each weight by another 1e-4 of the rate of "
@@ -589,8 +597,11 @@ def resume_damage(evidence: Evidence) -> Judged:
         "the notes' third run is that two epochs were mirrored and that the test loss was taken over all frames "
         f"instead of the first 320: the same weights have {row:.2f} times their loss on the first frames in a "
         f"row. Mirrored epochs take the loss to {highest['mirrored']:.2f} times what it was, those without that "
-        f"follow them to {found.losses['mirrored'].mean() / before:.2f}; the notes' loss went on rising for 46 epochs "
-        "after theirs, which nothing here explains.\n\n`train` does not continue such a run in any case. It says: "
+        f"follow them to {found.losses['mirrored'].mean() / before:.2f}. The average of that branch's weights, which "
+        f"the notes' third run kept too, goes from {first['mirrored']:.3f} times that loss after the first epoch to "
+        f"{last['mirrored']:.3f} after the last. The notes' loss jumped after the mirrored epochs and then rose, for 46 "
+        f"epochs{halves}.\n\n"
+        "`train` does not continue such a run in any case. It says: "
         f'"{found.refusal or "nothing"}"'
     )
     return Judged(checks, table, remark, {"resume.png": _loss_curves(found)})

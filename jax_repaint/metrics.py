@@ -1007,8 +1007,8 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
             ]
     frames = sorted({int(row["frames"]) for row in rows})
     lines.append(
-        f"{' or '.join(map(str, frames))} frames; unobserved ocean cells; MSE in m2/s2 a component, "
-        "CRPS in m/s; calls of the network and seconds a field."
+        f"{' or '.join(map(str, frames))} frame{'s' * (frames != [1])}; unobserved ocean cells; MSE in m2/s2 a "
+        "component, CRPS in m/s; calls of the network and seconds a field."
     )
     return "\n".join(line.rstrip() for line in lines)
 

@@ -208,16 +208,16 @@ def test_damage_is_told_from_what_passes():
     """Mirrored epochs that a branch recovers from are in its worst epoch and not at its end."""
     found = make_resumption()
     curves, losses = found.curves.copy(), found.losses.assign(before=1.0, mirrored=1.02)
-    curves.loc[curves["branch"] == "mirrored", "loss"] = [1.3, 1.02]
+    curves.loc[curves["branch"] == "mirrored", ["loss", "averaged_loss"]] = [[1.3, 1.01], [1.02, 1.05]]
     judged = findings.resume_damage(
         dataclasses.replace(make_evidence(), resumption=dataclasses.replace(found, curves=curves, losses=losses))
     )
     (row,) = [line.split("|") for line in judged.table.splitlines() if line.startswith("| mirrored")]
     assert [cell.strip() for cell in row[2:5]] == ["1.02", "1.020", "1.300"]
-    assert (
-        "Mirrored epochs take the loss to 1.30 times what it was, those without that follow them to 1.02"
-        in judged.remark
-    )
+    assert [cell.strip() for cell in row[5:7]] == ["1.010", "1.050"]
+    for told in ("Mirrored epochs take the loss to 1.30 times what it was, those without that follow them to 1.02.",
+                 "goes from 1.010 times that loss after the first epoch to 1.050 after the last"):  # fmt: skip
+        assert told in judged.remark
     assert "2 epochs of 50 steps at a constant rate, then 2 of each branch" in findings.plateau(make_evidence()).remark
 
 
