@@ -588,9 +588,8 @@ def resume_damage(evidence: Evidence) -> Judged:
         ],
     )  # fmt: skip
     jumps = highest["mirrored"] > found.losses["mirrored"].mean() / before > 1
-    halves = (
-        ": of the two curves here one jumps and comes down, the other rises" if jumps and last["mirrored"] > 1 else ""
-    )
+    rises = last["mirrored"] > max(first["mirrored"], 1)
+    halves = ": of the two curves here one jumps and comes down, the other rises" if jumps and rises else ""
     remark = (
         "AdamW takes the same step from the same moments and moves each weight by another 1e-4 of the rate of "
         "itself; a cosine that is fast-forwarded has a rate a little below the constant one. What else changed in "
@@ -599,8 +598,8 @@ def resume_damage(evidence: Evidence) -> Judged:
         f"row. Mirrored epochs take the loss to {highest['mirrored']:.2f} times what it was, those without that "
         f"follow them to {found.losses['mirrored'].mean() / before:.2f}. The average of that branch's weights, which "
         f"the notes' third run kept too, goes from {first['mirrored']:.3f} times that loss after the first epoch to "
-        f"{last['mirrored']:.3f} after the last. The notes' loss jumped after the mirrored epochs and then rose, for 46 "
-        f"epochs{halves}.\n\n"
+        f"{last['mirrored']:.3f} after the last. The notes' loss jumped after the mirrored epochs and then rose, for "
+        f"46 epochs{halves}.\n\n"
         "`train` does not continue such a run in any case. It says: "
         f'"{found.refusal or "nothing"}"'
     )
