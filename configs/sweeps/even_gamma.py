@@ -25,5 +25,5 @@ def get_config(arg: str = ""):
     config.patterns = "line:22"
     config.prior = "seed_gp"
     config.frames = 128
-    config.members = 2
+    config.members = 1
     return smoke(config, arg)
