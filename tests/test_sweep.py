@@ -703,8 +703,8 @@ def test_configurations_ask_what_the_notes_asked():
     found = {path.stem for path in SWEEPS}
     assert found == {
         "anneal_floor", "attention", "bulk", "calls", "consecutive", "coverage", "ddpm_vs_gp", "distance",
-        "ensemble_size", "gamma", "guidance_scale", "head_to_head", "methods", "patterns", "stages",
-        "two_stage", "x0_blend",
+        "ensemble_size", "even_gamma", "gamma", "guidance_scale", "head_to_head", "methods", "patterns", "stages",
+        "start_level", "two_stage", "x0_blend",
     }  # fmt: skip
 
 
