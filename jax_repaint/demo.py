@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jax_repaint import command, evaluate, model, observe, train
+from jax_repaint import command, evaluate, files, model, observe, train
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, carve
 from jax_repaint.errors import InputError
@@ -79,6 +79,8 @@ def main(_) -> None:
     if FLAGS.fields:
         if not (FLAGS.train_range and FLAGS.test_range):
             raise InputError("--fields needs --train_range and --test_range, for instance 0:250 and 275:365")
+        # Before the training; evaluate.run asks it of all its files.
+        files.check_kept(out / "fields.nc", readers.files_of(FLAGS.fields))
         trained, series, parts = fit(FLAGS.fields, FLAGS.train_range, FLAGS.test_range, FLAGS.steps, out / "run")
         numbers = evaluate.pick(parts, FLAGS.frames, FLAGS.seed)
         fields, block = series.select(numbers), evaluate.block_length(parts, len(numbers))

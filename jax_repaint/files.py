@@ -66,6 +66,12 @@ def _check_regular(path: Path) -> None:
         raise InputError(f"cannot write {path}: it is no regular file")
 
 
+def check_kept(path: Path, inputs: Sequence[str | os.PathLike]) -> None:
+    """Raises InputError if `path` is one of the files that are read."""
+    if path.exists() and any(os.path.exists(one) and path.samefile(one) for one in inputs):
+        raise InputError(f"{path} is a file that this command reads, and would be lost; give --out another name")
+
+
 def check_writable(
     path: str | os.PathLike, suffixes: tuple[str, ...] = (), inputs: Sequence[str | os.PathLike] = ()
 ) -> None:
@@ -83,8 +89,7 @@ def check_writable(
     if path.is_dir() and path.suffix != ".zarr":
         raise InputError(f"cannot write {path}: it is a folder")
     _check_regular(path)
-    if path.exists() and any(os.path.exists(one) and path.samefile(one) for one in inputs):
-        raise InputError(f"{path} is a file that this command reads, and would be lost; give --out another name")
+    check_kept(path, inputs)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

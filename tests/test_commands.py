@@ -98,6 +98,14 @@ MISTAKES = {
     "report on no folder": (["report", "nowhere"], "nowhere is no folder"),
     "report on two folders": (["report", "model", "other"], "unexpected argument 'other'"),
     "output folder is a file": ([*EVALUATE[:-1], "--out=tiny.nc", "--methods=linear"], "cannot write"),
+    "results in the place of the fields": (
+        ["evaluate", "--model=model", "--fields=mine/fields.nc", "--frames=2", "--out=mine", "--methods=linear"],
+        "mine/fields.nc is a file that this command reads, and would be lost",
+    ),
+    "demo in the place of the fields": (
+        ["demo", "--fields=mine/fields.nc", "--train_range=0:40", "--test_range=50:60", "--out=mine"],
+        "mine/fields.nc is a file that this command reads, and would be lost",
+    ),
     "nothing observed": (["inpaint", "--out=new.nc"], "--observations=FILE and --out=FILE.nc are needed"),
     "missing observations": (["inpaint", "--model=model", "--observations=nowhere.csv", "--out=new.nc"], "nowhere.csv"),
     "fields to no NetCDF": (["inpaint", "--model=model", "--observations=tiny.nc", "--out=new.csv"], "one of .nc"),
@@ -111,6 +119,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     data = tiny.fields()
     readers.write(data, folder / "tiny.nc")
+    (folder / "mine").mkdir()
+    readers.write(data, folder / "mine" / "fields.nc")
     data.lon[:] += 1
     readers.write(data, folder / "shifted.nc")
     model.save(tiny.model(data=readers.read(folder / "tiny.nc")), folder / "model")

@@ -1,14 +1,16 @@
 """Denoising errors by level: the Gaussian's are those of theory, a silent network has the same."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
-from jax_repaint import guide, levels, model
-from jax_repaint.data.fields import Fields, crop
+from jax_repaint import evaluate, guide, levels, model
+from jax_repaint.data.fields import Fields, Split, crop
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
 from tests import tiny
@@ -82,6 +84,21 @@ def test_models_are_compared_with_the_first_on_the_same_noise(trained, drawn):
         np.testing.assert_allclose(row.network, expected, rtol=0.1)
         assert row.first_lo <= row.over_first <= row.first_hi
         assert errors["first"][0, level, 1] == errors["again"][0, level, 1]
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_frames_come_from_the_part_that_is_asked_for(trained, drawn, tmp_path, monkeypatch, capsys, part):
+    parts = {"train": np.arange(60), "validation": np.arange(70, 90), "test": np.arange(100, 120)}
+    monkeypatch.setattr(levels, "load_together", lambda folders: {folders[0]: trained})
+    monkeypatch.setattr(evaluate, "data_of", lambda *_: (drawn, Split(**parts, decorrelation=0.7)))
+    asked = {"model": ["one"], "fields": None, "frames": 8, "part": part, "levels": 2, "pattern": "", "seed": 3}
+    monkeypatch.setattr(levels, "FLAGS", SimpleNamespace(**asked, out=str(tmp_path / "out.csv")))
+    levels.main([])
+    numbers = evaluate.pick(Split(**(parts | {"test": parts[part]})), 8, 3)
+    expected = levels.denoising_errors(trained, drawn.select(numbers), numbers, np.array([0.01, 130.0]), seed=3)
+    written = pd.read_csv(tmp_path / "out.csv")
+    np.testing.assert_allclose(written["network"], expected[..., 0].mean(0), rtol=1e-5)
+    assert "ratio" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes", [{"fingerprint": "b"}, {"parts": {"train": [0, 10], "test": [20, 30]}}])
