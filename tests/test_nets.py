@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
@@ -57,6 +58,20 @@ def test_equals_reference(shared, name, parameters):
     graphdef, _ = unet.structure(config)
     ours = apply(graphdef, params, x, t)
     np.testing.assert_allclose(jnp.moveaxis(ours, -1, 1), y, atol=1e-4 * np.abs(y).max())
+
+
+def test_four_micro_networks_are_attention_with_and_without_by_residual_paths_with_and_without():
+    def leaves(name):
+        return traverse_util.flatten_dict(unet.structure(unet.NETWORKS[name])[1])
+
+    both, residual, attention, neither = map(leaves, ("micro_attn", "micro_residual", "micro_attn_plain", "micro"))
+    assert neither.keys() < residual.keys() < both.keys()
+    assert both.keys() - residual.keys() == attention.keys() - neither.keys()
+    # Query, key, value and the way out are 4 c^2 + 4 c, the norm before them 2 c; the last block has 32 channels.
+    added = sum(np.prod(both[name].shape) for name in both.keys() - residual.keys())
+    assert added == 5 * (4 * 48**2 + 6 * 48) + 4 * 32**2 + 6 * 32
+    for name in attention:
+        assert attention[name].shape == both[name].shape
 
 
 apply = jax.jit(unet.apply, static_argnums=0)

@@ -82,6 +82,8 @@ NETWORKS: dict[str, UNetConfig] = {
     "standard": UNetConfig((64, 128, 256, 256), residual=False),
     "micro_attn": UNetConfig((16, 32, 48), attention=(2, 3), stem_stride=2, embedding=64),
     "micro": UNetConfig((16, 32, 48), residual=False, stem_stride=2, embedding=64),
+    "micro_residual": UNetConfig((16, 32, 48), stem_stride=2, embedding=64),
+    "micro_attn_plain": UNetConfig((16, 32, 48), attention=(2, 3), residual=False, stem_stride=2, embedding=64),
     "tiny": UNetConfig((32, 64, 96), attention=(2, 3), stem_stride=2, embedding=128, zero_output=True),
     "small": UNetConfig((48, 96, 128), attention=(2, 3), stem_stride=2, zero_output=True),
 }
