@@ -640,12 +640,18 @@ def test_points_say_what_differs(folder):
 SWEEPS = sorted((Path(__file__).parent.parent / "configs" / "sweeps").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_configurations_are_sweeps(folder, path):
-    """Each one opens on the tiny model, whole and as a trial, and draws a setting that its points have."""
+def loaded(path):
+    """The module of a configuration."""
     file = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(file)
     file.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_configurations_are_sweeps(folder, path):
+    """Each one opens on the tiny model, whole and as a trial, and draws a setting that its points have."""
+    module = loaded(path)
     for arg in ("", "smoke"):
         config = module.get_config(arg)
         config.model, config.fields, config.patterns = str(folder / "model"), str(folder / "tiny.nc"), "line:3"
@@ -659,16 +665,15 @@ def test_configurations_are_sweeps(folder, path):
         names = {name for point in made.points for name in point.settings}
         assert {config.x, config.curve} <= names | {"", "stage", "calls", "members", "coverage", "pattern", "distance"}
         assert f"--config=configs/sweeps/{path.name}" in module.__doc__
-    with pytest.raises(InputError, match="smoke or nothing"):
-        module.get_config("fast")
+    if path.stem != "models":  # whose argument may be any folder
+        with pytest.raises(InputError, match="smoke or nothing"):
+            module.get_config("fast")
 
 
 def test_every_method_is_in_the_table_of_all():
     """But those of a network that is given the observations; few of the RePaint family are drawn unless asked for."""
     path = next(path for path in SWEEPS if path.stem == "methods")
-    file = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(file)
-    file.loader.exec_module(module)
+    module = loaded(path)
     usual, full = (read_points(module.get_config(arg)) for arg in ("", "full"))
     assert {point.method for point in usual} == {*evaluate.METHODS} - {*results.BASELINES, "given", *module.STAGES}
     every = sample.method("multistage")
@@ -703,9 +708,20 @@ def test_configurations_ask_what_the_notes_asked():
     found = {path.stem for path in SWEEPS}
     assert found == {
         "anneal_floor", "attention", "bulk", "calls", "consecutive", "coverage", "ddpm_vs_gp", "distance",
-        "ensemble_size", "even_gamma", "gamma", "guidance_scale", "head_to_head", "methods", "patterns", "stages",
-        "start_level", "two_stage", "x0_blend",
+        "ensemble_size", "even_gamma", "gamma", "guidance_scale", "head_to_head", "methods", "models", "patterns",
+        "stages", "start_level", "two_stage", "x0_blend",
     }  # fmt: skip
+
+
+def test_a_configuration_of_the_models_that_are_named():
+    """What a model is comes from the command, so that one file serves any number of them."""
+    (path,) = [path for path in SWEEPS if path.stem == "models"]
+    named = read_points(loaded(path).get_config("runs/a/model,b"))
+    assert {point.label: point.model for point in named} == {"runs/a": "runs/a/model", "b": "b"}
+    (usual,) = read_points(loaded(path).get_config())
+    assert usual.model == ""
+    for point in named:
+        assert (point.method, point.hyper) == ("kalman", usual.hyper)
 
 
 @pytest.mark.slow
