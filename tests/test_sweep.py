@@ -709,7 +709,7 @@ def test_configurations_ask_what_the_notes_asked():
     assert found == {
         "anneal_floor", "attention", "bulk", "calls", "consecutive", "coverage", "ddpm_vs_gp", "distance",
         "ensemble_size", "even_gamma", "gamma", "guidance_scale", "head_to_head", "methods", "models", "patterns",
-        "stages", "start_level", "two_stage", "x0_blend",
+        "stages", "start_level", "two_stage", "var_decay", "x0_blend",
     }  # fmt: skip
 
 
