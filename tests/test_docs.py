@@ -48,6 +48,7 @@ SMALLER = (
     (r'inpaint\("track.csv", members=4\)', 'inpaint("track.csv", members=4, method="linear_samples")'),
     (r"(jax_repaint\.inpaint .*--export.*)", r"\1 --model=model --members=4"),
     (r"(--config=configs/[\w/]+\.py)(?!\S)", r"\1:smoke"),
+    (r"(--config=configs/sweeps/models\.py):\S+", r"\1:smoke"),
     (r"(jax_repaint\.sweep (?!.*--config\.model).*)", r"\1 --config.model=model"),
     (r"(jax_repaint\.sweep .*)", r"\1 --config.patterns=line:4 --config.frames=1"),
     (r" --config\.(train\.batch|train\.epochs|train\.warmup_epochs|init_from)=\S+", ""),
