@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
@@ -33,19 +33,11 @@ def reference_state_dict(file):
     return tensors
 
 
-@pytest.mark.parametrize("name", unet.NETWORKS)
-def test_attention_on_a_gpu_has_a_kernel_that_takes_its_heads(name):
-    config = dataclasses.replace(unet.NETWORKS[name], dtype="bfloat16")
-    for level in config.attention:
-        channels = config.channels[min(level, len(config.channels) - 1)]
-        chosen = unet.attention_implementation(config, channels, "gpu")
-        # cuDNN takes heads of a multiple of 8 channels up to 128 on every card.
-        size = channels // config.heads
-        assert chosen == ("cudnn" if size % 8 == 0 and size <= 128 else "xla")
-        assert unet.attention_implementation(config, channels, "cpu") == "xla"
-        asked = dataclasses.replace(config, attention_implementation="xla")
-        assert unet.attention_implementation(asked, channels, "gpu") == "xla"
-    assert name != "micro_attn" or chosen == "xla"
+@pytest.mark.parametrize(("asked", "used"), [("auto", "xla"), ("xla", "xla"), ("cudnn", "cudnn")])
+def test_attention_is_that_of_xla_unless_cudnn_is_asked_for(asked, used):
+    config = dataclasses.replace(unet.NETWORKS["micro_attn"], dtype="bfloat16", attention_implementation=asked)
+    network = nnx.eval_shape(lambda: unet.UNet(config, nnx.Rngs(0)))
+    assert network.middle_0_attention.implementation == used
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("standard_attn", 23_144_902), ("standard_attn_slim", 6_112_486)])

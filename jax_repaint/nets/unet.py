@@ -33,8 +33,8 @@ class UNetConfig:
       inputs, outputs: channels of the field; 2 for (u, v).
       zero_output: start from an output of zero.
       dtype: of convolutions and products, "float32" or "bfloat16".
-      attention_implementation: "xla", "cudnn", or "auto": cudnn for bfloat16 on a GPU with heads of a
-        multiple of 8 channels, else xla.
+      attention_implementation: "auto", which is xla, or "cudnn" (bfloat16 on a GPU, heads of a multiple of 8 channels):
+        its gradients took minutes to compile, and inside of a sampler's loop it failed (docs/performance.md).
     """
 
     channels: tuple[int, ...]
@@ -89,20 +89,13 @@ NETWORKS: dict[str, UNetConfig] = {
 }
 
 
-def attention_implementation(config: UNetConfig, channels: int, backend: str) -> str:
-    """Of jax.nn.dot_product_attention: "cudnn" where it is wanted and takes heads of this size, else "xla"."""
-    if config.attention_implementation != "auto":
-        return config.attention_implementation
-    suited = backend == "gpu" and config.dtype == "bfloat16" and channels // config.heads % 8 == 0
-    return "cudnn" if suited else "xla"
-
-
 class UNet(nnx.Module):
     """eps, x0 or a residual of a batch of fields, given a position that encodes the noise level."""
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
         self.config = config
         dtype = jnp.dtype(config.dtype)
+        implementation = "xla" if config.attention_implementation == "auto" else config.attention_implementation
         width = config.embedding
         self.embed1 = nnx.Linear(width, 4 * width, param_dtype=jnp.float32, rngs=rngs)
         self.embed2 = nnx.Linear(4 * width, width, param_dtype=jnp.float32, rngs=rngs)
@@ -114,7 +107,6 @@ class UNet(nnx.Module):
                 block = Block(inputs, out, width, config.residual, config.dropout, dtype, rngs)
                 setattr(self, f"{name}_{i}", block)
                 if level in config.attention:
-                    implementation = attention_implementation(config, out, jax.default_backend())
                     attention = Attention(out, config.heads, implementation, dtype, rngs)
                     setattr(self, f"{name}_{i}_attention", attention)
                 inputs = out
