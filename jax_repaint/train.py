@@ -120,6 +120,8 @@ def default_config() -> ConfigDict:
                 "focus_max": 20.0,
                 "dispatch": 25,  # steps a call of the device
                 "held_out": 0,  # validation frames for the held-out loss; 0: all
+                # Epochs between held-out losses and what is written with them; on a GPU an epoch may take seconds.
+                "score_every": 1,
                 "keep": 2,
                 "save_minutes": 10.0,
             },
@@ -159,7 +161,7 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"model.network {m.network!r} is not one of {', '.join(unet.NETWORKS)}")
     if m.form not in model.FORMS:
         raise InputError(f"model.form {m.form!r} is not one of {', '.join(model.FORMS)}")
-    for name in ("epochs", "batch", "accumulate", "dispatch", "keep"):
+    for name in ("epochs", "batch", "accumulate", "dispatch", "score_every", "keep"):
         if t[name] < 1:
             raise InputError(f"train.{name} must be at least 1, got {t[name]}")
     for name in ("learning_rate", "clip"):
@@ -729,6 +731,8 @@ class Run:
     ) -> tuple[State, bool]:
         """Scores a state at the end of an epoch and logs it; the state of the next one, and whether this is the best.
 
+        Training loss and gradient norm are the means since the last time.
+
         Args:
           rate: learning rate by step.
           began: time.monotonic() at the end of the last one in this process, `steps` ago.
@@ -740,7 +744,8 @@ class Run:
         plain, averaged = float(held_out(state.params)), float(held_out(state.ema))
         if not math.isfinite(averaged):
             raise Diverged(f"the held-out loss is not finite at step {done}")
-        sums, seconds = np.asarray(state.sums) / self.steps.epoch, time.monotonic() - began
+        since = (done - 1) % (self.steps.epoch * self.config.train.score_every) + 1
+        sums, seconds = np.asarray(state.sums) / since, time.monotonic() - began
         row = {
             "epoch": done // self.steps.epoch,
             "step": done,
@@ -833,7 +838,7 @@ def _go_on(
         bar.set_postfix(loss=f"{losses.mean():.4g}")
         late = time.monotonic() - saved > 60 * run.config.train.save_minutes
         stopping, saving = distributed.any_of(stop.asked, late)
-        if done % run.steps.epoch == 0:
+        if done % (run.steps.epoch * run.config.train.score_every) == 0 or done == run.steps.total:
             new, better = run.end_epoch(state, held_out, rate, began, done - begun)
             state = state._replace(**distributed.replicate({"sums": new.sums, "best": new.best}, mesh))
             # The model first: a run killed in between repeats the epoch and writes both.
@@ -888,7 +893,7 @@ def _see_more(params: dict, network: unet.UNetConfig) -> dict:
 
 
 class Log:
-    """log.csv, loss.png and TensorBoard events of a run, one row an epoch."""
+    """log.csv, loss.png and TensorBoard events of a run, one row for each epoch that is scored."""
 
     def __init__(self, workdir: Path, epochs: int, tensorboard: bool):
         self.path = workdir / "log.csv"

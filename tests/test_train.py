@@ -310,6 +310,7 @@ def test_held_out_loss_is_fixed_and_knows_no_batches(noise_frames, frames):
         ("model.dtype", "float64", "float32 or bfloat16"),
         ("model.rank", 0, "rank"),
         ("train.batch", 0, "at least 1"),
+        ("train.score_every", 0, "at least 1"),
         ("train.learning_rate", 0.0, "positive"),
         ("train.learning_rate", float("nan"), "positive"),
         ("train.weight_decay", -1.0, "negative"),
@@ -410,6 +411,16 @@ def test_a_run_writes_its_log_and_its_best_model(finished):
     assert trained.training["step"] == log.step[log.ema_held_out_loss.idxmin()]
     assert trained.training["fingerprint"] == tiny.fields().hash()
     assert run(finished).training == trained.training
+
+
+def test_a_run_is_the_same_however_seldom_it_is_scored(finished, tmp_path):
+    run(tmp_path / "run", score_every=2)
+    often, seldom = (pd.read_csv(workdir / "log.csv").set_index("step") for workdir in (finished, tmp_path / "run"))
+    assert seldom.index.tolist() == [18, 27]
+    same = ["epoch", "held_out_loss", "ema_held_out_loss", "learning_rate"]
+    pd.testing.assert_frame_equal(seldom[same], often.loc[seldom.index, same])
+    for mean in ("train_loss", "gradient_norm"):
+        np.testing.assert_allclose(seldom[mean], [often[mean][:2].mean(), often[mean][27]], rtol=1e-5)
 
 
 KILLED = """
