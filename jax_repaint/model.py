@@ -97,8 +97,9 @@ class Model:
 
     @property
     def denoiser(self) -> Denoiser:
-        """D(x; sigma) on the padded grid."""
-        return make_denoiser(self.form, unet.structure(self.network)[0], self.params, self.gaussian, self.steps)
+        """D(x; sigma) on the padded grid; on a CPU in float32, whatever its training ran in."""
+        graphdef, _ = unet.structure(unet.suited(self.network))
+        return make_denoiser(self.form, graphdef, self.params, self.gaussian, self.steps)
 
     def to_velocity(self, x: np.ndarray | jax.Array) -> np.ndarray:
         """(..., Y, X, 2) standardised to (..., y, x, 2) m/s, float32, NaN on land."""

@@ -64,6 +64,13 @@ def test_half_the_size_is_nearly_the_same_denoiser(trained, tmp_path):
     assert sizes["bfloat16"] < 0.6 * sizes["float32"]
 
 
+def test_a_model_of_a_gpu_runs_in_float32_on_a_cpu(trained):
+    of_a_gpu = dataclasses.replace(trained.network, dtype="bfloat16", attention_implementation="cudnn")
+    x, sigma = jax.random.normal(jax.random.key(0), (8, 12, 2)), jnp.float32(0.7)
+    moved = dataclasses.replace(trained, network=of_a_gpu)
+    np.testing.assert_array_equal(moved.denoiser(x, sigma), trained.denoiser(x, sigma))
+
+
 def test_an_older_model_is_replaced_whole(trained, folder):
     (folder / "figure.png").write_bytes(b"of the older model")
     model.save(dataclasses.replace(trained, kernel=None, training={"step": 7}), folder)

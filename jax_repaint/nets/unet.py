@@ -89,6 +89,13 @@ NETWORKS: dict[str, UNetConfig] = {
 }
 
 
+def suited(config: UNetConfig) -> UNetConfig:
+    """What to run a trained network as here: on a CPU in float32, where bfloat16 is slower and less exact."""
+    if jax.default_backend() != "cpu":
+        return config
+    return dataclasses.replace(config, dtype="float32", attention_implementation="auto")
+
+
 class UNet(nnx.Module):
     """eps, x0 or a residual of a batch of fields, given a position that encodes the noise level."""
 
