@@ -113,6 +113,28 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_parameters_and_outputs():
     assert 0 < error < 0.05
 
 
+def test_the_gradient_in_bfloat16_stays_near_that_in_float32():
+    graphdef, params = weights(TINY)
+    half, _ = unet.structure(dataclasses.replace(TINY, dtype="bfloat16"))
+    x, t = jax.random.normal(jax.random.key(1), (2, 16, 24, 2)), jnp.array([3.0, 200.0])
+    pull = jax.random.normal(jax.random.key(2), x.shape)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(graphdef, params):
+        return jax.grad(lambda params: (apply(graphdef, params, x, t) * pull).sum())(params)
+
+    exact, rough = gradient(graphdef, params), gradient(half, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(rough)} == {jnp.dtype("float32")}
+    attending = [name for name in exact if name.endswith("attention")]
+    assert attending
+    for chosen in (list(exact), *([name] for name in attending)):
+        a, b = (
+            np.concatenate([np.ravel(leaf) for name in chosen for leaf in jax.tree.leaves(g[name])])
+            for g in (exact, rough)
+        )
+        assert 0 < np.linalg.norm(a - b) < 0.1 * np.linalg.norm(a), chosen
+
+
 def test_dropout_only_with_a_key():
     graphdef, params = weights(dataclasses.replace(TINY, dropout=0.5))
     x, t = jax.random.normal(jax.random.key(1), (2, 16, 24, 2)), jnp.array([3.0, 200.0])

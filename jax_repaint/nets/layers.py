@@ -1,6 +1,6 @@
 """Layers of the UNet, channels last, with a batch axis.
 
-Convolutions and products run in `dtype`; parameters, group statistics and softmax stay float32.
+Convolutions and dense layers run in `dtype`; parameters, group statistics and XLA's attention stay float32.
 """
 
 import jax
@@ -111,10 +111,12 @@ class Attention(nnx.Module):
         b, ny, nx, c = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, ny * nx, 3, self.heads, c // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        # The library itself mixes bfloat16 and float32, which strict promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            h = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
-        return x + self.project(h.reshape(b, ny, nx, c))
+        if self.implementation == "xla":
+            # Of bfloat16 with float32 logits, the gradient would be products of mixed types, an error under strict
+            # promotion.
+            q, k, v = (z.astype(jnp.float32) for z in (q, k, v))
+        h = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        return x + self.project(h.astype(qkv.dtype).reshape(b, ny, nx, c))
 
 
 def sinusoids(position: Array, width: int) -> Array:

@@ -32,7 +32,7 @@ class UNetConfig:
       embedding: width of the noise embedding.
       inputs, outputs: channels of the field; 2 for (u, v).
       zero_output: start from an output of zero.
-      dtype: of convolutions and products, "float32" or "bfloat16".
+      dtype: of convolutions and dense layers, "float32" or "bfloat16".
       attention_implementation: "auto", which is xla, or "cudnn" (bfloat16 on a GPU, heads of a multiple of 8 channels):
         its gradients took minutes to compile, and inside of a sampler's loop it failed (docs/performance.md).
     """
