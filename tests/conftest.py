@@ -1,6 +1,10 @@
 """Strict settings for every test, and the two places data comes from."""
 
+import os
 from pathlib import Path
+
+# Compiling takes most of the time of tests. Processes that they start inherit it; with 0 code is optimised as usual.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest

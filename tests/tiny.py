@@ -25,8 +25,7 @@ def register(patch: pytest.MonkeyPatch) -> None:
 
 
 def compile_once(folder: Path) -> None:
-    """Keeps compiled programs in `folder` for every later run, as compiling them takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Keeps compiled programs in `folder` for every later run."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     compilation_cache.reset_cache()
@@ -34,7 +33,6 @@ def compile_once(folder: Path) -> None:
 
 def compile_as_usual() -> None:
     """Takes `compile_once` back."""
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     compilation_cache.reset_cache()
