@@ -1,6 +1,7 @@
 """Strict settings for every test, and the two places data comes from."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Compiling takes most of the time of tests. Processes that they start inherit it; with 0 code is optimised as usual.
@@ -22,3 +23,12 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip("reference outputs and real data (../shared) are not here")
     return folder
+
+
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """For tests that compute more than they compile."""
+    usual = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", usual)

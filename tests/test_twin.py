@@ -13,6 +13,8 @@ from jax_repaint.data.twin import Forcing, State, Twin
 from jax_repaint.errors import InputError
 from jax_repaint.metrics import divergence_vorticity
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SMALL = Twin(eddies=4)
 Y, X = twin.GRID
 FACES = (0, 1), (1, 0)  # of u and v
