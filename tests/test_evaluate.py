@@ -21,6 +21,8 @@ from jax_repaint.model import Model
 from jax_repaint.nets import unet
 from jax_repaint.prior import gp
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SHAPE, PADDED = (8, 14), (8, 16)
 OCEAN = ~((np.indices(SHAPE)[0] < 3) & (np.indices(SHAPE)[1] > 10))
 NUMBERS = np.array([3, 20, 21, 40, 41, 57])
