@@ -668,6 +668,9 @@ def test_configurations_are_sweeps(folder, path):
     if path.stem != "models":  # whose argument may be any folder
         with pytest.raises(InputError, match="smoke or nothing"):
             module.get_config("fast")
+    else:
+        named = read_points(module.get_config("runs/a/model, runs/b/model,"))
+        assert [(point.label, point.model) for point in named] == [(f"runs/{a}", f"runs/{a}/model") for a in "ab"]
 
 
 def test_every_method_is_in_the_table_of_all():

@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
         if arg in ("", "smoke"):
             add(method="kalman")
         else:
-            for folder in arg.split(","):
+            for folder in filter(None, map(str.strip, arg.split(","))):
                 add(method="kalman", model=folder, label=folder.removesuffix("/model"))
 
     config = default_config(sweep)
