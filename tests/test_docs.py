@@ -51,7 +51,7 @@ SMALLER = (
     (r"(--config=configs/sweeps/models\.py):\S+", r"\1:smoke"),
     (r"(jax_repaint\.sweep (?!.*--config\.model).*)", r"\1 --config.model=model"),
     (r"(jax_repaint\.sweep .*)", r"\1 --config.patterns=line:4 --config.frames=1"),
-    (r" --config\.(train\.batch|train\.epochs|train\.warmup_epochs|init_from)=\S+", ""),
+    (r" --config\.(train\.(batch|epochs|warmup_epochs|learning_rate|ema|held_out)|init_from)=\S+", ""),
     # Its network has to be that of the model it starts from, which is not the small one.
     (r"(configs/conditional\.py.*)", r"\1 --config.init_from="),
     (r"(jax_repaint\.train (?!.*--config\.data\.fields).*)", r"\1 --config.data.fields=currents.nc"),
@@ -190,14 +190,20 @@ def to_run(page: Path) -> list[str]:
             found.append(session)
         elif what == "shell" and not reason(content, BLOCKS_NOT_RUN, re.search):
             found += [command for command in commands(content) if not reason(command, NOT_RUN)]
-    made = {
-        f"{folder}/model"
-        for command in found
-        for folder in re.findall(r"jax_repaint\.train .*--workdir=(\S+)", command)
-    }
+    trained = {}
+    for command in found:
+        for folder in re.findall(r"jax_repaint\.train .*--workdir=(\S+)", command):
+            trained[folder] = smaller(command.replace(folder, ""))
     # A model that another page trains is the small one.
-    known = [re.sub(r"--model=(\S+)", lambda m: m[0] if m[1] in made else "--model=model", text) for text in found]
-    return list(dict.fromkeys(map(smaller, known)))
+    known = [
+        re.sub(r"--model=(\S+)", lambda m: m[0] if m[1].removesuffix("/model") in trained else "--model=model", text)
+        for text in found
+    ]
+    # Trainings that are the same when small are one.
+    first = {small: folder for folder, small in reversed(trained.items())}
+    same = {folder: first[small] for folder, small in trained.items() if first[small] != folder}
+    texts = [re.sub(r"runs/[\w/-]+?(?=/model|\s|$)", lambda m: same.get(m[0], m[0]), text) for text in known]
+    return list(dict.fromkeys(map(smaller, texts)))
 
 
 def options_of(path: Path) -> list[str]:
