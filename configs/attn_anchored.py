@@ -2,8 +2,8 @@
 
     python -m jax_repaint.train --config=configs/attn_anchored.py --workdir=runs/attn_anchored
 
-For a GPU, in bfloat16. An H100 shared by three trainings took six and a half minutes, four of them before the first
-step (docs/results.md, Large networks).
+For a GPU, in bfloat16. An H100 that three or four trainings shared took six minutes (docs/results.md, Large
+networks).
 `configs/attn_anchored.py:smoke` takes less than a minute on two cores.
 """
 

@@ -2,7 +2,7 @@
 
     python -m jax_repaint.train --config=configs/micro_attn.py --workdir=runs/micro_attn
 
-A quarter of the width of configs/attn.py, from half the grid on: 0.6 million parameters and 0.13 GFLOP a call, for
+A quarter of the width of configs/attn.py, from half the grid on: 0.6 million parameters and 0.14 GFLOP a call, for
 experiments of many thousand calls a field. It starts from the best linear estimate: with `--config.model.form=eps`, as
 the large ones, it is worse than that estimate after four epochs (docs/results.md, Recipes). Six take a quarter of an
 hour on two quiet cores.

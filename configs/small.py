@@ -1,4 +1,4 @@
-"""The CPU default: a network of 5 million parameters that starts from the best linear estimate (form `anchored`).
+"""A larger network than that of tiny.py for a CPU: 5 million parameters on the best linear estimate (form `anchored`).
 
     python -m jax_repaint.train --config=configs/small.py --workdir=runs/small
     python -m jax_repaint.train --config=configs/small.py --workdir=runs/agulhas --config.data.fields=currents.nc

@@ -2,7 +2,7 @@
 
 One row a pattern and method, averaged over frames: fair energy score of (u, v) at a cell, angle between mean and truth
 where the truth is faster than a third of its rms speed, divergence and vorticity of members against the truth's, eddies
-by the Okubo-Weiss parameter, and the energy of members over the truth's at the shortest third of wavenumbers. A column
+by the Okubo-Weiss parameter, and the energy of members over the truth's at the highest third of wavenumbers. A column
 that a method or a coast does not allow is empty.
 """
 

@@ -867,7 +867,7 @@ def calls_against_crps(evidence: Evidence) -> Judged:
 
     remark = (
         "Linear samples are independent, the members of kalman come in pairs whose mean has next to no sampling error. "
-        "Calls through which a gradient is taken count as one here and cost three or more. `uniform` has its default "
+        "Calls through which a gradient is taken count as one here and cost more. `uniform` has its default "
         "weight of 0.47 here, about twice the mean weight of `adaptive`."
     )
     return Judged([], markdown(head, lines), remark, {"calls.png": draw})

@@ -76,7 +76,7 @@ HEADINGS = {
     "divergence_ratio": ("divergence ratio", "RMS of members over that of the truth"),
     "vorticity_rmse": ("vorticity RMSE", "of members, 1/s"),
     "vorticity_ratio": ("vorticity ratio", "RMS of members over that of the truth"),
-    "short_waves": ("short waves", "energy of members over the truth's at the shortest third of wavenumbers"),
+    "short_waves": ("short waves", "energy of members over the truth's at the highest third of wavenumbers"),
     "best": ("baseline", "the best deterministic baseline there"),
     "mean_over_best_ratio": ("mean / best [95 %]", "MSE of the ensemble mean over that of the best baseline"),
     "mean_over_best_wins": ("wins", "share of frames where the mean beats the best baseline"),

@@ -8,9 +8,10 @@ The notes, ten frames, average of MSE over that of the GP (consecutive frames, t
     consecutive .894  .849  .827  .801  .774  .759  .738  .744  .742  .725
     random      .808  .772  .745  .739  .734  .730  .737  .774  .808  .854
 
-The turn after stage 7 is where the decayed variance falls below the threshold of its normalisation and the noise weight
-becomes 1 everywhere (sample.repaint_stages); `normalise="prior"` has no such turn. 2,635 network calls a member, and
-all ten stages are rows of one run. `:smoke` tries it in a minute on two cores.
+In the notes' units the decayed variance falls below the threshold of its normalisation at stage 8, on the twin at
+stage 10, and the noise weight becomes 1 everywhere (sample.repaint_stages); with `normalise="prior"` it does not.
+Whether that makes the turn: docs/results.md, What a decayed variance does to ten stages. 2,635 network calls a member,
+and all ten stages are rows of one run. `:smoke` tries it in a minute on two cores.
 """
 
 from jax_repaint.points import default_config, smoke
