@@ -52,6 +52,7 @@ def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0) ->
         if gappy:
             present = fields.ocean & np.isfinite(velocity).all(-1)
             if not ((present & observed).any() and (present & ~observed).any()):
+                errors.append(np.nan)
                 continue
             # Gaps make a pattern of its own, and an analysis, of every frame.
             (case,) = evaluate.make_cases(trained, fields.select([frame]), [0], [pattern], seed)
@@ -59,8 +60,8 @@ def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0) ->
             case = dataclasses.replace(case, observation=evaluate.observation_of(trained, velocity, observed))
         scored = metrics.scored_cells(velocity, fields.ocean, observed)
         errors.append(metrics.mse(evaluate.prior_of(trained, case)[0], velocity, scored))
-    if len(errors) < 2:
-        raise InputError(f"{fields.name}: {pattern} meets cells with values in {len(errors)} frames; two are needed")
+    if (count := np.isfinite(errors).sum()) < 2:
+        raise InputError(f"{fields.name}: {pattern} meets cells with values in {count} frames; two are needed")
     return calibration.independent_length(np.log(errors))
 
 

@@ -12,7 +12,8 @@ have
 
 Everything is in m/s, on ocean cells that were not observed. What is learnt holds in expectation for frames that are
 exchangeable with the calibration frames: no worse than the prior, spread equal to error, 90 % inside. A single frame is
-promised nothing.
+promised nothing. A gate moves the mean alone: c and q are those of g = 1, and with one nothing is promised of spread
+and interval.
 
 Sources: Breiman, "Stacked regressions" (1996), the weight; Papadopoulos, Proedrou, Vovk, Gammerman, "Inductive
 confidence machines for regression" (2002), the scale; Vovk, Gammerman, Shafer, "Algorithmic learning in a random world"
@@ -175,8 +176,8 @@ class Calibration:
     def interval(self, prior_variance: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bounds (low, high) of the central 90 % interval, each (y, x, 2) m/s: mean -+ q std.
 
-        If `promised`, it holds 90 % of the values on unobserved cells or more, in expectation over exchangeable
-        frames.
+        If `promised` and without a gate, it holds 90 % of the values on unobserved cells or more, in expectation over
+        exchangeable frames.
 
         Args:
           prior_variance: (y, x, 2) (m/s)^2, of the linear estimate.
@@ -560,20 +561,25 @@ def conformal(score: np.ndarray, block: np.ndarray, level: float = LEVEL) -> flo
 def independent_length(series: np.ndarray) -> int:
     """Frames in blocks of time that can pass for independent, from one number (n,) a frame, in the order of time.
 
-        4 tau,   tau = 1 + 2 sum_l r(l)
+        4 tau,   tau = 1 + 2 sum_l r(l),   r(l) = (1 - l / n) <a(t) a(t + l)> / <a^2>
 
-    The sum ends before the first autocorrelation r that is not positive, at a quarter of the record at the latest.
-    Where r falls exponentially, the means of neighbouring blocks then correlate by about 1 / 16.
+    Means are over the frames, or pairs of them, that have a number; others hold NaN. The sum ends before the first
+    autocorrelation r that is not positive, at a quarter of the record at the latest. Where r falls exponentially, the
+    means of neighbouring blocks then correlate by about 1 / 16.
 
     Raises:
       InputError: fewer than two frames, or the same number in all of them.
     """
-    anomaly = np.asarray(series, np.float64) - np.mean(series)
-    power = np.sum(anomaly**2)
-    if anomaly.size < 2 or not power > 0:
-        raise InputError(f"blocks of time need at least two frames that differ, got {anomaly.size}")
-    lags = range(1, max(anomaly.size // 4, 1) + 1)
-    correlation = np.array([np.sum(anomaly[lag:] * anomaly[:-lag]) / power for lag in lags])
+    series = np.asarray(series, np.float64)
+    present = np.isfinite(series)
+    anomaly = np.where(present, series - series[present].sum() / max(present.sum(), 1), 0.0)
+    if present.sum() < 2 or not anomaly.any():
+        raise InputError(f"blocks of time need at least two frames that differ, got {present.sum()}")
+    lags = np.arange(max(series.size // 4, 1) + 1)
+    both = np.array([np.sum(present[lag:] & present[: series.size - lag]) for lag in lags])
+    products = np.array([np.sum(anomaly[lag:] * anomaly[: series.size - lag]) for lag in lags])
+    covariance = (1 - lags / series.size) * products / np.maximum(both, 1)
+    correlation = covariance[1:] / covariance[0]
     falling = correlation[: int(np.argmax(correlation <= 0))] if (correlation <= 0).any() else correlation
     return math.ceil(4 * (1 + 2 * falling.sum()))
 

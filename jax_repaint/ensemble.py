@@ -438,7 +438,7 @@ def posterior_ensemble(
 
     Raises:
       InputError: no members, an odd number of antithetic ones, another number of frames than of fields, fields of
-        different priors.
+        different priors, evidence without an observation.
     """
     if antithetic and (members < 2 or members % 2):
         raise InputError(f"antithetic members come in pairs, got {members} members")
@@ -448,6 +448,10 @@ def posterior_ensemble(
         raise InputError(f"{len(frames)} frames are numbered, {len(evidence)} with {len(analyses)} analyses are given")
     if chunk < 1:
         raise InputError(f"a chunk holds at least one member, got {chunk}")
+    if any(one.observation is None for one in evidence):
+        raise InputError(
+            f"members start from the linear posterior, but the evidence of {hyper.correction} has no observation"
+        )
     number = np.arange(members)
     keys = member_keys(seed, frames, range(members))[:, number // 2 if antithetic else number]
     signs = np.where(antithetic & (number % 2 == 1), -1, 1).astype(np.float32)

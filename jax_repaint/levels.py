@@ -91,7 +91,7 @@ def denoising_errors(
     cases = evaluate.make_cases(trained, fields, numbers, [pattern], seed) if pattern else [None] * len(fields)
     keys = member_keys(seed, numbers, [DENOISING])[:, 0]
     frames, _, present = prepare_with_gaps(fields, trained.standardiser, trained.padded)
-    frames = linear.fill(trained.gaussian, frames, present, seed)
+    frames = linear.fill(trained.gaussian, frames, present, seed, numbers)
     rows = []
     for case, key, x0, scored in zip(cases, keys, frames, present[..., None], strict=True):
         evidence = guide.Evidence(trained.gaussian.ocean)

@@ -112,7 +112,7 @@ def evidence_for(
       ocean: (y, x, 1), 1 on ocean.
       observation: in standardised units; may be left out for the correction `none` only.
       gaussian: prior of `kalman`, `cov_pigdm` and `given`; of `regimes` their mixture.
-      correlation: of the errors of u and v (guide.noise_covariance).
+      correlation: of the errors of u and v (guide.noise_covariance); the same as of the analysis to start from.
 
     Raises:
       InputError: the correction needs an observation or a Gaussian prior that was not given, a prior of another grid

@@ -259,8 +259,9 @@ def doubt(variance: Field, missing: Bool[Array, "y x 1"], largest: Level | None 
 
 def noise_weight(doubt: Field, missing: Bool[Array, "y x 1"], floor: Level, gamma: Level) -> Field:
     """w = floor + (1 - floor) v'^gamma on missing cells, 1 elsewhere."""
-    # 0^gamma has no finite derivative in gamma; the tiny offset is below float32's reach of the result.
-    return jnp.where(missing, floor + (1 - floor) * jnp.maximum(doubt, 1e-30) ** gamma, 1.0)
+    # 0^gamma has no finite derivative in gamma, nor has a branch of it that is not taken.
+    risen = jnp.where(doubt > 0, jnp.maximum(doubt, 1e-30) ** gamma, 0.0)
+    return jnp.where(missing, floor + (1 - floor) * risen, 1.0)
 
 
 class _Step(NamedTuple):
@@ -329,10 +330,11 @@ def repaint(
         x0 = (1 - b) * x0 + b * known.prior_mean
         mu = transition.ancestral_mean(x_t, x0, schedule.beta[t], schedule.alpha_bar[t], schedule.alpha_bar_prev[t])
         if stage.guided:
-            # The last step returns x0 itself.
-            mu = mu - jnp.where(t > 0, stage.guidance_scale, 0.0) * gradient
+            mu = mu - stage.guidance_scale * gradient
+        # What the formula gives at t = 0, but beta_0 / (1 - alpha_bar_0) is 0.9998 in float32 instead of 1.
+        mu = jnp.where(t > 0, mu, x0)
         w = weight(t)
-        # At t = 0 beta_tilde is 0, mu is x0 and alpha_bar_prev is 1: no noise and clean values by the same formulas.
+        # At t = 0 beta_tilde is 0 and alpha_bar_prev is 1: no noise and clean values by the same formulas.
         x_s = mu + w * jnp.sqrt(schedule.posterior_variance[t]) * noise(now.number, 0)
         pasted = transition.diffuse(known.value, noise(now.number, 1), schedule.alpha_bar_prev[t])
         x_s = jnp.where(known.missing, x_s, pasted)

@@ -387,8 +387,18 @@ def test_blocks_are_four_integral_times_of_an_autoregression(memory):
     assert np.corrcoef(means[1:], means[:-1])[0, 1] < 0.12
 
 
+@pytest.mark.parametrize("memory", [0.6, 0.9])
+def test_frames_without_a_number_keep_their_place_in_time(memory):
+    rng = np.random.default_rng(1)
+    series = signal.lfilter([1.0], [1.0, -memory], rng.normal(size=20_000))
+    gappy = np.where(rng.random(series.size) < 0.5, np.nan, series)
+    length = calibration.independent_length(gappy)
+    assert length == pytest.approx(4 * (1 + memory) / (1 - memory), rel=0.2, abs=1)
+    assert length > calibration.independent_length(gappy[np.isfinite(gappy)])
+
+
 def test_a_series_that_says_nothing_about_time_is_refused():
-    for series in ([1.0], np.ones(30)):
+    for series in ([1.0], np.ones(30), [1.0, np.nan, np.nan]):
         with pytest.raises(InputError, match="two frames that differ"):
             calibration.independent_length(series)
     assert calibration.independent_length(np.arange(3.0)) == 4

@@ -508,6 +508,11 @@ def test_frames_that_do_not_go_together_are_refused(gaussian, three):
     other = gaussian.replace(rest=2 * gaussian.rest)
     with pytest.raises(InputError, match="the same prior"):
         stack_evidence([evidence[0], evidence_for(hyper, gaussian.ocean, three[1], other)])
+    nothing = [evidence_for(hyper.replace(correction="none"), gaussian.ocean)]
+    with pytest.raises(InputError, match="no observation"):
+        posterior_ensemble(
+            gaussian, nothing, gaussian, [linear.analysis(gaussian, three[0])], hyper, frames=[0], members=2
+        )
     with pytest.raises(InputError, match="1 frames are numbered, 3 with 3 analyses are given"):
         posterior_ensemble(
             gaussian, evidence, gaussian, [linear.analysis(gaussian, one) for one in three], hyper,

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tiny
 
-from jax_repaint import calibrate, evaluate, guide, levels, model, observe, report, train
+from jax_repaint import calibrate, calibration, evaluate, guide, levels, model, observe, report, train
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Standardiser
@@ -172,6 +172,12 @@ def test_draws_have_the_conditional_mean_and_covariance(likeliest, frames, prese
     assert np.abs(correlation - covariance[np.ix_(gap, gap)] / scale[:, None] / scale).max() < 7 * np.sqrt(2 / count)
     other = on_sea(linear.fill(likeliest, same[:2], known[:2], seed=1))
     assert not np.array_equal(other, filled[:2])
+
+
+def test_a_frame_has_its_fill_whatever_frames_are_beside_it(likeliest, frames, present):
+    among = linear.fill(likeliest, frames[:6], present[:6])
+    alone = linear.fill(likeliest, frames[4:5], present[4:5], numbers=[4])
+    np.testing.assert_array_equal(alone[0], among[4])
 
 
 def test_select_scores_present_cells_from_present_observations(likeliest, frames, present):
@@ -443,7 +449,7 @@ def test_gappy_frames_are_observed_and_scored_where_there_is_a_value(trained, tm
         evaluate.make_cases(made, empty, split.test[:3], ["line:5"])
 
 
-def test_a_calibration_is_learnt_from_present_cells(trained):
+def test_a_calibration_is_learnt_from_present_cells(trained, monkeypatch):
     _, made, data = trained
     numbers = train.split_fields(data, tiny.config().data).validation
     frames = data.select(numbers)
@@ -454,8 +460,13 @@ def test_a_calibration_is_learnt_from_present_cells(trained):
     drawn = observe.parse("line:5", data.ocean, observe.pattern_rng(0, 0))
     hidden[[0, 3]] = np.where(drawn[..., None], np.nan, hidden[[0, 3]])
     fewer = Fields.create(hidden, data.lat, data.lon, frames.time, data.ocean, "gappy")
-    kept = frames.select([i for i in range(len(frames)) if i not in (0, 3)])
-    assert calibrate.block_length(made, fewer, "line:5") == calibrate.block_length(made, kept, "line:5")
+    logarithms = []
+    with monkeypatch.context() as m:
+        m.setattr(calibration, "independent_length", logarithms.append)
+        for some in (frames, fewer):
+            calibrate.block_length(made, some, "line:5")
+    expected = np.where(np.isin(np.arange(len(frames)), (0, 3)), np.nan, logarithms[0])
+    np.testing.assert_array_equal(logarithms[1], expected)
     nothing = Fields.create(np.where(drawn[..., None], np.nan, frames.velocity), data.lat, data.lon, frames.time,
                             data.ocean, "gappy")  # fmt: skip
     with pytest.raises(InputError, match="line:5 meets cells with values in 0 frames; two are needed"):

@@ -91,7 +91,7 @@ def hyperparameters(meta):
 
 def close(ours, golden_field):
     theirs = np.moveaxis(golden_field, 0, -1)
-    np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -144,6 +144,20 @@ def test_analysis_matches_dense_algebra(found, observation, dense):
         assert not np.asarray(field)[~OCEAN].any()
 
 
+def test_correlated_errors_weigh_as_in_dense_algebra(gaussian, observation):
+    correlated = linear.analysis(gaussian, observation, 0.7)
+    valid = np.asarray(observation.valid)
+    unit = jnp.eye(2 * OCEAN.size).reshape(-1, *SHAPE, 2)
+    a = np.asarray(jax.vmap(observation.apply)(unit), float)[SEA][:, valid].reshape(SEA.size, -1).T
+    noise = np.kron(np.diag(np.asarray(observation.sigma, float)[valid][:, 0] ** 2), [[1, 0.7], [0.7, 1]])
+    c = covariance_of(gaussian)
+    gain = np.linalg.solve(a @ c @ a.T + noise, a @ c).T
+    misfit = (np.asarray(observation.values, float) - np.asarray(observation.apply(gaussian.mean), float))[valid]
+    mean = on_sea(gaussian.mean) + gain @ misfit.reshape(-1)
+    np.testing.assert_allclose(on_sea(correlated.mean(observation.values)), mean, atol=2e-5)
+    np.testing.assert_allclose(on_sea(correlated.variance), np.diag(c - gain @ a @ c), atol=5e-6)
+
+
 def test_variance_of_precise_observations_is_their_error(gaussian, found, observation):
     observed = np.asarray(observation.on_grid(SHAPE)[0])
     left = np.asarray(found.variance)

@@ -195,6 +195,24 @@ def test_noise_weight_is_the_formula(known, normalise, factor):
     np.testing.assert_allclose(found, 0.2 + 0.8 * v**3, rtol=2e-3)
 
 
+def test_a_sure_cell_has_the_floor_for_any_gamma(known):
+    sure, floor = jnp.zeros_like(known.prior_variance), jnp.float32(0.2)
+    found = noise_weight(sure, known.missing, floor, jnp.float32(0.02))
+    np.testing.assert_array_equal(np.asarray(found)[np.asarray(known.missing)[..., 0]], floor)
+    slope = jax.grad(lambda gamma: noise_weight(sure, known.missing, floor, gamma).sum())(jnp.float32(0.02))
+    assert slope == 0
+
+
+@pytest.mark.parametrize("min_beta", [1e-4, 1e-6])
+def test_the_last_step_returns_the_estimate_itself(known, min_beta):
+    """A denoiser that always gives the same field, whatever the schedule makes of 1 - alpha_bar_0 in float32."""
+    field = known.prior_mean + 1.0
+    schedule = Schedule.linear(20, min_beta, 0.2)
+    (stage,) = method("gp_init", 20, t_start=5)
+    found = repaint(jax.random.key(0), lambda x, sigma: field, known, schedule, stage).x
+    np.testing.assert_array_equal(found, jnp.where(known.missing, field, known.value))
+
+
 @pytest.mark.parametrize(("factor", "switch"), [(1, 8), (10, 9)])
 def test_var_decay_does_nothing_until_it_switches_adaptive_noise_off(known, factor, switch):
     """The range of the variance, 9e-6 or 9e-5, falls below 1e-12 at stage 8 or 9 of decay .1."""

@@ -42,6 +42,9 @@ class Analysis:
         return field + jax.numpy.einsum("yxcmd,md->yxc", self.gain, innovation, precision=precision)
 
     def sample(self, key: Key, prior_draw: Field, values: Values) -> Field:
-        """A posterior sample from a prior draw x_p (Matheron's rule; Doucet 2010, eq. 6)."""
+        """A posterior sample from a prior draw x_p (Matheron's rule; Doucet 2010, eq. 6).
+
+        n has independent components; `posterior.linear_sample` draws from any R.
+        """
         noise = self.observation.sigma * jax.random.normal(key, values.shape, values.dtype)
         return self.update(prior_draw, values + noise)

@@ -213,7 +213,13 @@ def _solve(seen: np.ndarray, moments: np.ndarray, right: np.ndarray) -> np.ndarr
     return np.linalg.solve(total + PRIOR_FRAMES * np.eye(k), right)
 
 
-def fill(gaussian: PrincipalGaussian, x: np.ndarray, present: np.ndarray, seed: int = 0) -> np.ndarray:
+def fill(
+    gaussian: PrincipalGaussian,
+    x: np.ndarray,
+    present: np.ndarray,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+) -> np.ndarray:
     """The same fields with a draw of the prior given the present cells in their gaps, (n, y, x, c) float32.
 
     x_m = mean_m + W_m z + sqrt(rest) n,   z ~ N(M^-1 W_p^T (x_p - mean_p), rest M^-1),   M = W_p^T W_p + rest I
@@ -223,13 +229,14 @@ def fill(gaussian: PrincipalGaussian, x: np.ndarray, present: np.ndarray, seed: 
       x: (n, y, x, c) standardised; what gaps hold does not matter.
       present: (n, y, x) bool.
       seed: of the draws; each frame has a generator of its own.
+      numbers: (n,) of the frames, which name their generators; their positions by default.
     """
     ocean, rest = np.asarray(gaussian.ocean)[..., 0] > 0, float(gaussian.rest)
     root, mean = _root(gaussian)[:, ocean], np.asarray(gaussian.mean, np.float64)[ocean]
     excess = np.diag(np.maximum(np.asarray(gaussian.variance, np.float64) - rest, 0))
     filled = np.array(x, np.float32)
     for number in np.flatnonzero(~present[:, ocean].all(1)):
-        rng = np.random.default_rng([seed, number, 0xF11])
+        rng = np.random.default_rng([seed, number if numbers is None else numbers[number], 0xF11])
         known = present[number, ocean]
         hidden = root[:, ~known].reshape(len(root), -1)
         # Directions are orthonormal, so that W_p^T W_p is what the gaps leave of a diagonal matrix.
@@ -257,7 +264,7 @@ def truncate(gaussian: PrincipalGaussian, rank: int, rest: float = 1.0) -> Princ
     )
 
 
-def analysis(gaussian: PrincipalGaussian, observation: Observation) -> Analysis:
+def analysis(gaussian: PrincipalGaussian, observation: Observation, correlation: float | np.ndarray = 0.0) -> Analysis:
     """The posterior of one pattern, G = Sigma A^T (A Sigma A^T + R)^-1, its variance diag(Sigma - G A Sigma).
 
     Solved in float64 on the host, returned in float32; both in the units of the prior.
@@ -265,6 +272,7 @@ def analysis(gaussian: PrincipalGaussian, observation: Observation) -> Analysis:
     Args:
       gaussian: prior.
       observation: pattern and errors; its values are not used.
+      correlation: of the errors of u and v (guide.noise_covariance).
 
     Raises:
       InputError: the gain and what it is made of do not fit into the memory that is left.
@@ -278,7 +286,7 @@ def analysis(gaussian: PrincipalGaussian, observation: Observation) -> Analysis:
             f"the memory: it needs {needed / 1e9:.2g} GB and {free / 1e9:.2g} are free; take fewer frames or patterns "
             "at a time"
         )
-    gain = guide.exact_gains(gaussian, observation, np.array([np.inf]))
+    gain = guide.exact_gains(gaussian, observation, np.array([np.inf]), correlation)
     inverse, along = gain.inverse[0], gain.along[0]
     direction, ocean = np.asarray(gaussian.direction), np.asarray(gaussian.ocean)
     grid, components = ocean.shape[:2], direction.shape[-1]
