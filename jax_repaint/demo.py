@@ -38,9 +38,8 @@ def brief_config(path: str, train_range: str, validation_range: str, test_range:
     return config
 
 
-def fit(path: str, train_range: str, test_range: str, steps: int, workdir: Path) -> tuple[Model, Fields, Split]:
-    """Trains for about `steps` steps on a range of a file; the last fifth of the range is for validation."""
-    fields = readers.read(path)
+def fit(path: str, fields: Fields, train_range: str, test_range: str, steps: int, workdir: Path) -> tuple[Model, Split]:
+    """Trains for about `steps` steps on a range of a file's fields; the last fifth of the range is for validation."""
     train_range, validation_range = carve(fields, train_range)
     config = brief_config(path, train_range, validation_range, test_range)
     parts = train.split_fields(fields, config.data)
@@ -52,7 +51,7 @@ def fit(path: str, train_range: str, test_range: str, steps: int, workdir: Path)
     trained = train.train(config, workdir, fields)
     if trained is None:
         raise InputError("training was stopped; the same command continues it")
-    return trained, fields, parts
+    return trained, parts
 
 
 FLAGS = flags.FLAGS
@@ -77,11 +76,19 @@ def main(_) -> None:
     evaluate.check_methods(FLAGS.methods, FLAGS.members)
     out = Path(FLAGS.out)
     if FLAGS.fields:
+        if "given" in FLAGS.methods:
+            raise InputError(
+                "the method given needs a model of form conditional; a brief training makes one of form anchored"
+            )
         if not (FLAGS.train_range and FLAGS.test_range):
             raise InputError("--fields needs --train_range and --test_range, for instance 0:250 and 275:365")
         # Before the training; evaluate.run asks it of all its files.
         files.check_kept(out / "fields.nc", readers.files_of(FLAGS.fields))
-        trained, series, parts = fit(FLAGS.fields, FLAGS.train_range, FLAGS.test_range, FLAGS.steps, out / "run")
+        series = readers.read(FLAGS.fields)
+        for pattern in FLAGS.patterns:
+            observe.parse(pattern, series.ocean, observe.pattern_rng(FLAGS.seed, 0))
+        ranges = FLAGS.train_range, FLAGS.test_range
+        trained, parts = fit(FLAGS.fields, series, *ranges, FLAGS.steps, out / "run")
         numbers = evaluate.pick(parts, FLAGS.frames, FLAGS.seed)
         fields, block = series.select(numbers), evaluate.block_length(parts, len(numbers))
     else:

@@ -568,6 +568,12 @@ def run(
         if name not in (*methods, added):
             raise InputError(f"{name} is not among the methods that are run, {', '.join(methods)}")
     cases = make_cases(trained, fields, numbers, patterns, seed)
+    for name in methods:
+        # What a method asks of the model, before the first one runs.
+        if name in POSTERIOR:
+            levels_of(trained, name)
+        if name == "gp" and trained.kernel is None:
+            raise InputError("this model was exported without a fitted GP")
     for name in ("table.csv", "details.csv", *written.values(), "figure.png"):
         files.check_writable(out / name, inputs=inputs)
     results = {}
@@ -602,11 +608,11 @@ def run(
 def data_of(trained: Model, path: str | None) -> tuple[Fields, Split]:
     """The fields a model was trained on (or a file with the same grid) and their split, as in its training."""
     config = train.default_config()
-    config.update(ConfigDict(trained.training["config"]))
+    config.update(ConfigDict(trained.origin["config"]))
     data = config.data
     fields = train.load_fields(data.fields if path is None else path, data.frames, data.twin_seed)
     trained.check_grid(fields)
-    if fields.hash() != trained.training["fingerprint"]:
+    if fields.hash() != trained.origin["fingerprint"]:
         logging.warning(
             "%s is not the data that the model was trained on; its test part may not be held out", fields.name
         )
@@ -625,13 +631,13 @@ def held_out(trained: Model, path: str | None = None) -> tuple[Callable[[np.ndar
     Raises:
       InputError: fields that cannot be read, or are on another grid.
     """
-    data = trained.training["config"]["data"]
+    data = trained.origin["config"]["data"]
     if path or data["fields"] or data["block_split"]:
         fields, split = data_of(trained, path)
         return fields.select, split
-    parts = {name: np.arange(*trained.training["parts"][name]) for name in ("train", "validation", "test")}
+    parts = {name: np.arange(*trained.origin["parts"][name]) for name in ("train", "validation", "test")}
     made = partial(twin.select, twin=twin.Twin(seed=data["twin_seed"]))
-    return made, Split(**parts, decorrelation=trained.training["decorrelation"])
+    return made, Split(**parts, decorrelation=trained.origin["decorrelation"])
 
 
 FLAGS = flags.FLAGS

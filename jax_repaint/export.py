@@ -22,6 +22,7 @@ jax.numpy.linalg.qr(jax.numpy.eye(2)) has to come before its first call: that lo
 ends.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -43,11 +44,11 @@ from jax_repaint.calibration import Calibration, correct
 from jax_repaint.data.fields import crop
 from jax_repaint.data.observations import UNKNOWN, Observed
 from jax_repaint.errors import InputError
-from jax_repaint.files import whole_file
+from jax_repaint.files import check_writable, whole_file
 from jax_repaint.model import Model
 from jax_repaint.observe import Observation
 
-PROGRAM, GRID, DESCRIPTION = "inpaint.jaxexport", "grid.npz", "program.json"
+PROGRAM, GRID, DESCRIPTION = FILES = "inpaint.jaxexport", "grid.npz", "program.json"
 PLATFORMS = ("cpu", "cuda")
 METHODS = ("kalman", "given")
 
@@ -187,8 +188,8 @@ def export(
       platforms: of jax.export that the program runs on.
 
     Raises:
-      InputError: a folder that cannot be written, flatbuffers is not installed, members as for `program`, a
-        calibration with a gate.
+      InputError: a folder that cannot be written or holds other files of these names, flatbuffers is not installed,
+        members as for `program`, a calibration with a gate.
     """
     method = method or inpaint.default_method(trained)
     calibration = None if raw else inpaint.calibration_of(trained, method, members)
@@ -198,6 +199,7 @@ def export(
             "calibrate without --gate, or export with --raw"
         )
     run = jax.jit(program(trained, members, method, calibration))
+    _check_folder(folder)
     try:
         content = bytes(jax_export.export(run, platforms=tuple(platforms))(*shapes(rows)).serialize())
     except ImportError as e:
@@ -221,12 +223,12 @@ def export(
         "platforms": list(platforms),
         "versions": {name: importlib.metadata.version(name) for name in ("jax_repaint", "jax", "flax")},
     }  # fmt: skip
-    with whole_file(folder / PROGRAM) as temporary:
-        temporary.write_bytes(content)
-    with whole_file(folder / GRID) as temporary:
-        np.savez(temporary, lat=trained.lat, lon=trained.lon, ocean=trained.ocean)
-    with whole_file(folder / DESCRIPTION) as temporary:
-        temporary.write_text(json.dumps(description, indent=1) + "\n")
+    with contextlib.ExitStack() as stack:
+        # They arrive together, the program last, when all three are whole.
+        to_program, to_grid, to_text = (stack.enter_context(whole_file(folder / name)) for name in FILES)
+        to_program.write_bytes(content)
+        np.savez(to_grid, lat=trained.lat, lon=trained.lon, ocean=trained.ocean)
+        to_text.write_text(json.dumps(description, indent=1) + "\n")
     compiling, latency, members_off, mean_off = measure(trained, folder / PROGRAM, rows, members, method, raw)
     state = "raw" if calibration is None else "calibrated"
     return (
@@ -234,6 +236,18 @@ def export(
         f"on this machine {compiling:.1f} s to load and compile, then {latency:.2f} s a field; gains in float32 move "
         f"members by {1000 * members_off:.2g} mm/s and the mean by {1000 * mean_off:.2g} mm/s at most"
     )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises InputError if what is in the way of the files is not an earlier export."""
+    for name in FILES:
+        check_writable(folder / name)
+    others = [name for name in (GRID, DESCRIPTION) if (folder / name).exists()]
+    if others and not (folder / PROGRAM).exists():
+        raise InputError(
+            f"cannot write a program to {folder}: {others[0]} is there, and is not of an earlier one, of which "
+            f"{PROGRAM} would be there too"
+        )
 
 
 def load(path: Path) -> Callable[..., Any]:

@@ -39,6 +39,7 @@ METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE = 20  # standard deviations from the mean
 MANY = 24  # fields; more come from a table whose every row has its own time
+LARGEST_ERROR = 1e6  # m/s
 LEAST_SIGMA = 1e-5  # standard error over the standard deviation of the currents, which float32 can still tell from 0
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
 
@@ -106,8 +107,8 @@ def inpaint(
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
     evaluate.check_methods([method], members)
-    if members < 2:
-        raise InputError(f"an ensemble has at least two members, got {members}")
+    if members < (least := 4 if method in evaluate.PAIRED else 2):
+        raise InputError(f"for a spread {method} needs {least} members at least, got {members}")
     chunk = chunk or device.usual_batch()
     grid = Grid(trained.ocean, trained.lat, trained.lon)
     frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step)
@@ -275,6 +276,11 @@ def _case(trained: Model, frame: Observed) -> evaluate.Case:
         raise InputError(
             f"the standard error of an observation is {errors.min():.2g} m/s; samplers in single precision need "
             f"{least.max():.2g} m/s or more"
+        )
+    if (errors > LARGEST_ERROR).any():
+        raise InputError(
+            f"the standard error of an observation is {errors.max():.2g} m/s, more than {LARGEST_ERROR:g}; is a fill "
+            "value undeclared?"
         )
     observation = observe.pad_grid(given, trained.ocean.shape, trained.padded).replace(
         values=jnp.where(valid, (given.values - mean) / std, 0.0), sigma=jnp.where(valid, given.sigma / std, 1.0)

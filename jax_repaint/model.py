@@ -9,6 +9,7 @@ Loading reads numbers and text only; nothing is unpickled or run.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_repaint.calibration import Calibration
 from jax_repaint.conditional import ConditionalDenoiser
-from jax_repaint.data.fields import Fields, Standardiser, crop, padded_shape
+from jax_repaint.data.fields import Fields, Standardiser, check_grid, crop, padded_shape
 from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDenoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.files import publish, replace_folder, whole_file
@@ -86,6 +87,21 @@ class Model:
         return inpaint.inpaint(self, observations, **options)
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """`training`, for those who need the data of it.
+
+        Raises:
+          InputError: it does not say which data that were, or how they were split.
+        """
+        missing = {"config", "parts", "fingerprint", "decorrelation"} - self.training.keys()
+        if missing:
+            raise InputError(
+                f"{DESCRIPTION} does not say what the model was trained on, so that nothing is known to be held out: "
+                f"its training lacks {', '.join(sorted(missing))}"
+            )
+        return self.training
+
+    @property
     def padded(self) -> tuple[int, int]:
         """(Y, X), the grid of the network."""
         return self.grid or padded_shape(self.ocean.shape, self.network.multiple)
@@ -124,7 +140,7 @@ class Model:
 
 def same_parts(one: Model, other: Model) -> bool:
     """Whether both were trained on the same frames of the same data, and the same ones were held out."""
-    first, second = one.training, other.training
+    first, second = one.origin, other.origin
     blocks = [text["config"]["data"].get("block_split", False) for text in (first, second)]
     return all(first[key] == second[key] for key in ("fingerprint", "parts")) and blocks[0] == blocks[1]
 
@@ -232,7 +248,8 @@ def load(folder: str | os.PathLike) -> Model:
     """Reads what `save` wrote.
 
     Raises:
-      InputError: no model there, of a newer format, truncated, or weights that do not fit its description.
+      InputError: no model there, of a newer format, truncated, weights that do not fit its description, or numbers
+        that no model has.
     """
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
@@ -251,6 +268,12 @@ def load(folder: str | os.PathLike) -> Model:
         make_schedule(text["schedule"])
         params = _params(network, tensors, folder)
         ocean = tensors["ocean"].astype(bool)
+        check_grid(tensors["lat"], tensors["lon"], ocean.shape, f"the model in {folder}")
+        low, high = map(float, text["sigma"])
+        if not 0 < low < high < math.inf:
+            raise ValueError(f"noise from {low} to {high}")
+        if not isinstance(text["training"], dict):
+            raise TypeError("its training is no table")
         standardiser = Standardiser.from_json(text["standardiser"])
         # Older models have no grid of their own.
         grid = text.get("grid") and _grid(text["grid"], ocean.shape, network.multiple, folder)
@@ -265,7 +288,7 @@ def load(folder: str | os.PathLike) -> Model:
             gaussian=_gaussian(tensors, ocean, grid or padded_shape(ocean.shape, network.multiple), standardiser),
             kernel=text["kernel"] and Kernel.from_json(text["kernel"]),
             schedule=text["schedule"],
-            sigma=tuple(text["sigma"]),
+            sigma=(low, high),
             training=text["training"],
             # Older models have none.
             calibration=text.get("calibration") and Calibration.from_json(text["calibration"]),
@@ -285,8 +308,16 @@ def _params(network: unet.UNetConfig, tensors: dict[str, np.ndarray], folder: Pa
         if tensor is None or tensor.shape != shape.shape:
             found = "missing" if tensor is None else f"of shape {tensor.shape}"
             raise InputError(f"{folder}: weight {'/'.join(map(str, name))} of {shape.shape} is {found}")
-        params[name] = jnp.asarray(tensor, jnp.float32)
+        params[name] = jnp.asarray(_finite(tensor, "/".join(map(str, name))))
     return traverse_util.unflatten_dict(params)
+
+
+def _finite(tensor: np.ndarray, name: str) -> np.ndarray:
+    """In float32; raises ValueError where a number is not finite."""
+    values = tensor.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return values
 
 
 def _grid(grid: list[int], shape: tuple[int, int], multiple: int, folder: Path) -> tuple[int, int]:
@@ -300,19 +331,25 @@ def _gaussian(
     tensors: dict[str, np.ndarray], ocean: np.ndarray, shape: tuple[int, int], standardiser: Standardiser
 ) -> PrincipalGaussian:
     wet = np.pad(ocean, [(0, to - side) for side, to in zip(ocean.shape, shape, strict=True)])
+    mean, direction, variance, rest = (
+        _finite(tensors[f"gaussian/{name}"], name) for name in ("mean", "direction", "variance", "rest")
+    )
+    if mean.shape != (ocean.sum(), 2) or direction.shape != (*variance.shape, *mean.shape) or variance.ndim != 1:
+        raise ValueError(f"a prior of mean {mean.shape}, directions {direction.shape} and variances {variance.shape}")
+    if not ((variance >= 0).all() and (rest >= 0).all()):
+        raise ValueError("a variance of the prior is negative")
 
     def on_grid(values: np.ndarray) -> jax.Array:
         field = np.zeros((*values.shape[:-2], *shape, values.shape[-1]), np.float32)
-        field[..., wet, :] = values.astype(np.float32)
+        field[..., wet, :] = values
         return jnp.asarray(field)
 
     land = jnp.asarray(standardiser.land_value)[None, None]
-    mean = jnp.where(wet[..., None], on_grid(tensors["gaussian/mean"]), land)
     return PrincipalGaussian(
-        mean,
-        on_grid(tensors["gaussian/direction"]),
-        jnp.asarray(tensors["gaussian/variance"], jnp.float32),
-        jnp.asarray(tensors["gaussian/rest"][0], jnp.float32),
+        jnp.where(wet[..., None], on_grid(mean), land),
+        on_grid(direction),
+        jnp.asarray(variance),
+        jnp.asarray(rest[0]),
         jnp.asarray(wet[..., None], jnp.float32),
     )
 

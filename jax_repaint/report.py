@@ -39,7 +39,7 @@ from jax_repaint.data.fields import Fields
 from jax_repaint.data.probe import check_hdf5
 from jax_repaint.data.source import door
 from jax_repaint.errors import InputError
-from jax_repaint.files import whole_file
+from jax_repaint.files import check_writable, whole_file
 
 TEMPLATE = Path(__file__).with_name("report.html")
 NOTHING = -128  # byte of a cell without a value
@@ -840,6 +840,9 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("the folder to report on is missing: python -m jax_repaint.report WORKDIR")
     workdir = Path(argv[1])
     out = Path(FLAGS.out) if FLAGS.out else workdir / "report.html"
+    if FLAGS.out:
+        # With another suffix it might be a file of the run.
+        check_writable(out, (".html", ".htm"))
     text = build(workdir, FLAGS.frames, FLAGS.members)
     with whole_file(out) as temporary:
         temporary.write_text(text, encoding="utf-8")

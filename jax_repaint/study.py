@@ -6,6 +6,7 @@ is a point on a case, and has a name that is the same wherever and whenever it i
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,9 @@ from jax_repaint.evaluate import Case
 from jax_repaint.model import Model
 from jax_repaint.points import FREE, Point, Program, describe, make_program, read_points
 from jax_repaint.sample import Known
+
+# What a picture can show beside settings of the points.
+DRAWN = frozenset({"label", "stage", "calls", "members", "coverage", "pattern", "distance"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +145,7 @@ def open_study(config: ConfigDict) -> Study:
     """
     _check(config)
     points = read_points(config)
+    _check_drawn(config, points)
     models = {folder: model.load(folder or SHIPPED) for folder in dict.fromkeys(p.model for p in points)}
     programs = [make_program(point, models[point.model]) for point in points]
     first = next(iter(models.values()))
@@ -170,14 +175,25 @@ def _check(config: ConfigDict) -> None:
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, got {config[name]}")
     for name in ("batch", "memory_gb"):
-        if config[name] < 0:
-            raise InputError(f"{name} must not be negative, got {config[name]}")
+        if not 0 <= config[name] < math.inf:
+            raise InputError(f"{name} must be a number that is not negative, got {config[name]}")
+    for name in ("seeds", "sizes"):
+        if any(type(number) is not int for number in config[name]):
+            raise InputError(f"{name} must be whole numbers, got {config[name]}")
     if config.part not in ("test", "validation"):
         raise InputError(f"part must be test or validation, got {config.part!r}")
     if not config.seeds or any(seed < 0 for seed in config.seeds):
         raise InputError(f"seeds must be whole numbers from 0, at least one, got {config.seeds}")
     if any(not 1 <= size < config.members for size in config.sizes) or len(set(config.sizes)) < len(config.sizes):
         raise InputError(f"sizes must be from 1 and below members ({config.members}), got {config.sizes}")
+
+
+def _check_drawn(config: ConfigDict, points: Sequence[Point]) -> None:
+    """Raises InputError if the picture is to show what no point has."""
+    known = DRAWN.union(*(point.settings for point in points))
+    for name, what in (("x", config.x), ("curve", config.curve)):
+        if what not in known and (what or name == "x"):
+            raise InputError(f"{name} is {what!r}, but the points have {', '.join(sorted(known))}")
 
 
 def _check_parts(models: Mapping[str, Model]) -> None:

@@ -174,7 +174,7 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"train.ema must be in [0, 1), got {t.ema}")
     if t.warmup_epochs >= t.epochs:
         raise InputError(f"train.warmup_epochs ({t.warmup_epochs}) must be less than train.epochs ({t.epochs})")
-    if not 0 < n.sigma_min < n.sigma_max:
+    if not 0 < n.sigma_min < n.sigma_max < math.inf:
         raise InputError(f"noise levels must be 0 < sigma_min < sigma_max, got {n.sigma_min}, {n.sigma_max}")
     if not 0 <= t.focus < 1:
         raise InputError(f"train.focus must be in [0, 1), got {t.focus}")

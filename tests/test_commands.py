@@ -74,6 +74,11 @@ MISTAKES = {
     "range that is none": ([*OWN, "--train_range=first", "--test_range=50:60"], "first"),
     "range beyond the file": ([*OWN, "--train_range=0:40", "--test_range=60:90"], "60:90"),
     "demo with an unknown method": (["demo", "--methods=magic", "--out=new"], "'magic' is not one of"),
+    "demo on a line outside": ([*OWN, "--train_range=0:40", "--test_range=50:60", "--patterns=line:7"], "rows 0..6"),
+    "demo with a network that it does not train": (
+        [*OWN, "--train_range=0:40", "--test_range=50:60", "--methods=given"], "a model of form conditional"
+    ),
+    "evaluating what the network does not take": ([*EVALUATE, "--methods=linear,given"], "a model of form conditional"),
     "demo without the model": (["demo", "--model=nowhere", "--out=new"], "no model in nowhere"),
     "members below one": (["demo", "--members=0", "--out=new"], "members"),
     "missing model": (["evaluate", "--model=nowhere", "--out=new"], "no model in nowhere"),
@@ -94,7 +99,8 @@ MISTAKES = {
         ["calibrate", "--model=model", "--fields=tiny.nc", "--frames=4", "--block=99"], "one block of time"
     ),
     "report without a folder": (["report"], "the folder to report on is missing"),
-    "report on nothing": (["report", "model", "--out=new"], "model holds no training run"),
+    "report on nothing": (["report", "model", "--out=new.html"], "model holds no training run"),
+    "report in the place of a file": (["report", "mine", "--out=mine/fields.nc"], "must be one of .html"),
     "report on no folder": (["report", "nowhere"], "nowhere is no folder"),
     "report on two folders": (["report", "model", "other"], "unexpected argument 'other'"),
     "output folder is a file": ([*EVALUATE[:-1], "--out=tiny.nc", "--methods=linear"], "cannot write"),

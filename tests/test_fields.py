@@ -307,6 +307,8 @@ class TestSplit:
                 "test range .* holds no frame; .* 400 frames from 2020",
             ),
             (("0:200", "250:280", "summer"), "neither frames .* nor dates"),
+            (("0:200", "250:280", "1600-01-01:2020-01-20"), "neither frames .* nor dates .* in 1678"),
+            (("0:200", "250:280", "2020-01-12:9999-12-31"), "neither frames .* nor dates .* in 1678"),
             (("0:200", "250:280", "2020-01-15T00:00:2020-01-16"), "neither frames .* nor dates"),
             (("0:200", 0.1, 0.2), "not a mixture"),
             ((0.7, 0.2, 0.2), "add up to 1 at most"),

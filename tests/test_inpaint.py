@@ -248,6 +248,27 @@ def test_a_gate_weighs_each_field_as_it_was_learnt(trained):
         export.export(calibrated_with(trained, gate=gate), None, members=8, method="kalman")
 
 
+def test_two_paired_members_have_no_spread_and_are_refused(trained):
+    with pytest.raises(InputError, match="for a spread kalman needs 4 members at least, got 2"):
+        quietly(trained, table(3), members=2, method="kalman")
+
+
+def test_a_fill_value_for_an_error_is_refused(trained):
+    with pytest.raises(InputError, match=r"1e.20 m/s, more than 1e.06; is a fill value undeclared"):
+        quietly(trained, table(3, sigma=1e20))
+
+
+def test_an_export_leaves_files_of_others_alone(trained, tmp_path):
+    (tmp_path / export.GRID).write_text("mine")
+    with pytest.raises(InputError, match=r"grid.npz is there, and is not of an earlier one"):
+        export.export(trained, tmp_path, members=4, method="kalman")
+    (tmp_path / export.GRID).unlink()
+    (tmp_path / export.DESCRIPTION).mkdir()
+    with pytest.raises(InputError, match=r"program.json: it is a folder"):
+        export.export(trained, tmp_path, members=4, method="kalman")
+    assert [path.name for path in tmp_path.iterdir()] == [export.DESCRIPTION]
+
+
 def test_members_that_are_not_finite_are_never_written(trained, monkeypatch):
     def broken(*arguments, **options):
         made = run(*arguments, **options)
@@ -473,6 +494,7 @@ BAD = {
     "seconds as times in a file": (b"lat,lon,u,v,time\n18.03,295.08,0.1,0.2,1700\n", "time holds numbers"),
     "times that are numbers": (at(time=3), "time holds numbers"),
     "times that are none": (at(time="noon"), "time is no date such as 2020-01-04T12:00 in rows 0, 1: 'noon'"),
+    "the time of reading": (at(time="today"), "time is no date such as 2020-01-04T12:00 in rows 0, 1"),
     "another grid": (np.zeros((6, 12, 2)), "not on the model's grid"),
     "another array": (np.zeros((7, 12)), "not on the model's grid"),
     "an array of text": (np.full((7, 12, 2), "a"), "holds numbers"),
@@ -578,6 +600,9 @@ def test_a_mistake_is_a_sentence(mistake, tmp_path):
         ({"columns": {"w": "w"}}, "not to 'w'"),
         ({"time": "noon"}, "'noon' is not a date"),
         ({"time": "now"}, "'now' is not a date"),
+        ({"time": "1600-01-01"}, "'1600-01-01' is not a date .* in the years 1678"),
+        ({"time": "2500-01-01"}, "'2500-01-01' is not a date"),
+        ({"columns": {"u": "v"}}, "u and v are one column, v; it has lat, lon"),
         ({"time": "12:00"}, "'12:00' is not a date"),
         ({"time": "04/01/2020"}, "'04/01/2020' is not a date"),
         ({"time": 20200104}, "20200104 is not a date"),

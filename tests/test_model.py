@@ -11,7 +11,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from jax_repaint import model
+from jax_repaint import evaluate, model
 from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
 
@@ -154,6 +154,10 @@ def test_weights_of_another_network_are_refused(trained, folder):
         {"network": [8]},
         {"standardiser": {"mean": [0, 0]}},
         {"sigma": None},
+        {"sigma": [0.01]},
+        {"sigma": [130.0, 0.01]},
+        {"sigma": "ab"},
+        {"training": None},
         {"form": "v"},
         {"kernel": {"name": "unknown"}},
         {"schedule": {"steps": 250}},
@@ -169,6 +173,44 @@ def test_a_description_that_is_no_object_is_refused(folder):
     (folder / model.DESCRIPTION).write_text("[1]")
     with pytest.raises(InputError, match="not complete"):
         model.load(folder)
+
+
+def first(number):
+    def change(tensor):
+        changed = tensor.copy()
+        changed.flat[0] = number
+        return changed
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lat", lambda lat: lat[:-1], "do not fit a grid"),
+        ("lon", lambda lon: lon[::-1].copy(), "longitude must increase"),
+        ("lat", first(np.nan), "missing in some cells"),
+        ("gaussian/variance", lambda variance: variance[:-1], "directions"),
+        ("gaussian/direction", first(np.nan), "direction holds numbers that are not finite"),
+        ("gaussian/variance", first(-1.0), "is negative"),
+        ("gaussian/rest", first(np.nan), "rest holds numbers that are not finite"),
+        ("params", first(np.inf), "not finite"),
+    ],
+)
+def test_tensors_that_no_model_has_are_refused(folder, name, change, message):
+    tensors = load_file(folder / model.WEIGHTS)
+    name = next(key for key in tensors if key.startswith(name))
+    save_file(tensors | {name: change(tensors[name])}, folder / model.WEIGHTS)
+    with pytest.raises(InputError, match=message):
+        model.load(folder)
+
+
+def test_who_needs_the_data_of_a_model_is_told_that_it_names_none(trained):
+    bare = dataclasses.replace(trained, training={"step": 7})
+    with pytest.raises(InputError, match="lacks config, decorrelation, fingerprint, parts"):
+        evaluate.held_out(bare)
+    with pytest.raises(InputError, match="lacks config"):
+        model.same_parts(trained, bare)
 
 
 @pytest.mark.parametrize("name", ["ocean", "gaussian/mean", "gaussian/direction", "gaussian/rest", "lat"])

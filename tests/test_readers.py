@@ -348,6 +348,7 @@ class TestNetcdf:
         np.testing.assert_array_equal(readers.read(path, u="ugos", v="vgos").u, 2 * velocity()[..., 0])
         refused(path, "no variable 'east'; it has uo, vo, ugos, vgos", u="east", v="vo")
         refused(path, "give both u and v", u="uo")
+        refused(path, "u and v are one variable, uo; it has uo, vo, ugos, vgos", u="uo", v="uo")
 
     def test_twice_the_same_standard_name_is_ambiguous(self, tmp_path):
         dataset = cf(names=("a", "b"))

@@ -177,6 +177,8 @@ def _choose_pair(dataset: xr.Dataset, other: xr.Dataset, choice: Choice, source:
                 raise InputError(f"{source.name} has no variable {asked!r}; it has {listing}")
             if content[asked].dtype.kind not in "fiu":
                 raise source.error(f"{asked} holds no numbers but {content[asked].dtype}")
+        if other is dataset and choice.u == choice.v:
+            raise source.error(f"u and v are one variable, {choice.u}; it has {listing}")
         return choice.u, choice.v
     pairs = _pairs(dataset, other)
     if not pairs:

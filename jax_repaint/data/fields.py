@@ -69,8 +69,9 @@ class Fields:
         """
         velocity = np.array(unmasked(velocity, np.float32))
         lat, lon, time = unmasked(lat), unmasked(lon), _as_time(time, name)
-        _check_shapes(velocity, lat, lon, time, name)
-        _check_axes(lat, lon, time, name)
+        _check_shapes(velocity, time, name)
+        check_grid(lat, lon, velocity.shape[1:3], name)
+        _check_times(time, name)
         if np.isinf(velocity).any():
             frame = int(np.flatnonzero(np.isinf(velocity).any((1, 2, 3)))[0])
             raise InputError(f"{name}: frame {frame} ({_date(time[frame])}) holds infinite velocities")
@@ -206,26 +207,36 @@ def unmasked(values: np.ndarray, dtype: type = np.float64) -> np.ndarray:
     return np.asarray(values, dtype)
 
 
+def in_nanoseconds(time: np.ndarray | np.datetime64) -> np.ndarray:
+    """The same times as datetime64[ns].
+
+    Raises:
+      OverflowError: a year outside 1678..2261, of which NumPy would make another one.
+    """
+    exact = np.asarray(time).astype("datetime64[ns]")[()]
+    if ((exact.astype(time.dtype) != time) & ~np.isnat(time)).any():
+        raise OverflowError(f"{time} is not in the years 1678..2261")
+    return exact
+
+
 def _as_time(time: np.ndarray, name: str) -> np.ndarray:
     time = np.asarray(time)
     if time.dtype.kind != "M":
         raise InputError(f"{name}: time must hold dates (datetime64), got {time.dtype}")
-    exact = time.astype("datetime64[ns]")
-    if (exact.astype(time.dtype) != time)[~np.isnat(time)].any():
-        raise InputError(f"{name}: times from {time.min()} to {time.max()} are not all in the years 1678..2261")
-    return exact
+    try:
+        return in_nanoseconds(time)
+    except OverflowError as e:
+        raise InputError(f"{name}: times from {time.min()} to {time.max()} are not all in the years 1678..2261") from e
 
 
 def _date(time: np.datetime64) -> str:
     return str(time.astype("datetime64[s]"))
 
 
-def _check_shapes(velocity, lat, lon, time, name) -> None:
+def _check_shapes(velocity, time, name) -> None:
     if velocity.ndim != 4 or velocity.shape[-1] != 2:
         raise InputError(f"{name}: velocity must be (time, y, x, 2), got {velocity.shape}")
     frames, y, x = velocity.shape[:3]
-    if (lat.shape, lon.shape) not in (((y,), (x,)), ((y, x), (y, x))):
-        raise InputError(f"{name}: latitude {lat.shape} and longitude {lon.shape} do not fit a grid of {(y, x)}")
     if time.shape != (frames,):
         raise InputError(f"{name}: {time.size} times for {frames} frames")
     if not frames:
@@ -234,7 +245,10 @@ def _check_shapes(velocity, lat, lon, time, name) -> None:
         raise InputError(f"{name}: a grid of {(y, x)} cells is too small; at least 2 x 2 are needed")
 
 
-def _check_axes(lat, lon, time, name) -> None:
+def check_grid(lat: np.ndarray, lon: np.ndarray, shape: tuple[int, int], name: str) -> None:
+    """Raises InputError unless lat and lon, degrees, are the axes (y), (x) or the positions (y, x) of a grid."""
+    if (lat.shape, lon.shape) not in (((shape[0],), (shape[1],)), (shape, shape)):
+        raise InputError(f"{name}: latitude {lat.shape} and longitude {lon.shape} do not fit a grid of {shape}")
     if not (np.isfinite(lat).all() and np.isfinite(lon).all()):
         raise InputError(f"{name}: latitude or longitude is missing in some cells")
     if np.abs(lat).max() > 90:
@@ -242,6 +256,9 @@ def _check_axes(lat, lon, time, name) -> None:
     for what, axis in (("latitude", lat), ("longitude", lon)):
         if axis.ndim == 1 and not (np.diff(axis) > 0).all():
             raise InputError(f"{name}: {what} must increase along its axis; row 0 is the southernmost")
+
+
+def _check_times(time, name) -> None:
     if np.isnat(time).any():
         raise InputError(f"{name}: the time of frame {int(np.isnat(time).argmax())} is missing")
     backwards = np.flatnonzero(np.diff(time) <= np.timedelta64(0, "ns"))
@@ -477,12 +494,11 @@ def _range(fields: Fields, name: str, text: str) -> np.ndarray:
         try:
             if not separator:
                 raise ValueError
-            after = np.datetime64(first).astype("datetime64[ns]") if first else fields.time[0]
-            last = np.datetime64(end) if end else None
-            before = fields.time[-1] + HOUR if last is None else (last + 1).astype("datetime64[ns]")
+            after = in_nanoseconds(np.datetime64(first)) if first else fields.time[0]
+            before = in_nanoseconds(np.datetime64(end) + 1) if end else fields.time[-1] + HOUR
         except (ValueError, OverflowError) as e:
             raise InputError(
-                f"{name} range {text!r} is neither frames (0:250) nor dates (2002-01-01:2002-09-07)"
+                f"{name} range {text!r} is neither frames (0:250) nor dates (2002-01-01:2002-09-07) in 1678..2261"
             ) from e
         index = np.flatnonzero((fields.time >= after) & (fields.time < before))
     if not index.size:

@@ -123,7 +123,7 @@ def _one_time(time: str | np.datetime64) -> np.datetime64:
     try:
         return instant(time)
     except ValueError as e:
-        raise InputError(f"time {time!r} is not a date such as 2020-01-04T12:00") from e
+        raise InputError(f"time {time!r} is not a date such as 2020-01-04T12:00 in the years 1678..2261") from e
 
 
 def _is_pair(source: Any) -> bool:
@@ -177,6 +177,9 @@ def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) ->
     missing = [key for key in NEEDED if key not in found]
     if missing:
         raise InputError(f"{name} has no column for {', '.join(missing)} that could be recognised; it has {listing}")
+    for one, other in (("u", "v"), ("lat", "lon")):
+        if found[one] == found[other]:
+            raise InputError(f"{name}: {one} and {other} are one column, {found[one]}; it has {listing}")
     if ("sigma_u" in found) != ("sigma_v" in found):
         raise InputError(f"{name} has an error of one component only; it has {listing}")
     return found
@@ -208,7 +211,8 @@ def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
         raise InputError(f"{name}: {column.name} holds numbers; expected dates such as 2020-01-04T12:00")
     try:
         times = pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce").dt.tz_localize(None)
-        bad = times.isna().to_numpy()
+        # `now` and `today` are dates to pandas, another one at every run.
+        bad = (times.isna() | column.astype(str).str.strip().isin(["now", "today"])).to_numpy()
         if bad.any():
             text = str(column.iloc[int(bad.argmax())])[:40]
             raise InputError(f"{name}: {column.name} is no date such as 2020-01-04T12:00 in {_rows(bad)}: {text!r}")

@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 from absl import logging
 
-from jax_repaint.data.fields import Fields
+from jax_repaint.data.fields import Fields, in_nanoseconds
 from jax_repaint.errors import InputError
 
 LONGEST = 200  # characters of a library's own message; some quote the file
@@ -23,13 +23,14 @@ def instant(time: str | np.datetime64) -> np.datetime64:
     """A date as ISO 8601 writes it, in UTC where it has no zone; datetime64[ns].
 
     Raises:
-      ValueError: a number, `now`, or a text that is no such date; which of 04/01/2020 is the month nobody can tell.
+      ValueError: a number, `now`, a text that is no such date (which of 04/01/2020 is the month nobody can tell), or a
+        year outside 1678..2261.
     """
     if isinstance(time, int | float | np.number) or (isinstance(time, str) and not time.strip()[:1].isdigit()):
         raise ValueError(time)
     try:
         parsed = pd.to_datetime(time, utc=True, format="ISO8601" if isinstance(time, str) else None)
-        parsed = parsed.tz_localize(None).to_datetime64().astype("datetime64[ns]")
+        parsed = in_nanoseconds(parsed.tz_localize(None).to_datetime64())
     except (TypeError, OverflowError, AttributeError) as e:
         raise ValueError(time) from e
     if np.isnat(parsed):
