@@ -121,11 +121,7 @@ def make_cases(
     cases, known = [], {}
     for pattern in patterns:
         for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
-            drawn = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, int(number)))
-            observed = drawn & np.isfinite(velocity).all(-1)
-            if not observed.any():
-                raise InputError(f"{fields.name}: {pattern} meets no cell with a value in frame {number}")
-            metrics.scored_cells(velocity, fields.ocean, observed)
+            observed = observed_cells(fields, velocity, pattern, int(number), seed)
             observation = observation_of(trained, velocity, observed)
             # A fixed pattern has one analysis for all its frames.
             name = observed.tobytes()
@@ -134,6 +130,23 @@ def make_cases(
             analysis = known[name]
             cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis))
     return cases
+
+
+def observed_cells(fields: Fields, velocity: np.ndarray, pattern: str, number: int, seed: int) -> np.ndarray:
+    """The cells (y, x) that a pattern observes in one of the frames: those drawn that have a value.
+
+    Args:
+      velocity: of the frame, `number` its number in the series.
+
+    Raises:
+      InputError: a pattern that cannot be drawn, no cell left to observe or to score.
+    """
+    drawn = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, number))
+    observed = drawn & np.isfinite(velocity).all(-1)
+    if not observed.any():
+        raise InputError(f"{fields.name}: {pattern} meets no cell with a value in frame {number}")
+    metrics.scored_cells(velocity, fields.ocean, observed)
+    return observed
 
 
 def observation_of(trained: Model, velocity: np.ndarray, observed: np.ndarray) -> observe.Observation:

@@ -89,20 +89,15 @@ class Study:
         return list(dict.fromkeys(given)) or list(observe.usual(self.fields.ocean))
 
     @cached_property
-    def present(self) -> np.ndarray:
-        """(n, y, x) bool, where the frames have values."""
-        return np.isfinite(self.fields.velocity).all(-1)
-
-    @cached_property
     def cases(self) -> dict[bool, list[Where]]:
         """Cases of points with random and with consecutive frames."""
         made = {}
         for consecutive, frames in self.frames.items():
             made[consecutive] = []
             for seed, pattern, frame in itertools.product(self.config.seeds, self.patterns, frames.tolist()):
-                seen = observe.parse(pattern, self.fields.ocean, observe.pattern_rng(seed, frame))
+                velocity = self.fields.velocity[int(np.searchsorted(self.numbers, frame))]
                 # What falls into gaps is not observed, and may make another program of it.
-                seen = seen & self.present[int(np.searchsorted(self.numbers, frame))]
+                seen = evaluate.observed_cells(self.fields, velocity, pattern, frame, seed)
                 made[consecutive].append(Where(seed, pattern, frame, observe.bucket(int(seen.sum()))))
         return made
 

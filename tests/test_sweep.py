@@ -609,6 +609,7 @@ def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
         ([{}], {"x": "foo"}, "x is 'foo', but the points have calls, consecutive, coverage"),
         ([{}], {"curve": "foo"}, "curve is 'foo'"),
         ([{}], {"patterns": "circle:3"}, "'circle:3' is not one of"),
+        ([{}], {"patterns": "line:3,cells:1"}, "no cell to score: every ocean cell is observed"),
         ([{"model": "nowhere"}], {}, "no model in nowhere"),
     ],
 )
