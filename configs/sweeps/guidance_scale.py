@@ -8,7 +8,7 @@ The notes, average of MSE over that of the GP:
     ratio        .895   .896   .917   .959   .992   .995    NaN
 
 One program serves all scales. Points that fail are marked with the step at which they do. A call takes the gradient
-through the network, two to three times the work. `:smoke` tries it in a minute on two cores.
+through the network too, and costs more for it. `:smoke` tries it in a minute on two cores.
 """
 
 from jax_repaint.points import default_config, smoke
