@@ -35,8 +35,14 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     echo "error: the jobs of an array share the cases of a sweep, with one task each" >&2
     exit 2
   fi
-  options+=("--process_index=$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}))")
-  options+=("--process_count=${SLURM_ARRAY_TASK_COUNT:-1}")
+  first=${SLURM_ARRAY_TASK_MIN:-0} last=${SLURM_ARRAY_TASK_MAX:-0} count=${SLURM_ARRAY_TASK_COUNT:-1}
+  if (( last - first + 1 != count )); then
+    echo "error: the jobs of an array share a sweep by their numbers, which are in a row, such as --array=0-7; what lost" \
+      "jobs left is taken up by the sweep without an array" >&2
+    exit 2
+  fi
+  options+=("--process_index=$((SLURM_ARRAY_TASK_ID - first))")
+  options+=("--process_count=$count")
 elif [[ $tasks -gt 1 ]]; then
   options+=(--distributed)
 fi

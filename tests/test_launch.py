@@ -23,13 +23,15 @@ while [[ $1 == --* ]]; do
   case $1 in
     --nodes=*) nodes=${1#*=} ;;
     --ntasks-per-node=*) tasks=${1#*=} ;;
-    --array=*) IFS=- read -r first last <<< "${1#*=}"; mapfile -t array < <(seq "$first" "$last") ;;
+    --array=*)
+      IFS=-: read -r first last step <<< "${1#*=}"
+      mapfile -t array < <(seq "$first" "${step:-1}" "$last") ;;
   esac
   shift
 done
 export SLURM_NTASKS=$((nodes * tasks))
 [[ ${#array[@]} -eq 0 ]] && exec bash "$@"
-export SLURM_ARRAY_TASK_COUNT=${#array[@]} SLURM_ARRAY_TASK_MIN=$first
+export SLURM_ARRAY_TASK_COUNT=${#array[@]} SLURM_ARRAY_TASK_MIN=$first SLURM_ARRAY_TASK_MAX=${array[-1]}
 for SLURM_ARRAY_TASK_ID in "${array[@]}"; do
   export SLURM_ARRAY_TASK_ID
   bash "$@"
@@ -128,6 +130,7 @@ def test_arguments_are_passed_on_whole(shell):
         ("sbatch launch/slurm.sh", "which command"),
         ("sbatch launch/slurm.sh --config=x.py", "which command"),
         ("sbatch --array=0-0 launch/slurm.sh train", "share the cases of a sweep"),
+        ("sbatch --array=0-6:2 launch/slurm.sh sweep", "which are in a row"),
         ("sbatch --array=0-0 --nodes=2 launch/slurm.sh sweep", "share the cases of a sweep"),
         ("launch/tpu_vm.sh create", "create|install|run|fetch|delete NAME"),
         ("launch/tpu_vm.sh destroy currents", "destroy is not one of"),
