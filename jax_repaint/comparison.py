@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from absl import logging
 
 from jax_repaint import metrics, plots
 from jax_repaint.errors import InputError
@@ -113,9 +114,14 @@ def _scores(mine: pd.DataFrame, best: str, seeds: int) -> dict[str, Any]:
     return line
 
 
-def _comparable_mean(table: pd.DataFrame) -> str:
+def comparable_mean(table: pd.DataFrame) -> str:
     """Which of PAIRS compares means of all points: those of ensembles of different size are no match."""
     return "expected" if table.groupby("point")["members"].max().nunique() > 1 else "mean"
+
+
+def name_of_mean(table: pd.DataFrame) -> str:
+    """What `comparable_mean` stands for, in words."""
+    return "the mean" if comparable_mean(table) == "mean" else f"the mean of {table['whole'].iloc[0]}, as expected"
 
 
 def _interval(value: float, lo: float, hi: float, form: str = ".3f") -> str:
@@ -139,7 +145,7 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
     else:
         table = table[table["stage"] == last]
 
-    mean = _comparable_mean(table)
+    mean = comparable_mean(table)
     unlike = mean == "expected"
 
     def number(value: float, form: str) -> str:
@@ -225,7 +231,10 @@ def curves(table: pd.DataFrame, x: str, curve: str, comparison: str) -> list[plo
             raise InputError(f"the points of this sweep have no setting {name!r} to draw")
     table = table[table[x].notna()]
     several = table["pattern"].nunique() > 1 and x not in ("coverage", "pattern")
-    named = table[curve].astype(str) if curve else pd.Series("", index=table.index)
+    named = pd.Series("", index=table.index)
+    if curve:
+        # A point without the setting is its own curve.
+        named = table[curve].map(str).where(table[curve].notna(), table["label"])
     if several:
         named = named.str.cat(table["pattern"], sep=", ").str.strip(", ")
     if not several and not curve:
@@ -240,10 +249,13 @@ def curves(table: pd.DataFrame, x: str, curve: str, comparison: str) -> list[plo
 
 
 def distances(rows: pd.DataFrame) -> dict[str, metrics.DistanceErrors]:
-    """Errors by distance of the whole ensembles' means after the last stage, by point (and pattern of several)."""
-    rows = rows[rows["failed_members"] == 0]
+    """Errors by distance of the whole ensembles' means after the last stage, by point (and pattern of several).
+
+    Over the frames without a failed member; a point whose last stage failed on all of them is left out.
+    """
     last = rows.groupby("point")[["stage", "members"]].transform("max")
     rows = rows[(rows["stage"] == last["stage"]) & (rows["members"] == last["members"])]
+    rows = rows[rows["failed_members"] == 0]
     several = rows["pattern"].nunique() > 1
     made = {}
     for (pattern, label), mine in rows.groupby(["pattern", "label"], sort=False):
@@ -277,16 +289,28 @@ def write(
         rows.to_parquet(temporary, index=False)
     metrics.write_csv(table.to_dict("records"), folder / "table.csv")
     text = format_lines(table, every_stage or x == "stage")
-    if x == "distance":
+    if x == "distance" and (rows["failed_members"] == 0).any():
         text += "\n\n" + _format_distances(distances(rows))
     with whole_file(folder / "table.txt") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    for name, comparison, score in (
-        ("sweep.png", f"{_comparable_mean(table)}_over_best", "MSE of the mean over that of the best baseline"),
-        ("seed_gp.png", "member_over_seed_gp", "MSE of a member over that of seed_gp"),
-    ):
-        _draw(folder / name, rows, table, x, curve, comparison, score, title)
+    mean = comparable_mean(table)
+    score = f"MSE of {name_of_mean(table)} over that of the best baseline"
+    _draw(folder / "sweep.png", rows, table, x, curve, f"{mean}_over_best", score, title)
+    # Errors by distance are of the mean, and have one picture.
+    other = "label" if x == "distance" else x
+    score = "MSE of a member over that of seed_gp"
+    _draw(folder / "seed_gp.png", rows, table, other, curve, "member_over_seed_gp", score, title)
+    for label in _without(table, other):
+        logging.warning("%s has no setting %s, and is in the table but not in the picture", label, other)
     return text
+
+
+def _without(table: pd.DataFrame, x: str) -> list[str]:
+    """Labels of the points that `curves` leaves out, as they have no such setting."""
+    if x in table:
+        return []
+    missing = [x not in json.loads(settings) for settings in table["settings"]]
+    return list(dict.fromkeys(table["label"][missing]))
 
 
 def _draw(
@@ -297,7 +321,9 @@ def _draw(
     if x == "distance":
         # Curves of different patterns are over different cells.
         chosen = rows[rows["pattern"] == rows["pattern"].iloc[0]]
-        plots.distance(path, distances(chosen), "linear", title=f"{title}, {chosen['pattern'].iloc[0]}".strip(", "))
+        errors = distances(chosen)
+        if errors:
+            plots.distance(path, errors, "linear", title=f"{title}, {chosen['pattern'].iloc[0]}".strip(", "))
         return
     lines, reference = curves(table, x, curve, comparison), ("baseline", 1.0)
     if x == "stage":

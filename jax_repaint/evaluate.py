@@ -517,7 +517,7 @@ def example(trained: Model, case: Case, members: np.ndarray, spread: np.ndarray)
         prior_mean=trained.to_velocity(case.analysis.mean(case.observation.values)),
         mean=members.mean(0),
         member=members[0],
-        spread=np.nan_to_num(spread),
+        spread=spread,
         frame=case.frame,
         time=case.time,
     )

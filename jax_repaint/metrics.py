@@ -27,6 +27,7 @@ from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 
 DASH = "–"
+TIE = 1e-5  # share of an error by which single precision can differ
 
 
 def scored_cells(truth: np.ndarray, ocean: np.ndarray, observed: np.ndarray) -> np.ndarray:
@@ -746,7 +747,7 @@ class Ratio:
     Attributes:
       ratio: mean MSE of the method over mean MSE of the baseline.
       lo, hi: its interval; NaN where fewer than two blocks fit.
-      wins: fraction of frames where the method's MSE is smaller.
+      wins: fraction of frames where the method's MSE is smaller, by more than TIE of the baseline's.
       wins_lo, wins_hi: Wilson interval of that fraction.
       worst, median: largest and median ratio of a single frame.
       frames: number of frames.
@@ -811,7 +812,7 @@ def ratio_of_means(
         blocks = n / block
         tail = stats.norm.cdf(math.sqrt(blocks / (blocks - 1)) * stats.t.ppf((1 - level) / 2, blocks - 1))
         lo, hi = np.quantile(ratios, (tail, 1 - tail)).tolist()
-    wins = int((method < baseline).sum())
+    wins = int((method < baseline * (1 - TIE)).sum())
     wilson = stats.binomtest(wins, n).proportion_ci(level, method="wilson")
     single = method / baseline
     return Ratio(
@@ -945,7 +946,9 @@ def summary(
         "component_rmse": component_rmse(table["mse_mean"]),
         "vector_rmse": vector_rmse(table["mse_mean"]),
         "crps": float(mean["crps"]),
-        "spread_skill": spread_skill(table["variance"], table["mse_mean"], members, antithetic),
+        "spread_skill": math.nan
+        if members == 1
+        else spread_skill(table["variance"], table["mse_mean"], members, antithetic),
         "coverage90": float(mean["coverage90"]),
         "small_scale": float(mean["energy_member"] / energy) if energy > 0 else math.nan,
         "calls": calls,

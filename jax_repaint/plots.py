@@ -351,7 +351,8 @@ def _label(ax: Axes, name: str, example: Example, fields: dict[str, np.ndarray],
         ax.set_title(f"RMS error {rmse:.3f} m/s", loc="right", fontsize=8, pad=3)
     elif name in DEVIATIONS:
         rms = np.sqrt(np.mean(_length(fields[name])[scored] ** 2))
-        ax.set_title(f"RMS {rms:.3f} m/s", loc="right", fontsize=8, pad=3)
+        # Too few members have no spread.
+        ax.set_title(f"RMS {rms:.3f} m/s" if np.isfinite(rms) else "unknown", loc="right", fontsize=8, pad=3)
 
 
 def _frame(axes: np.ndarray, examples: Sequence[Example], wide: bool, unit: str) -> None:
@@ -559,7 +560,7 @@ def _finish(figure: Figure, axes: Sequence[Axes], title: str) -> None:
         ax.grid(color="0.9", lw=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=9)
+    axes[0].legend(fontsize=9, framealpha=0.8, edgecolor="none")
     if len(axes) > 1:
         figure.align_ylabels()
     figure.suptitle(title, fontsize=11)
@@ -739,7 +740,8 @@ def draw_sweep(
 ) -> Figure:
     """A score against a setting, with intervals; crosses at the bottom stand where a point failed.
 
-    Axes are logarithmic where their values are positive and span a factor of thirty.
+    Axes are logarithmic where their values are positive and span a factor of thirty; that of the setting may have
+    zeros, which stand at its left end.
 
     Args:
       setting, score: names of the axes, with units.
@@ -750,9 +752,8 @@ def draw_sweep(
     """
     figure, ax, _ = _draw_curves(curves, setting, score, reference)
     x = np.concatenate([np.asarray(curve.x) for curve in curves])
-    if x.dtype.kind in "if" and _spans(x):
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
+    if x.dtype.kind in "if":
+        _set_scale(ax, x)
     _finish(figure, [ax], title)
     return figure
 
@@ -808,6 +809,19 @@ def stages(
     save(draw_stages(curves, score, title, reference), path)
 
 
+def _set_scale(ax: Axes, x: np.ndarray) -> None:
+    """Logarithmic where positive numbers call for it, linear below the smallest of them if some are 0."""
+    positive = x[x > 0]
+    if (x >= 0).all() and positive.size and _spans(positive):
+        if positive.size == x.size:
+            ax.set_xscale("log")
+        else:
+            ax.set_xscale("symlog", linthresh=positive.min())
+        ax.xaxis.set_major_formatter("{x:g}")
+    elif x.dtype.kind == "i":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _spans(values: np.ndarray) -> bool:
     """Whether numbers call for a logarithmic axis."""
     values = values[np.isfinite(values)]
@@ -833,10 +847,13 @@ def _draw_curves(
         lines += ax.plot(x, np.where(finite, value, np.nan), label=curve.name, **look)
         if curve.lo is not None:
             lo, hi = (np.asarray(end, float) for end in (curve.lo, curve.hi))
+            drawn = np.full(x.shape, True)
             if not words:
                 ax.fill_between(x, lo, hi, color=look["color"], alpha=0.2, lw=0)
-            else:
-                ax.vlines(x, lo, hi, color=look["color"], lw=1.4)
+                # A band has no width where a point has no neighbour.
+                beside = np.pad(finite, 1)
+                drawn = ~(beside[:-2] | beside[2:])
+            ax.vlines(x[drawn], lo[drawn], hi[drawn], color=look["color"], lw=1.4)
         if not finite.all():
             ax.plot(
                 x[~finite], np.zeros((~finite).sum()), "x", color=look["color"], ms=7, clip_on=False,

@@ -53,6 +53,7 @@ INTERVALS = {
     "ratio": ("lo", "hi"),
     "wins": ("wins_lo", "wins_hi"),
     "mean_over_best_ratio": ("mean_over_best_lo", "mean_over_best_hi"),
+    "expected_over_best_ratio": ("expected_over_best_lo", "expected_over_best_hi"),
     "member_over_seed_gp_ratio": ("member_over_seed_gp_lo", "member_over_seed_gp_hi"),
 }
 HEADINGS = {
@@ -81,6 +82,13 @@ HEADINGS = {
     "mean_over_best_ratio": ("mean / best [95 %]", "MSE of the ensemble mean over that of the best baseline"),
     "mean_over_best_wins": ("wins", "share of frames where the mean beats the best baseline"),
     "mean_over_best_worst": ("worst", "largest ratio of a single frame"),
+    "expected_over_best_ratio": (
+        "expected / best [95 %]",
+        "MSE that the mean of as many members as the largest ensemble has is expected to have, "
+        "over that of the best baseline",
+    ),
+    "expected_over_best_wins": ("wins", "share of frames where that beats the best baseline"),
+    "expected_over_best_worst": ("worst", "largest ratio of a single frame"),
     "member_over_seed_gp_ratio": ("member / seed GP [95 %]", "MSE of a member over that of the GP of earlier results"),
     "member_over_seed_gp_wins": ("wins", "share of frames where a member beats the GP of earlier results"),
     "member_over_seed_gp_worst": ("worst", "largest ratio of a single frame"),
@@ -421,6 +429,11 @@ def evaluation_body(workdir: Path, frames: int, members: int) -> list[str]:
     if made:
         body += viewer_html(made, frames, members)
         body.append("<h2>Curves</h2>")
+        if any(one.method.endswith("_calibrated") for one in made):
+            words = (
+                "Reliability is that of Student intervals, from which calibrated ones, in the table, differ a little."
+            )
+            body.append(note(words))
         for index, pattern in enumerate(tqdm.tqdm(made[0].patterns, unit="pattern", disable=None)):
             figures = "".join(_pattern_figures(made, index))
             state = " open" if index == 0 else ""
@@ -553,7 +566,7 @@ def rank_counts(one: Ensembles, pattern: int) -> np.ndarray:
 # --- sweep --------------------------------------------------------------------------------------------------
 
 SHOWN = (
-    "label", "stage", "members", "mean_over_best_ratio", "mean_over_best_wins", "mean_over_best_worst", "best",
+    "label", "stage", "members", "{mean}_over_best_ratio", "{mean}_over_best_wins", "{mean}_over_best_worst", "best",
     "member_over_seed_gp_ratio", "member_over_seed_gp_wins", "member_over_seed_gp_worst", "crps", "spread_skill",
     "coverage90", "mse_mean", "mse_member", "small_scale", "calls", "seconds", "frames", "failed", "method",
 )  # fmt: skip
@@ -567,6 +580,7 @@ def sweep_body(workdir: Path) -> list[str]:
     """
     config = _read_json(workdir / results.CONFIG) if (workdir / results.CONFIG).exists() else {}
     rows = results.read_parts(workdir)
+    rows = results.in_order(rows, _patterns(config, rows))
     body = ["<h2>Sweep</h2>"]
     if rows.empty:
         return [*body, note("No task is finished yet."), "<h2>Settings</h2>", settings_html(config)]
@@ -579,20 +593,35 @@ def sweep_body(workdir: Path) -> list[str]:
         "finished": f"{rows['task'].nunique()} tasks, one point on one frame with one pattern and one seed",
     }
     body.append(facts_html(facts))
-    ends = [end for name in SHOWN for end in INTERVALS.get(name, ())]
+    shown = [name.format(mean=comparison.comparable_mean(table)) for name in SHOWN]
+    ends = [end for name in shown for end in INTERVALS.get(name, ())]
     for pattern, mine in table.groupby("pattern", sort=False):
-        body.append(table_html(mine[[*SHOWN, *ends]], str(pattern)))
+        body.append(table_html(mine[[*shown, *ends]], str(pattern)))
     body.append(note("Ratios are over the frames without a failed member; more columns are in table.csv."))
+    if comparison.comparable_mean(table) == "expected":
+        body.append(note(f"Ensembles differ in size: compared is {comparison.name_of_mean(table)}."))
+    if (table.groupby("pattern")["frames"].nunique() > 1).any():
+        body.append(note("Points are over different frames; `sweep --so_far` compares them where all are finished."))
     for line in table[table["failed"] > 0].to_dict("records"):
         body.append(note(f"{line['label']}, {line['pattern']}: first failed in {line['failed_at']}"))
     body += ["<h2>Curves</h2>", f'<div class="figures">{"".join(_sweep_figures(workdir, rows, table))}</div>']
     return [*body, "<h2>Settings</h2>", settings_html(config)]
 
 
+def _patterns(config: Mapping, rows: pd.DataFrame) -> list[str]:
+    """The patterns of a sweep in its own order; the usual ones, which no setting names, in that of observe.usual."""
+    given = [part.strip() for part in config.get("config", {}).get("patterns", "").split(",") if part.strip()]
+    return given or sorted(rows["pattern"].unique(), key=lambda name: "line walk cells".find(name.partition(":")[0]))
+
+
 def _sweep_figures(workdir: Path, rows: pd.DataFrame, table: pd.DataFrame) -> Iterator[str]:
     """The sweep's own pictures if it is finished, and scores by stage, by ensemble size and by distance."""
     pairs = (
-        ("sweep.png", "mean_over_best", "MSE of the mean / best baseline"),
+        (
+            "sweep.png",
+            f"{comparison.comparable_mean(table)}_over_best",
+            f"MSE of {comparison.name_of_mean(table)} / best baseline",
+        ),
         ("seed_gp.png", "member_over_seed_gp", "MSE of a member / seed_gp"),
     )
     for name, pair, score in pairs:
@@ -601,7 +630,7 @@ def _sweep_figures(workdir: Path, rows: pd.DataFrame, table: pd.DataFrame) -> It
         elif np.isfinite(table[f"{pair}_ratio"]).any():
             lines = comparison.curves(table, "label", "", pair)
             yield figure_html(plots.draw_sweep(lines, "", score, reference=("baseline", 1.0)), score)
-    _, pair, score = pairs[0]
+    pair, score = "mean_over_best", "MSE of the mean / best baseline"
     # Points differ in stages and sizes; a line of a single one says nothing.
     for x, draw in (("stage", plots.draw_stages), ("members", _draw_sizes)):
         if table[x].nunique() > 1 and np.isfinite(table[f"{pair}_ratio"]).any():
@@ -610,9 +639,11 @@ def _sweep_figures(workdir: Path, rows: pd.DataFrame, table: pd.DataFrame) -> It
                 lines = comparison.curves(mine, x, "label", pair)
                 figure = draw(lines, score, str(pattern), reference=("best baseline", 1.0))
                 yield figure_html(figure, f"{score} by {x}, {pattern}")
-    whole = rows[rows["failed_members"] == 0]
-    for pattern, mine in whole.groupby("pattern", sort=False):
-        figure = plots.draw_distance(comparison.distances(mine), "linear", title=str(pattern))
+    for pattern, mine in rows.groupby("pattern", sort=False):
+        errors = comparison.distances(mine)
+        if not errors:
+            continue
+        figure = plots.draw_distance(errors, "linear", title=str(pattern))
         yield figure_html(figure, f"error against distance to the nearest observation, {pattern}")
 
 

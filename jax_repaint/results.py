@@ -111,7 +111,11 @@ def read_parts(workdir: Path, remove_damaged: bool = False) -> pd.DataFrame:
     """
     tables = [SCHEMA.empty_table()]
     for path in sorted((Path(workdir) / PARTS).glob("[!.]*.parquet")):
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            # Another process has found it damaged too, and was faster.
+            continue
         if path.stem.split("-")[-1] != _checksum(content):
             logging.warning("%s is damaged; its rows are computed again", path)
             if remove_damaged:
@@ -121,6 +125,17 @@ def read_parts(workdir: Path, remove_damaged: bool = False) -> pd.DataFrame:
     rows = pa.concat_tables(tables).to_pandas()
     # Only processes that knew nothing of each other can have run a task twice; their rows are alike.
     return rows.drop_duplicates(["task", "stage", "members"]).sort_values(KEY, ignore_index=True)
+
+
+def in_order(rows: pd.DataFrame, patterns: Sequence[str]) -> pd.DataFrame:
+    """Rows with their patterns in this order, which is that of tables; those that it lacks come last."""
+    place = {pattern: number for number, pattern in enumerate(patterns)}
+    return rows.sort_values(
+        "pattern",
+        key=lambda names: names.map(lambda name: place.get(name, len(place))),
+        kind="stable",
+        ignore_index=True,
+    )
 
 
 def remove_unfinished(workdir: Path) -> None:

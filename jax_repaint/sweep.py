@@ -205,7 +205,7 @@ def conclude(study: Study, workdir: Path, groups: Sequence[Group]) -> str | None
     """Writes rows, table and pictures if every task is done, and returns the table as text."""
     rows = results.read_parts(workdir)
     wanted = {study.task(study.points[p], where) for group in groups for p in group.points for where in group.cases}
-    rows = rows[rows["task"].isin(wanted)]
+    rows = results.in_order(rows[rows["task"].isin(wanted)], study.patterns)
     left = len(wanted) - rows["task"].nunique()
     if left:
         logging.info("%d of %d tasks are left to other processes", left, len(wanted))
@@ -234,7 +234,7 @@ def so_far(study: Study, workdir: Path) -> str:
         total += len(points) * len(cases)
         mine = rows[rows["task"].isin(kept)]
         parts.append(mine.assign(block=_thinned(mine["block"].to_numpy(), study.frames[kind], mine["frame"].unique())))
-    rows = pd.concat(parts)
+    rows = results.in_order(pd.concat(parts), study.patterns)
     if rows.empty:
         raise InputError(f"no case in {workdir} has been finished by all points; {len(done)} of {total} tasks are done")
     table = comparison.compare(rows)

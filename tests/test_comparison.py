@@ -171,6 +171,41 @@ def test_curves(table, x, curve, names, places):
     np.testing.assert_array_equal(drawn, sorted(shown["mean_over_best_ratio"]))
 
 
+def test_only_whole_ensembles_are_drawn_but_by_size():
+    rows = pd.concat([make_rows(), make_rows().assign(members=2)])
+    table = comparison.compare(rows)
+    assert sorted(table["members"].unique()) == [2, 4]
+    for curve in comparison.curves(table, "label", "", "mean_over_best"):
+        assert curve.x.tolist() == ["p0", "p1"]
+    sizes = comparison.curves(table[table["pattern"] == "line:3"], "members", "label", "mean_over_best")
+    assert [curve.x.tolist() for curve in sizes] == [[2, 4], [2, 4]]
+
+
+def test_points_without_the_setting_are_their_own_curves():
+    rows = make_rows().query("pattern == 'line:3'").copy()
+    rows.loc[rows["point"] == 1, ["label", "settings"]] = "kalman", "{}"
+    made = comparison.curves(comparison.compare(rows), "stage", "gamma", "mean_over_best")
+    assert [one.name for one in made] == ["1.0", "kalman"]
+
+
+def test_points_that_a_picture_leaves_out_are_named(tmp_path, caplog):
+    rows = make_rows()
+    rows.loc[rows["point"] == 1, ["label", "settings"]] = "kalman", "{}"
+    comparison.write(rows, tmp_path, "gamma")
+    assert "kalman has no setting gamma" in caplog.text
+    assert caplog.text.count("no setting") == 1
+
+
+def test_a_last_stage_that_failed_is_not_replaced_by_the_one_before(rows, tmp_path):
+    failed = rows.copy()
+    gone = (failed["point"] == 1) & (failed["stage"] == 2)
+    failed.loc[gone, "failed_members"] = 4
+    assert list(comparison.distances(failed)) == ["p0, line:3", "p0, cells:0.1"]
+    text = comparison.write(failed, tmp_path, "distance")
+    assert "p1" not in text[text.index("RMS error (m/s) by distance") :]
+    assert comparison.distances(failed[failed["point"] == 1]) == {}
+
+
 def test_settings_that_no_point_has_are_named(table):
     with pytest.raises(InputError, match="no setting 'temperature'"):
         comparison.curves(table, "temperature", "", "mean_over_best")
@@ -192,5 +227,6 @@ def test_files_are_written(rows, tmp_path, x, curve):
     assert len(pd.read_csv(tmp_path / "table.csv")) == 8
     assert len(pd.read_parquet(tmp_path / "rows.parquet")) == len(rows)
     assert ("RMS error (m/s) by distance" in text) == (x == "distance")
-    for name in ("sweep.png", "seed_gp.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    pictures = [(tmp_path / name).read_bytes() for name in ("sweep.png", "seed_gp.png")]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert pictures[0] != pictures[1]

@@ -53,6 +53,23 @@ def test_noise_and_smoothing_show_at_short_waves(fields):
     assert noisy["vorticity_ratio"] > 1 > smooth["vorticity_ratio"]
 
 
+def test_one_frame_against_sums_over_its_cells_and_waves(fields):
+    rng, truth = np.random.default_rng(2), fields.velocity[0]
+    members = np.nan_to_num(truth) + 0.3 * rng.standard_normal((4, *truth.shape))
+    scored = metrics.scored_cells(truth, fields.ocean, np.zeros(SHAPE, bool))
+    row = details.of_frame(truth, members, scored, fields)
+    t, m = truth[scored], members.mean(0)[scored]
+    fast = np.hypot(*t.T) > np.sqrt((t**2).sum(-1).mean()) / 3
+    assert 0.1 < fast.mean() < 0.95
+    apart = np.angle(np.exp(1j * (np.angle(m @ [1, 1j]) - np.angle(t @ [1, 1j]))))
+    assert row["direction_error"] == pytest.approx(np.degrees(np.abs(apart[fast])).mean(), rel=1e-6)
+    spacing = (float(np.median(size)) for size in details.cell_sizes(fields))
+    spectrum = metrics.spectrum(truth, members, fields.ocean, *spacing)
+    last = -(-len(spectrum.wavenumber) // 3)
+    assert row["short_truth"] == pytest.approx(spectrum.truth[-last:].sum(), rel=1e-6)
+    assert row["short_members"] == pytest.approx(spectrum.members[-last:].sum(), rel=1e-6)
+
+
 def test_sizes_of_cells_are_those_of_the_sphere(fields):
     dx, dy = details.cell_sizes(fields)
     metres = np.radians(0.01) * 6_371_000

@@ -721,6 +721,19 @@ def test_bootstrap_interval_covers_the_ratio_of_correlated_frames():
     assert hits[1] / 250 < 0.75
 
 
+def test_every_frame_can_be_drawn():
+    baseline = np.ones(12)
+    for last in (0, 11):
+        method = np.where(np.arange(12) == last, 100.0, 1.0)
+        assert metrics.ratio_of_means(method, baseline, block=3, seed=0).hi > 1
+
+
+def test_errors_that_differ_by_rounding_are_no_win():
+    baseline = np.linspace(1, 2, 20)
+    assert metrics.ratio_of_means(baseline * (1 - 1e-6), baseline, block=1, seed=0).wins == 0
+    assert metrics.ratio_of_means(baseline * (1 - 1e-4), baseline, block=1, seed=0).wins == 1
+
+
 def test_ratio_rejects_what_cannot_be_paired():
     with pytest.raises(InputError, match="one number a frame"):
         metrics.ratio_of_means([1.0, 2.0], [1.0], block=1, seed=0)
@@ -783,7 +796,7 @@ def test_summary_of_an_ensemble(rows):
 def test_summary_of_a_single_field(rows):
     linear = rows[0]
     assert linear["mse_member"] == linear["mse_mean"]
-    assert linear["spread_skill"] == 0
+    assert math.isnan(linear["spread_skill"])
     assert math.isnan(linear["coverage90"])
     assert math.isnan(linear["ratio"])
     assert linear["small_scale"] < 0.8

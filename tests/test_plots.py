@@ -1,5 +1,6 @@
 """What figures draw: the numbers in the artists are those that were given, scales are shared, titles say what it is."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -92,6 +93,13 @@ def test_arrows_are_the_currents_of_their_cells():
     np.testing.assert_allclose(np.stack([arrows.U, arrows.V], -1), example().truth[rows, columns])
     assert len(rows) == OCEAN.sum()  # this grid is small enough for all of them
     assert not any(isinstance(artist, Quiver) for artist in panels(figure)[-1].collections)
+
+
+def test_a_spread_that_is_not_known_is_not_drawn_as_none():
+    unknown = dataclasses.replace(example(), spread=np.full((*SHAPE, 2), np.nan))
+    titles = dict(map(titles_of, panels(plots.draw_currents([unknown], OCEAN, METRES))))
+    assert titles[plots.TITLES["spread"]] == "unknown"
+    assert titles[plots.TITLES["error"]].startswith("RMS 0.")
 
 
 def test_all_examples_share_their_scales():
@@ -327,6 +335,26 @@ def test_axes_are_logarithmic_where_values_span_much(highest, scale):
     figure = plots.draw_sweep([curve(x=(1, 2, 3), value=(1, 2, highest))], "gamma", "MSE ratio")
     assert figure.axes[0].get_yscale() == scale
     assert figure.axes[0].get_xscale() == "linear"
+
+
+def test_places_at_zero_leave_the_others_room():
+    (ax,) = plots.draw_sweep([curve(x=(0, 16, 1425), value=(1, 2, 3))], "network calls", "CRPS").axes
+    zero, few, many = ax.transData.transform([(0, 1), (16, 1), (1425, 1)])[:, 0]
+    assert ax.get_xscale() == "symlog"
+    assert zero < few
+    assert few - zero < many - few < 5 * (few - zero)
+    (ax,) = plots.draw_sweep([curve(x=(2, 4, 8))], "members", "ratio").axes
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+
+
+def test_points_without_neighbours_show_their_interval():
+    value = np.array([1.0, np.nan, 2.0, 3.0])
+    made = curve(x=(1, 2, 3, 4), value=value, lo=value - 0.5, hi=value + 0.5)
+    (ax,) = plots.draw_sweep(
+        [made, curve("single", (2,), (1.5,), lo=np.array([1.4]), hi=np.array([1.6]))], "t", ""
+    ).axes
+    bars = [artist.get_segments() for artist in ax.collections if isinstance(artist, LineCollection)]
+    np.testing.assert_allclose(bars, [[[[1, 0.5], [1, 1.5]]], [[[2, 1.4], [2, 1.6]]]])
 
 
 def test_words_stand_side_by_side():

@@ -486,6 +486,27 @@ def test_a_sweep_shows_its_table_and_curves(tmp_path, finished):
     assert "evaluation" not in text.lower()
 
 
+def test_a_sweep_of_ensembles_of_unlike_size_compares_what_its_text_does(tmp_path):
+    results.claim(tmp_path, {"config": {"patterns": "walk:9, line:4"}})
+    rows = make_rows(stages=(1,))
+    for row in rows:
+        row["members"] = 4 if row["point"] else 2
+    results.write_part(tmp_path, rows[:-1])
+    text = report.build(tmp_path)
+    table = comparison.compare(results.read_parts(tmp_path))
+    found = [part for part in tables(text) if "label" in part[1]]
+    # In the order of the settings, where files have that of the alphabet.
+    assert [caption for caption, _, _ in found] == ["walk:9", "line:4"]
+    for pattern, columns, lines in found:
+        assert not [name for name in columns if name.startswith("mean_over")]
+        ratio = [line[columns.index("expected_over_best_ratio")][0] for line in lines]
+        theirs = table[table["pattern"] == pattern]
+        np.testing.assert_array_equal([float(a["data-value"]) for a in ratio], theirs["expected_over_best_ratio"])
+        np.testing.assert_array_equal([float(a["data-lo"]) for a in ratio], theirs["expected_over_best_lo"])
+    assert "compared is the mean of 4, as expected" in text
+    assert "Points are over different frames" in text
+
+
 def test_a_sweep_that_has_just_begun_says_so(tmp_path):
     results.claim(tmp_path, {"config": {}})
     (tmp_path / results.PARTS).mkdir()

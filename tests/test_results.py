@@ -64,6 +64,20 @@ def test_a_task_run_twice_counts_once(tmp_path):
     assert results.read_parts(tmp_path)["task"].tolist() == ["a", "a", "b"]
 
 
+def test_a_part_that_another_process_has_removed_counts_as_damaged(tmp_path, monkeypatch):
+    gone, whole = results.write_part(tmp_path, [row("a")]), results.write_part(tmp_path, [row("b")])
+    monkeypatch.setattr(results.Path, "glob", lambda *_: [gone, whole])
+    gone.unlink()
+    assert results.read_parts(tmp_path)["task"].tolist() == ["b"]
+
+
+def test_patterns_keep_the_order_of_the_settings():
+    rows = pd.DataFrame({"pattern": list("abcab"), "frame": range(5)})
+    made = results.in_order(rows, ["b", "c"])
+    assert made["pattern"].tolist() == list("bbcaa")
+    assert made["frame"].tolist() == [1, 4, 2, 0, 3]
+
+
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty"])
 def test_damaged_parts_are_found_and_removed(tmp_path, caplog, harm):
     whole = results.write_part(tmp_path, [row("a")])
