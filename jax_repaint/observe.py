@@ -381,6 +381,7 @@ def pattern_table(ocean: np.ndarray, count: int, rows: int, seed: int = 0) -> tu
     if rows < 4 or ocean.sum() < 4:
         raise InputError(f"patterns of 4 cells and more need 4 rows and 4 ocean cells, got {rows} and {ocean.sum()}")
     piece = int(largest_piece(ocean).sum())
+    rows = min(rows, int(ocean.sum()))
     table, counts = np.zeros((count, rows), np.int32), np.zeros(count, np.int32)
     index = np.arange(ocean.size).reshape(ocean.shape)
     lines = [
@@ -390,8 +391,7 @@ def pattern_table(ocean: np.ndarray, count: int, rows: int, seed: int = 0) -> tu
     for number in range(count):
         rng = np.random.default_rng([seed, number, 0x7AB])
         kind = rng.choice(["none", "line", "walk", "cells"], p=[1 / 6, 5 / 18, 5 / 18, 5 / 18])
-        most = min(rows, int(ocean.sum()))
-        size = int(np.exp(rng.uniform(np.log(4), np.log(most + 1))))
+        size = int(np.exp(rng.uniform(np.log(4), np.log(rows + 1))))
         if kind == "none":
             continue
         if kind == "line" and lines:

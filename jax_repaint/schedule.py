@@ -45,7 +45,7 @@ class Schedule:
         375 steps turn into 1e-3 of the field. A network meets the noise levels that its own training computed.
 
         Raises:
-          InputError: beta outside (0, 1).
+          InputError: beta outside (0, 1), or so small or large that no noise or no signal is left in float32.
         """
         beta = np.asarray(beta, np.float32)
         if beta.ndim != 1 or not beta.size or not ((beta > 0) & (beta < 1)).all():
@@ -53,6 +53,11 @@ class Schedule:
         one = np.float32(1)
         alpha = one - beta
         alpha_bar = np.cumprod(alpha, dtype=np.float32)
+        if not (alpha_bar[0] < 1 and alpha_bar[-1] > 1e-12):
+            raise InputError(
+                f"alpha_bar goes from {alpha_bar[0]:g} to {alpha_bar[-1]:g}, between which float32 loses the noise of "
+                "the first step or the signal of the last one"
+            )
         before = np.concatenate([[one], alpha_bar[:-1]])
         posterior_variance = (one - before) / (one - alpha_bar) * beta
         sigma = np.sqrt((one - alpha_bar) / alpha_bar)

@@ -151,6 +151,8 @@ def test_patterns_are_of_all_kinds_on_the_ocean():
     np.testing.assert_array_equal(table, again[0])
     with pytest.raises(InputError, match="4 rows"):
         observe.pattern_table(ocean, 3, 2)
+    # No pattern has more cells than the ocean.
+    assert observe.pattern_table(ocean, 3, 10**9)[0].shape == (3, ocean.sum())
 
 
 def test_a_row_of_the_table_is_an_observation_of_cells(truth, prior):

@@ -87,6 +87,14 @@ def test_import_refuses_what_does_not_fit():
         from_state_dict(TINY, {"enc1.0.res.conv1.weight": np.zeros((8, 2, 3, 3))})
     with pytest.raises(InputError, match="time table"):
         from_state_dict(TINY, {"time_embed_table.weight": np.zeros((250, 16))})
+    for shape in ((5,), (), (0, 16)):
+        with pytest.raises(InputError, match="the time table has shape"):
+            from_state_dict(TINY, {"time_embed_table.weight": np.zeros(shape)})
+    for shape in ((2, 8, 3), ()):
+        with pytest.raises(InputError, match=r"out_conv.weight becomes out\.kernel of shape"):
+            from_state_dict(TINY, {"out_conv.weight": np.zeros(shape)})
+    with pytest.raises(InputError, match=r"enc1\.0\.res\.conv1\.weight holds numbers that are not finite"):
+        from_state_dict(TINY, {"enc1.0.res.conv1.weight": np.full((8, 2, 3, 3), np.nan)})
 
 
 @pytest.mark.parametrize("stem_stride", [1, 2])

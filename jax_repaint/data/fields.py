@@ -523,7 +523,7 @@ def _gap_frames(fields: Fields, gap: int | str) -> int:
 
 
 def _fractions(fields: Fields, parts: Mapping[str, float], gap: int) -> dict[str, np.ndarray]:
-    if min(parts.values()) <= 0 or sum(parts.values()) > 1 + 1e-9:
+    if not min(parts.values()) > 0 or not sum(parts.values()) <= 1 + 1e-9:
         raise InputError(f"fractions to split by must be positive and add up to 1 at most, got {dict(parts)}")
     usable = len(fields) - 2 * gap
     index, start, share = {}, 0, 0.0

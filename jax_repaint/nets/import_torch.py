@@ -48,7 +48,7 @@ def _names(config: UNetConfig) -> dict[str, tuple[str, ...]]:
 def _convert(path: tuple[str, ...], kind: str, value: np.ndarray) -> np.ndarray:
     if kind != "kernel":
         return value
-    if value.ndim == 2:
+    if value.ndim != 4:
         return value.T
     if path[-1].startswith("up"):
         return value[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
@@ -69,6 +69,8 @@ def from_state_dict(config: UNetConfig, tensors: Mapping[str, np.ndarray]) -> di
     tensors = {name.removeprefix("network."): np.asarray(value) for name, value in tensors.items()}
     table = tensors.pop("time_embed_table.weight", None)
     if table is not None:
+        if table.ndim != 2 or not table.size:
+            raise InputError(f"the time table has shape {table.shape}, and not (steps, {config.embedding})")
         ours = sinusoids(np.arange(len(table), dtype=np.float32), table.shape[1])
         if table.shape[1] != config.embedding or np.abs(table - ours).max() > 1e-3:
             raise InputError(f"the time table {table.shape} is not the sinusoidal one of width {config.embedding}")
@@ -80,6 +82,8 @@ def from_state_dict(config: UNetConfig, tensors: Mapping[str, np.ndarray]) -> di
         module, _, kind = name.rpartition(".")
         if module not in names:
             raise InputError(f"tensor {name} has no place in this network")
+        if not np.isfinite(value).all():
+            raise InputError(f"tensor {name} holds numbers that are not finite")
         path = names[module]
         # Norms call their factor scale, everything else a kernel.
         is_norm = value.ndim == 1 and kind == "weight"
