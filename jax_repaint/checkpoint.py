@@ -2,7 +2,6 @@
 
 WORKDIR/config.json         resolved configuration and fingerprint of the data; a run with others is refused
 WORKDIR/checkpoints/last    the latest states, to continue from
-WORKDIR/checkpoints/best    the state with the lowest held-out loss
 
     python -m jax_repaint.checkpoint import --torch=FILE.pt --network=standard_attn --out=MODEL
 
@@ -12,6 +11,7 @@ makes a model of a PyTorch checkpoint (torch_import.py).
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,10 @@ from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 
 CONFIG = "config.json"
-FREE = ("reset_best", "train.keep", "train.save_minutes")  # settings that a continued run may change
+# What a continued run may change: where things lie, and what it keeps. The data are told by their fingerprint.
+FREE = frozenset(
+    f"config.{name}" for name in ("data.fields", "init_from", "tensorboard", "train.keep", "train.save_minutes")
+) | {"config.reset_best", "data.name"}
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -42,8 +45,13 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def holds_run(workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
+def holds_run(
+    workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any], usual: Mapping[str, Any] | None = None
+) -> bool:
     """Whether `workdir` holds states of this run to continue from; writes nothing.
+
+    Args:
+      usual: the configuration by default; a run that began before there was a setting has its usual value.
 
     Raises:
       InputError: the folder belongs to a run with another configuration or other data, or to something else.
@@ -57,8 +65,8 @@ def holds_run(workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any])
             raise InputError(f"{path} cannot be read ({e})") from e
         # As JSON, because a float that JSON wrote is equal to itself when read.
         ours = flatten(json.loads(json.dumps({"config": config, "data": data})))
-        free = {f"config.{name}" for name in FREE}
-        names = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n) and n not in free)
+        theirs = flatten(json.loads(json.dumps({"config": usual or {}}))) | theirs
+        names = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n) and n not in FREE)
         if names:
             lines = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names)
             raise InputError(
@@ -85,47 +93,50 @@ def claim(workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> 
     logging.info("new run in %s", workdir)
 
 
+def release(workdir: Path) -> None:
+    """Takes `claim` back, for a run that has written no state: another one may have the workdir."""
+    made = Path(workdir) / "checkpoints"
+    if any(path.is_file() for path in made.rglob("*")):
+        return
+    shutil.rmtree(made, ignore_errors=True)
+    shutil.rmtree(Path(workdir) / "tensorboard", ignore_errors=True)
+    (Path(workdir) / CONFIG).unlink(missing_ok=True)
+
+
 @dataclasses.dataclass
 class Checkpoints:
-    """The two orbax managers of a workdir."""
+    """The states of a workdir, in an orbax manager."""
 
     last: ocp.CheckpointManager
-    best: ocp.CheckpointManager
 
     @classmethod
     def open(cls, workdir: str | os.PathLike, keep: int) -> "Checkpoints":
-        """Opens or makes the folders; the latest `keep` states are kept."""
-        root = Path(workdir).resolve() / "checkpoints"
+        """Opens or makes the folder; the latest `keep` states are kept."""
+        folder = Path(workdir).resolve() / "checkpoints" / "last"
         options: dict[str, Any] = {"enable_async_checkpointing": False}
         if jax.process_count() > 1:
             # Of several processes this one alone reads and writes, and waits for no other.
             alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
             options |= {"multiprocessing_options": alone, "create": False}
-
-        def manager(name: str, count: int) -> ocp.CheckpointManager:
-            (root / name).mkdir(parents=True, exist_ok=True)
-            kept = ocp.CheckpointManagerOptions(max_to_keep=count, **options)
-            return ocp.CheckpointManager(root / name, options=kept)
-
         try:
-            return cls(manager("last", keep), manager("best", 1))
+            folder.mkdir(parents=True, exist_ok=True)
+            return cls(ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, **options)))
         except OSError as e:
-            raise InputError(f"cannot write checkpoints to {root}: {e.strerror or e}") from e
+            raise InputError(f"cannot write checkpoints to {folder}: {e.strerror or e}") from e
 
-    def save(self, step: int, state: Any, best: bool) -> None:
-        """Writes the state whole; as the best one too if it is.
+    def save(self, step: int, state: Any) -> None:
+        """Writes the state whole.
 
         Raises:
           InputError: the disk is full or cannot be written; older states stay.
         """
-        tree = pack(state)
-        for manager, wanted in ((self.last, True), (self.best, best)):
-            if wanted and step not in manager.all_steps():
-                try:
-                    manager.save(step, args=ocp.args.StandardSave(tree))
-                except (OSError, ValueError) as e:
-                    # orbax reports a full disk as ValueError from its storage layer.
-                    raise InputError(f"cannot write the checkpoint of step {step}: {e}") from e
+        if step in self.last.all_steps():
+            return
+        try:
+            self.last.save(step, args=ocp.args.StandardSave(pack(state)))
+        except (OSError, ValueError) as e:
+            # orbax reports a full disk as ValueError from its storage layer.
+            raise InputError(f"cannot write the checkpoint of step {step}: {e}") from e
 
     def restore(self, like: Any) -> Any | None:
         """The latest state, or None before the first; `like` gives structure, shapes and types.
@@ -150,8 +161,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for writing to end."""
-        for manager in (self.last, self.best):
-            manager.close()
+        self.last.close()
 
 
 def pack(state: Any) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from jax_repaint.errors import InputError
 
 
 def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
-    """Runs `main(argv)` under absl; an `InputError` becomes `error: ...` on stderr and exit code 2.
+    """Runs `main(argv)` under absl; an `InputError` becomes `error: ...` on stderr and exit code 2, Ctrl-C 130.
 
     Args:
       positional: most arguments that are not options.
@@ -30,6 +30,9 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

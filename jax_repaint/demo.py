@@ -51,6 +51,11 @@ def fit(path: str, fields: Fields, train_range: str, test_range: str, steps: int
     trained = train.train(config, workdir, fields)
     if trained is None:
         raise InputError("training was stopped; the same command continues it")
+    loss, linear = (trained.training[name] for name in ("held_out_loss", "held_out_loss_of_linear"))
+    print(
+        f"held-out loss {loss:.4g}, {linear:.4g} of the linear estimate alone; the model for other commands "
+        f"(--model=) is in {workdir / 'model'}\n"
+    )
     return trained, parts
 
 

@@ -415,15 +415,17 @@ def _colour_bars(
 def draw_loss(
     epoch: np.ndarray,
     train: np.ndarray,
-    test: np.ndarray,
-    ema_test: np.ndarray,
+    held_out: np.ndarray,
+    ema_held_out: np.ndarray,
     learning_rate: np.ndarray,
     title: str = "",
+    linear: float | None = None,
 ) -> Figure:
-    """Training and test loss, and test loss of averaged (EMA) weights, against epochs; learning rate below.
+    """Training and held-out loss, and held-out loss of averaged (EMA) weights, against epochs; learning rate below.
 
     Args:
       epoch: (n,); the other arrays are (n,) too, NaN where a loss was not evaluated.
+      linear: held-out loss of the exact Gaussian denoiser, which a network has to beat.
 
     Raises:
       InputError: lengths differ, nothing was evaluated, or a loss is not positive.
@@ -431,7 +433,7 @@ def draw_loss(
     epoch = np.asarray(epoch, float)
     figure = _new_figure(7.5, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-    curves = (("training", train, "0.6"), ("test", test, BLUE), ("test, EMA weights", ema_test, ORANGE))
+    curves = (("training", train, "0.6"), ("held out", held_out, BLUE), ("held out, EMA weights", ema_held_out, ORANGE))
     for name, loss, colour in curves:
         loss = np.asarray(loss, float)
         if loss.shape != epoch.shape:
@@ -444,6 +446,8 @@ def draw_loss(
         above.plot(epoch[known], loss[known], color=colour, lw=1.4, label=label)
         if colour == ORANGE:
             above.plot(epoch[best], loss[best], "o", color=colour, ms=5)
+    if linear is not None:
+        above.axhline(linear, color="0.1", lw=1, ls="--", label=f"exact Gaussian denoiser, held out, {linear:.4g}")
     above.set_yscale("log")
     above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     above.yaxis.set_major_formatter("{x:g}")
@@ -467,13 +471,14 @@ def loss_curve(
     path: str | Path,
     epoch: np.ndarray,
     train: np.ndarray,
-    test: np.ndarray,
-    ema_test: np.ndarray,
+    held_out: np.ndarray,
+    ema_held_out: np.ndarray,
     learning_rate: np.ndarray,
     title: str = "",
+    linear: float | None = None,
 ) -> None:
     """`draw_loss` into a file."""
-    save(draw_loss(epoch, train, test, ema_test, learning_rate, title), path)
+    save(draw_loss(epoch, train, held_out, ema_held_out, learning_rate, title, linear), path)
 
 
 # --- calibration --------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def training_body(workdir: Path) -> list[str]:
         _need_numbers(log, (*columns, "seconds"), workdir / "log.csv")
         facts |= {"epochs": number(log["epoch"].iloc[-1], whole=True)}
         facts |= {"time": f"{log['seconds'].sum() / 60:.1f} minutes"}
-        figure = plots.draw_loss(*(log[name].to_numpy(float) for name in columns))
+        figure = plots.draw_loss(*(log[name].to_numpy(float) for name in columns), linear=_linear_loss(workdir))
         body += [facts_html(facts), figure_html(figure, "loss and learning rate against epochs"), "<h2>Epochs</h2>"]
         shown = log.iloc[_spread(len(log), ROWS)]
         body += [table_html(shown)]
@@ -239,6 +239,13 @@ def training_body(workdir: Path) -> list[str]:
     if (workdir / "levels.csv").exists():
         body += _denoising(workdir / "levels.csv")
     return [*body, "<h2>Settings</h2>", settings_html(config)]
+
+
+def _linear_loss(workdir: Path) -> float | None:
+    """Held-out loss of the exact Gaussian denoiser, which the model of a run knows."""
+    path = workdir / "model" / "model.json"
+    value = _inside(_read_json(path), "training").get("held_out_loss_of_linear") if path.exists() else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _denoising(path: Path) -> list[str]:

@@ -43,7 +43,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jax_repaint import command, distributed, files, guide, model, observe, plots
 from jax_repaint.array_types import Array, Field, Float, Key, Level
-from jax_repaint.checkpoint import Checkpoints, claim, holds_run
+from jax_repaint.checkpoint import Checkpoints, claim, holds_run, release
 from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data import readers, twin
@@ -56,6 +56,7 @@ from jax_repaint.prior import gp, linear
 
 # Keys are folded from (seed, purpose, ...), so that no two purposes share a number.
 ORDER, NOISE, HELD_OUT = range(3)
+SIGMAS = (1e-6, 1e6)  # noise levels whose fourth power float32 can still hold
 SHARES = (1.0, 0.5, 0.1)  # of the training covariance in the linear prior
 EXPECTED = 2048  # frames, evenly spread, at most, from which EM finds what fills gaps
 BLENDED = 6000  # ocean cells up to which a kernel's covariance is blended in; its root takes N^3 / 3 products
@@ -92,6 +93,7 @@ def default_config() -> ConfigDict:
                 "steps": 250,
                 "min_beta": 1e-4,
                 "max_beta": 0.02,
+                # Of all forms but eps, whose levels are those of the steps.
                 "sigma_min": 0.01,
                 "sigma_max": 130.0,
             },
@@ -111,7 +113,7 @@ def default_config() -> ConfigDict:
                 "weight_decay": 1e-4,
                 "clip": 1.0,
                 "ema": 0.9999,
-                "ocean_only": True,  # loss over ocean cells; False: over land and padding too
+                "ocean_only": True,  # loss over ocean cells; False: over land and padding too (not of conditional)
                 # Mirrored currents past a real coast are no currents of that coast.
                 "flips": False,
                 # Share of noise levels drawn between focus_min and focus_max; the others from all of the range.
@@ -126,7 +128,6 @@ def default_config() -> ConfigDict:
                 "save_minutes": 10.0,
             },
             "init_from": "",  # folder of a model, whose weights to start from
-            "reset_best": False,
             "tensorboard": False,
         }
     )
@@ -164,18 +165,26 @@ def check_config(config: ConfigDict) -> None:
     for name in ("epochs", "batch", "accumulate", "dispatch", "score_every", "keep"):
         if t[name] < 1:
             raise InputError(f"train.{name} must be at least 1, got {t[name]}")
-    for name in ("learning_rate", "clip"):
-        if not t[name] > 0:
-            raise InputError(f"train.{name} must be positive, got {t[name]}")
+    if not 0 <= t.seed < 2**32:
+        raise InputError(f"train.seed must be in 0 to 2^32 - 1, got {t.seed}")
+    if not 0 < t.learning_rate < math.inf:
+        raise InputError(f"train.learning_rate must be positive and finite, got {t.learning_rate}")
+    if not t.clip > 0:
+        raise InputError(f"train.clip must be positive, got {t.clip}")
     for name in ("weight_decay", "warmup_epochs", "held_out", "save_minutes"):
-        if not t[name] >= 0:
-            raise InputError(f"train.{name} must not be negative, got {t[name]}")
+        if not 0 <= t[name] < math.inf:
+            raise InputError(f"train.{name} must not be negative or infinite, got {t[name]}")
     if not 0 <= t.ema < 1:
         raise InputError(f"train.ema must be in [0, 1), got {t.ema}")
     if t.warmup_epochs >= t.epochs:
         raise InputError(f"train.warmup_epochs ({t.warmup_epochs}) must be less than train.epochs ({t.epochs})")
-    if not 0 < n.sigma_min < n.sigma_max < math.inf:
-        raise InputError(f"noise levels must be 0 < sigma_min < sigma_max, got {n.sigma_min}, {n.sigma_max}")
+    if not SIGMAS[0] <= n.sigma_min < n.sigma_max <= SIGMAS[1]:
+        raise InputError(
+            f"noise levels must be {SIGMAS[0]:g} <= sigma_min < sigma_max <= {SIGMAS[1]:g}, "
+            f"got {n.sigma_min}, {n.sigma_max}"
+        )
+    if m.form == "conditional" and not t.ocean_only:
+        raise InputError("train.ocean_only must be True for model.form conditional, which knows nothing of land")
     if not 0 <= t.focus < 1:
         raise InputError(f"train.focus must be in [0, 1), got {t.focus}")
     if t.focus and m.form == "eps":
@@ -185,9 +194,12 @@ def check_config(config: ConfigDict) -> None:
             f"train.focus_min < train.focus_max must lie in {n.sigma_min} to {n.sigma_max}, the range of noise, "
             f"got {t.focus_min}, {t.focus_max}"
         )
-    for name in ("patterns", "rows", "error"):
-        if not config.observed[name] > 0:
-            raise InputError(f"observed.{name} must be positive, got {config.observed[name]}")
+    least = {"patterns": 1, "rows": 4}
+    for name, value in least.items():
+        if config.observed[name] < value:
+            raise InputError(f"observed.{name} must be at least {value}, got {config.observed[name]}")
+    if not 0 < config.observed.error < math.inf:
+        raise InputError(f"observed.error must be positive and finite, got {config.observed.error}")
     if m.rank < 1:
         raise InputError(f"model.rank must be at least 1, got {m.rank}")
     model.make_schedule(dict(n))
@@ -271,6 +283,7 @@ def prepare(fields: Fields, config: ConfigDict) -> Prepared:
         logging.info("%.3g %% of the training values and %.3g %% of the validation values are present", *shares)
     else:
         present = validation_present = None
+    logging.info("fitting the linear estimate and a Gaussian process")
     gaussian, kernel, choice = fit_priors(
         parts[0], train, validation, ocean, config.model.rank, config.model.gp_steps, standardiser,
         present, validation_present,
@@ -330,7 +343,11 @@ def fit_priors(
         chosen, choice = linear.select(gaussian, frames, patterns, present=seen)
         found.append((choice.error, chosen, dataclasses.replace(choice, share=share)))
     _, gaussian, choice = min(found, key=lambda candidate: candidate[0])
-    logging.info("linear prior: %s", choice)
+    logging.info(
+        "linear prior: %d EOFs, %g of the covariance from the training frames; mean square error %.3g of the variance "
+        "from a few cells of validation frames",
+        choice.rank, choice.share, choice.error,
+    )  # fmt: skip
     return gaussian, kernel, choice
 
 
@@ -354,9 +371,11 @@ class Plan(NamedTuple):
 
 
 def plan(frames: int, config: ConfigDict) -> Plan:
-    """An epoch sees every frame once, apart from a remainder of less than one dispatch."""
+    """An epoch sees every frame once, apart from a remainder of less than one dispatch and an eighth of the steps."""
     steps = frames // (config.train.batch * config.train.accumulate)
-    dispatch = min(config.train.dispatch, steps)
+    # Where a batch is large, whole dispatches of the length that is allowed could leave out nearly half of the frames.
+    longest = min(config.train.dispatch, steps)
+    dispatch = next(length for length in range(longest, 0, -1) if 8 * (steps % length) <= steps)
     epoch = steps // dispatch * dispatch
     return Plan(epoch, dispatch, epoch * config.train.epochs)
 
@@ -364,9 +383,9 @@ def plan(frames: int, config: ConfigDict) -> Plan:
 def make_optimiser(config: ConfigDict, steps: Plan) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW under a clipped gradient; linear warm-up from 1e-3 of the rate, then a cosine to 0."""
     t = config.train
-    rate = optax.warmup_cosine_decay_schedule(
-        1e-3 * t.learning_rate, t.learning_rate, max(round(t.warmup_epochs * steps.epoch), 1), max(steps.total, 2)
-    )
+    total = max(steps.total, 2)
+    warm = min(max(round(t.warmup_epochs * steps.epoch), 1), total - 1)
+    rate = optax.warmup_cosine_decay_schedule(1e-3 * t.learning_rate, t.learning_rate, warm, total)
     return optax.chain(optax.clip_by_global_norm(t.clip), optax.adamw(rate, weight_decay=t.weight_decay)), rate
 
 
@@ -624,20 +643,24 @@ def make_held_out(config: ConfigDict, loss: Loss, data: Frames, mesh: Mesh | Non
 
 
 class Stop:
-    """Remembers SIGTERM, which is taken up between two dispatches."""
+    """Remembers SIGTERM or a first Ctrl-C, which are taken up between two dispatches; a second Ctrl-C ends at once."""
 
     def __init__(self):
         self.asked = False
 
     def __enter__(self) -> "Stop":
-        self.before = signal.signal(signal.SIGTERM, self._ask)
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _ask(self, *_) -> None:
+    def _ask(self, number: int, _) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            logging.info("stopping after these steps")
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 @dataclasses.dataclass
@@ -710,9 +733,9 @@ class Run:
         training = json.loads(distributed.same_text(json.dumps(best.training)))
         return dataclasses.replace(best, params=distributed.same(best.params), training=training)
 
-    def save(self, state: State, best: bool) -> None:
+    def save(self, state: State) -> None:
         """Writes a checkpoint."""
-        distributed.at_first(lambda: self.checkpoints.save(int(state.step), state, best))
+        distributed.at_first(lambda: self.checkpoints.save(int(state.step), state))
 
     def check_finite(self, losses: np.ndarray, done: int) -> None:
         """Raises Diverged at a loss that is not finite, of the steps that follow the first `done`."""
@@ -763,7 +786,7 @@ class Run:
 
 
 def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progress: bool = True) -> Model | None:
-    """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM stopped it (any process).
+    """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM or Ctrl-C stopped it (any process).
 
     Raises:
       InputError: configuration, data or workdir cannot be used.
@@ -777,17 +800,22 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
         fields = distributed.at_all(lambda: load_fields(*settings))
     identity = (workdir, config.to_dict(), {"fields": fields.hash(), "name": fields.name})
     distributed.check_same(json.dumps(identity[1:]), "configuration and data")
-    (resuming,) = distributed.any_of(bool(distributed.at_first(lambda: holds_run(*identity))))
+    usual = default_config().to_dict()
+    (resuming,) = distributed.any_of(bool(distributed.at_first(lambda: holds_run(*identity, usual))))
     network = network_config(config)
     graphdef, params = unet.create(network, config.train.seed)
     if config.init_from and not resuming:
-        params = distributed.at_first(lambda: _weights_of(config.init_from, network)) or params
+        params = distributed.at_first(lambda: _weights_of(config, network)) or params
     data = prepare(fields, config)
     steps = plan(len(data.split.train), config)
+    optimiser, rate = make_optimiser(config, steps)
+    loss = make_loss(config, data.gaussian, graphdef)
+    held_out = make_held_out(config, loss, data.validation, mesh)
+    linear_loss = float(make_held_out(config, make_loss(config, data.gaussian, None), data.validation, mesh)({}))
+    logging.info("held-out loss of the exact Gaussian denoiser: %.5g", linear_loss)
     # Only now: a run that is refused leaves a workdir that the corrected command can have.
     if not resuming:
         distributed.at_first(lambda: claim(*identity))
-    optimiser, rate = make_optimiser(config, steps)
     # A copy: the state is donated, and two names must not share one buffer.
     ema = jax.tree.map(jnp.copy, params)
     state = State(params, ema, optimiser.init(params), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
@@ -795,20 +823,19 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     restored = distributed.at_first(lambda: checkpoints.restore(state))
     if restored is not None:
         state = jax.tree.map(jnp.asarray, restored)
-        if config.reset_best:
-            state = state._replace(best=jnp.float32(jnp.inf))
     state = distributed.replicate(distributed.same(state), mesh)
-    loss = make_loss(config, data.gaussian, graphdef)
     dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape, mesh, data.standardiser)
-    held_out = make_held_out(config, loss, data.validation, mesh)
-    linear_loss = float(make_held_out(config, make_loss(config, data.gaussian, None), data.validation, mesh)({}))
-    logging.info("held-out loss of the exact Gaussian denoiser: %.5g", linear_loss)
-    log = distributed.at_first(lambda: Log(workdir, int(state.step) // steps.epoch, config.tensorboard))
+    log = distributed.at_first(lambda: Log(workdir, int(state.step) // steps.epoch, config.tensorboard, linear_loss))
     run = Run(config, workdir, fields, network, data, steps, linear_loss, checkpoints, log)
     hidden = None if progress and jax.process_index() == 0 else True
     whole = {"total": steps.total, "initial": int(state.step), "unit": "step", "desc": "train"}
-    with Stop() as stop, tqdm.tqdm(**whole, disable=hidden) as bar:
-        state, trained = _go_on(run, state, dispatch, held_out, rate, mesh, stop, bar)
+    try:
+        with Stop() as stop, tqdm.tqdm(**whole, disable=hidden) as bar:
+            state, trained = _go_on(run, state, dispatch, held_out, rate, mesh, stop, bar)
+    except Diverged:
+        # Of a run without a state there is nothing to keep, and another learning rate may have its workdir.
+        distributed.at_first(lambda: checkpoints.last.latest_step() is None and release(workdir))
+        raise
     distributed.at_first(lambda: checkpoints.close())
     if int(state.step) < steps.total:
         return None
@@ -844,11 +871,11 @@ def _go_on(
             # The model first: a run killed in between repeats the epoch and writes both.
             if better:
                 trained = run.export(state)
-            run.save(state, better)
+            run.save(state)
             saved = began = time.monotonic()
             begun = done
         elif stopping or saving:
-            run.save(state, False)
+            run.save(state)
             saved = time.monotonic()
         if stopping:
             break
@@ -871,9 +898,15 @@ def sigma_range(config: ConfigDict) -> tuple[float, float]:
     return float(config.noise.sigma_min), float(config.noise.sigma_max)
 
 
-def _weights_of(folder: str, network: unet.UNetConfig) -> dict:
+def _weights_of(config: ConfigDict, network: unet.UNetConfig) -> dict:
+    folder, form = config.init_from, config.model.form
     source = Path(folder)
     loaded = model.load(source / "model" if (source / "model").is_dir() else source)
+    # A network of another form has learnt another target, and of other steps other positions.
+    if form != loaded.form and (loaded.form, form) != ("anchored", "conditional"):
+        raise InputError(f"init_from: the model in {folder} is of form {loaded.form}, not {form}")
+    if form == "eps" and loaded.schedule != (schedule := {k: float(config.noise[k]) for k in loaded.schedule}):
+        raise InputError(f"init_from: the model in {folder} knows the steps {loaded.schedule}, not {schedule}")
     # Dropout and the number type change no weight.
     alike = dataclasses.replace(loaded.network, dropout=network.dropout, dtype=network.dtype)
     grown = (loaded.network.inputs, network.inputs) == (model.INPUTS["anchored"], model.INPUTS["conditional"])
@@ -895,8 +928,8 @@ def _see_more(params: dict, network: unet.UNetConfig) -> dict:
 class Log:
     """log.csv, loss.png and TensorBoard events of a run, one row for each epoch that is scored."""
 
-    def __init__(self, workdir: Path, epochs: int, tensorboard: bool):
-        self.path = workdir / "log.csv"
+    def __init__(self, workdir: Path, epochs: int, tensorboard: bool, linear_loss: float):
+        self.path, self.linear_loss = workdir / "log.csv", linear_loss
         rows = pd.read_csv(self.path).to_dict("records") if self.path.exists() else []
         # Epochs after the checkpoint are run again.
         self.rows = [row for row in rows if row["epoch"] <= epochs]
@@ -909,7 +942,8 @@ class Log:
         with files.whole_file(self.path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
         columns = ("epoch", "train_loss", "held_out_loss", "ema_held_out_loss", "learning_rate")
-        plots.loss_curve(self.path.with_name("loss.png"), *(table[name].to_numpy() for name in columns))
+        curves = (table[name].to_numpy() for name in columns)
+        plots.loss_curve(self.path.with_name("loss.png"), *curves, linear=self.linear_loss)
         if self.events:
             for name, value in row.items():
                 self.events.add_scalar(name, value, int(row["step"]))

@@ -44,6 +44,7 @@ MISTAKES = {
     "misspelt setting": ([*SMOKE, "--config.train.epoch=1"], "epochs"),
     "wrong type": ([*SMOKE, "--config.train.epochs=many"], "many"),
     "fraction for a whole number": ([*SMOKE, "--config.train.epochs=1.5"], "1.5"),
+    "no number": ([*SMOKE, "--config.data.fields=tiny.nc", "--config.data.train=nan"], "must be positive and add up"),
     "impossible value": ([*SMOKE, "--config.train.batch=0"], "train.batch must be at least 1"),
     "unknown network": ([*SMOKE, "--config.model.network=unet"], "standard_attn"),
     "unknown option": ([*SMOKE, "--wrkdir=x"], "wrkdir"),
@@ -176,6 +177,21 @@ def test_evaluate_compares_and_writes(folder, tmp_path):
     for name in ("line:3", "cells:0.1", "linear_samples"):
         assert name in done.stdout
     assert f"wrote {tmp_path / 'table.csv'}" in done.stdout
+
+
+INTERRUPTED = """
+import sys
+from jax_repaint import command
+def main(_):
+    raise KeyboardInterrupt
+sys.argv = ["test"]
+command.run(main)
+"""
+
+
+def test_an_interrupted_command_says_so_in_a_word():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("methods", [[], ["magic"], ["linear", "kalman"]])

@@ -190,12 +190,13 @@ def test_fields_that_do_not_fit_are_refused(draw, words):
 def test_loss_curves_hold_the_log_and_mark_the_lowest():
     epoch = np.arange(1, 6)
     train, test, ema = 1 / epoch, np.array([0.9, np.nan, 0.8, 0.7, 0.75]), np.array([0.9, 0.6, 0.5, 0.55, 0.7])
-    figure = plots.draw_loss(epoch, train, test, ema, 1e-3 * epoch, "runs/small")
+    figure = plots.draw_loss(epoch, train, test, ema, 1e-3 * epoch, "runs/small", linear=0.8)
     above, below = figure.axes
     lines = lines_of(above)
     np.testing.assert_allclose(lines["training"], [epoch, train])
-    np.testing.assert_allclose(lines["test"], [[1, 3, 4, 5], [0.9, 0.8, 0.7, 0.75]])
-    np.testing.assert_allclose(lines["test, EMA weights, lowest 0.5 at epoch 3"], [epoch, ema])
+    np.testing.assert_allclose(lines["exact Gaussian denoiser, held out, 0.8"][1], 0.8)
+    np.testing.assert_allclose(lines["held out"], [[1, 3, 4, 5], [0.9, 0.8, 0.7, 0.75]])
+    np.testing.assert_allclose(lines["held out, EMA weights, lowest 0.5 at epoch 3"], [epoch, ema])
     np.testing.assert_allclose(below.get_lines()[0].get_ydata(), 1e-3 * epoch)
     marked = [line for line in above.get_lines() if line.get_marker() == "o"]
     assert [tuple(np.ravel(line.get_data())) for line in marked] == [(3, 0.5)]

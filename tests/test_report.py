@@ -94,7 +94,7 @@ def made(evaluation):
 def write_training(folder, epochs=3):
     config = tiny.config()
     checkpoint.claim(folder, config.to_dict(), {"fields": "12ab", "name": "tiny <fields>"})
-    log = train.Log(folder, 0, False)
+    log = train.Log(folder, 0, False, 0.9)
     for epoch in range(1, epochs + 1):
         losses = {"train_loss": 1 / epoch, "held_out_loss": 1.1 / epoch, "ema_held_out_loss": 1.2 / epoch}
         rates = {"learning_rate": 1e-4 * epoch, "gradient_norm": 0.5, "seconds": 60.0, "frames_per_second": 12.345678}
@@ -397,6 +397,18 @@ def test_a_training_run_shows_its_log_and_settings(tmp_path):
     assert {name.split(".", 1)[-1] for name in flat} <= set(names)
     assert values["learning_rate"] == "0.001"
     assert [a["alt"] for a, _ in elements.all("img")] == ["loss and learning rate against epochs"]
+
+
+@pytest.mark.parametrize(("value", "drawn"), [(0.9, 0.9), (None, None), ("0.9", None), (float("nan"), None)])
+def test_the_loss_to_beat_is_that_of_the_model(tmp_path, monkeypatch, value, drawn):
+    write_training(tmp_path)
+    (tmp_path / "model").mkdir()
+    training = {} if value is None else {"held_out_loss_of_linear": value}
+    (tmp_path / "model" / "model.json").write_text(json.dumps({"training": training}))
+    seen, draw = [], plots.draw_loss
+    monkeypatch.setattr(plots, "draw_loss", lambda *args, linear: seen.append(linear) or draw(*args, linear=linear))
+    report.build(tmp_path)
+    assert seen == [drawn]
 
 
 def test_a_long_log_is_thinned_and_a_new_one_is_empty(tmp_path, monkeypatch):

@@ -240,6 +240,26 @@ def test_ema_follows_with_a_growing_memory(noise_frames):
     assert (1 + 3) / (10 + 3) > 0.3 > (1 + 2) / (10 + 2)
 
 
+@pytest.mark.parametrize(
+    ("frames", "batch", "seen"), [(11928, 256, 46), (11928, 128, 92), (11928, 64, 175), (10884, 32, 325), (41, 4, 10)]
+)
+def test_an_epoch_sees_nearly_every_frame_however_large_the_batch(frames, batch, seen):
+    config = tiny.config(batch=batch, dispatch=25, epochs=3)
+    steps = train.plan(frames, config)
+    assert steps.dispatch <= 25
+    assert steps.epoch % steps.dispatch == 0
+    assert (steps.epoch, steps.total) == (seen, 3 * seen)
+    assert steps.epoch * batch > 0.85 * frames
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0.95), (2, 1.95), (1, 0.0)])
+def test_any_warm_up_leaves_a_step_to_the_cosine(epochs, warmup):
+    config = tiny.config(epochs=epochs, warmup_epochs=warmup)
+    train.check_config(config)
+    _, rate = train.make_optimiser(config, train.Plan(9, 3, 9 * epochs))
+    assert float(rate(9.0 * epochs)) == pytest.approx(0, abs=1e-9)
+
+
 def test_learning_rate_warms_up_and_falls_to_zero():
     config = tiny.config(epochs=10, warmup_epochs=2.5, learning_rate=4e-4)
     _, rate = train.make_optimiser(config, train.Plan(100, 10, 1000))
@@ -299,6 +319,47 @@ def test_held_out_loss_is_fixed_and_knows_no_batches(noise_frames, frames):
     assert float(other(WEIGHTS)) != by_batch[0]
 
 
+def test_no_two_frames_parts_or_steps_share_a_draw(noise_frames):
+    def loss(params, x0, key, place, training):
+        # Of a frame that carries its number, under gradient descent of rate 1: the weight takes the draw.
+        return -params[x0[0, 0, 0].astype(jnp.int32)] * jax.random.normal(key, ())
+
+    frames = jnp.broadcast_to(jnp.arange(12.0)[:, None, None, None], noise_frames[:12].shape)
+    config = tiny.config(batch=3, accumulate=2, dispatch=2)
+    steps = train.plan(12, config)
+    dispatch = train.make_steps(config, loss, optax.sgd(1.0), steps, jnp.ones((*noise_frames.shape[1:3], 1)))
+    state = train.State(
+        jnp.zeros(12), jnp.zeros(12), optax.sgd(1.0).init(jnp.zeros(12)), jnp.int32(0), jnp.zeros(2), jnp.float32(0)
+    )
+    drawn = []
+    for _ in range(2):
+        before = np.array(state.params)
+        state, _ = dispatch(state, frames)
+        drawn += (np.asarray(state.params) - before).tolist()
+    assert len(set(np.round(drawn, 6))) == 24
+    assert np.std(drawn) * 6 == pytest.approx(1, abs=0.5)
+
+
+def test_held_out_noise_and_levels_have_nothing_to_do_with_each_other(noise_frames):
+    heard = []
+
+    def loss(params, x0, key, place, training):
+        jax.debug.callback(
+            lambda *numbers: heard.append([float(n) for n in numbers]), place, jax.random.normal(key, ())
+        )
+        return place
+
+    frames = jnp.broadcast_to(noise_frames[:1], (200, *noise_frames.shape[1:]))
+    mean = float(train.make_held_out(tiny.config(batch=10), loss, frames)({}))
+    jax.effects_barrier()
+    place, noise = np.transpose(heard)
+    assert mean == pytest.approx(0.5)
+    np.testing.assert_allclose(np.sort(place), (np.arange(200) + 0.5) / 200, rtol=1e-5)
+    assert len(set(noise)) == 200
+    for other in (noise, np.arange(200)):
+        assert abs(np.corrcoef(place, other)[0, 1]) < 0.2
+
+
 # Configurations
 
 
@@ -317,9 +378,19 @@ def test_held_out_loss_is_fixed_and_knows_no_batches(noise_frames, frames):
         ("train.ema", 1.0, "ema"),
         ("train.warmup_epochs", 3.0, "less than train.epochs"),
         ("noise.sigma_min", 200.0, "sigma_min < sigma_max"),
+        ("noise.sigma_min", 1e-30, "sigma_min < sigma_max"),
         ("train.focus", 1.0, "train.focus must be in"),
         ("train.focus", 0.5, "must be 0 for model.form eps"),
         ("noise.max_beta", 1.5, "beta"),
+        ("noise.max_beta", 0.9, "float32 loses the"),
+        ("noise.min_beta", 1e-9, "float32 loses the"),
+        ("noise.sigma_max", 1e20, "<= 1e\\+06"),
+        ("train.seed", -1, "seed must be in"),
+        ("train.seed", 2**33, "seed must be in"),
+        ("train.learning_rate", float("inf"), "finite"),
+        ("train.weight_decay", float("inf"), "infinite"),
+        ("observed.rows", 2, "observed.rows must be at least 4"),
+        ("observed.error", float("inf"), "finite"),
         ("noise.steps", 0, "2 to 1,000,000 steps, got 0"),
     ],
 )
@@ -475,6 +546,26 @@ def test_sigterm_saves_and_says_so(finished, tmp_path, monkeypatch, capsys):
     assert_same_run(workdir, finished)
 
 
+def test_an_interrupted_run_saves_its_state_and_a_second_time_ends_at_once(finished, tmp_path, monkeypatch):
+    workdir, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        hook(patch, lambda number, *_: signal.raise_signal(signal.SIGINT) if number == 4 else None)
+        assert run(workdir) is None
+    assert states(workdir)[0] == 15
+
+    def twice(number, *_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        hook(patch, twice)
+        with pytest.raises(KeyboardInterrupt):
+            run(workdir)
+    assert signal.getsignal(signal.SIGINT) is before
+    run(workdir)
+    assert_same_run(workdir, finished)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state_before(finished, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -496,6 +587,12 @@ def test_a_huge_learning_rate_ends_with_one_line(tmp_path, monkeypatch, capsys):
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1
     assert "no state was saved before" in error[0]
+    # The advice can be followed in the same place.
+    flags.config.train.learning_rate = 1e-3
+    flags.config.train.epochs = 1
+    flags.config.train.warmup_epochs = 0.5
+    train.main(None)
+    assert "lowest held-out loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -517,6 +614,18 @@ def test_what_is_kept_may_change(finished):
     assert run(finished, keep=5, save_minutes=1.0) is not None
 
 
+def test_a_run_from_before_a_setting_goes_on_with_its_usual_value(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    text = json.loads((workdir / "config.json").read_text())
+    del text["config"]["train"]["score_every"]
+    text["config"] |= {"reset_best": True, "init_from": "elsewhere"}
+    text["config"]["data"]["fields"] = "moved.nc"
+    (workdir / "config.json").write_text(json.dumps(text))
+    assert run(workdir) is not None
+    with pytest.raises(InputError, match="score_every: 1 there, 2 here"):
+        run(workdir, score_every=2)
+
+
 def test_a_workdir_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no run"):
@@ -533,6 +642,11 @@ def test_a_refused_run_leaves_its_workdir_to_the_corrected_one(tmp_path):
         run(tmp_path / "run", batch=64)
     with pytest.raises(InputError, match="no model in"):
         train.train(init_from(tiny.config(), tmp_path / "nowhere"), tmp_path / "run", tiny.fields())
+    config = tiny.config("conditional")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.observe, "pattern_table", lambda *_: (_ for _ in ()).throw(InputError("no such pattern")))
+        with pytest.raises(InputError, match="no such pattern"):
+            train.train(config, tmp_path / "run", tiny.fields(), progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -577,7 +691,18 @@ def test_init_from_refuses_another_network(finished, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_best_is_kept_or_reset(finished, tmp_path, monkeypatch):
+def test_init_from_refuses_what_has_learnt_something_else(finished, tmp_path):
+    other = tiny.config("edm")
+    with pytest.raises(InputError, match="is of form eps, not edm"):
+        train.train(init_from(other, finished), tmp_path / "run", tiny.fields())
+    other = tiny.config()
+    other.noise.max_beta = 0.01
+    with pytest.raises(InputError, match="knows the steps"):
+        train.train(init_from(other, finished), tmp_path / "run", tiny.fields())
+    assert not (tmp_path / "run").exists()
+
+
+def test_best_is_kept(finished, tmp_path, monkeypatch):
     workdir, config = tmp_path / "run", tiny.config()
     with monkeypatch.context() as patch:
 
@@ -590,10 +715,6 @@ def test_best_is_kept_or_reset(finished, tmp_path, monkeypatch):
             run(workdir)
     lowest = pd.read_csv(workdir / "log.csv").ema_held_out_loss[0]
     np.testing.assert_allclose(first_state(config, workdir, monkeypatch).best, lowest, rtol=1e-5)
-    config.reset_best = True
-    state = first_state(config, workdir, monkeypatch)
-    assert np.isinf(state.best)
-    assert state.step == 9
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
