@@ -34,6 +34,7 @@ with warnings.catch_warnings():
 # Without the dark end of each map, which hides arrows.
 SPEED = ListedColormap(cmocean.cm.speed(np.linspace(0, 0.75, 256)))
 DEVIATION = ListedColormap(cmocean.cm.amp(np.linspace(0, 0.9, 256)))
+LEGEND = {"framealpha": 0.8, "edgecolor": "none"}  # curves show through
 LAND, OCEAN = "0.6", "#e6edf5"
 FORMATS = (".png", ".svg", ".pdf")
 # Colours that remain apart under colour blindness (Okabe and Ito, 2008).
@@ -453,7 +454,7 @@ def draw_loss(
     above.yaxis.set_major_formatter("{x:g}")
     above.yaxis.set_minor_formatter("")
     above.set_ylabel("loss")
-    above.legend(frameon=False)
+    above.legend(**LEGEND)
     above.grid(which="both", color="0.9", lw=0.6)
     below.plot(epoch, np.asarray(learning_rate, float), color=GREEN, lw=1.4)
     below.set_ylim(bottom=0)
@@ -565,7 +566,7 @@ def _finish(figure: Figure, axes: Sequence[Axes], title: str) -> None:
         ax.grid(color="0.9", lw=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=9, framealpha=0.8, edgecolor="none")
+    axes[0].legend(fontsize=9, **LEGEND)
     if len(axes) > 1:
         figure.align_ylabels()
     figure.suptitle(title, fontsize=11)
@@ -821,7 +822,8 @@ def _set_scale(ax: Axes, x: np.ndarray) -> None:
         if positive.size == x.size:
             ax.set_xscale("log")
         else:
-            ax.set_xscale("symlog", linthresh=positive.min())
+            ax.set_xscale("symlog", linthresh=positive.min(), linscale=0.5)
+            ax.set_xlim(-0.3 * positive.min(), 1.5 * positive.max())
         ax.xaxis.set_major_formatter("{x:g}")
     elif x.dtype.kind == "i":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
