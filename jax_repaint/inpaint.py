@@ -24,7 +24,7 @@ import xarray as xr
 from absl import flags, logging
 
 import jax_repaint
-from jax_repaint import command, device, evaluate, files, metrics, observe
+from jax_repaint import command, device, evaluate, files, metrics, observe, plots
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.data import readers
@@ -38,6 +38,7 @@ from jax_repaint.prior import linear
 METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE = 20  # standard deviations from the mean
+DRAWN = 3  # fields in a picture
 MANY = 24  # fields; more come from a table whose every row has its own time
 LARGEST_ERROR = 1e6  # m/s
 LEAST_SIGMA = 1e-5  # standard error over the standard deviation of the currents, which float32 can still tell from 0
@@ -55,6 +56,7 @@ class Estimate(NamedTuple):
       prior_mean: (y, x, 2), the best linear estimate from the same observations.
       std, low, high: (y, x, 2), standard deviation of a member and the 5 to 95 % interval; NaN if members are too few.
       observed: (y, x) bool, cells that an observation lies in.
+      values: (y, x, 2), mean of the observations in a cell; NaN elsewhere.
     """
 
     time: np.datetime64
@@ -64,6 +66,7 @@ class Estimate(NamedTuple):
     low: np.ndarray
     high: np.ndarray
     observed: np.ndarray
+    values: np.ndarray
 
 
 def inpaint(
@@ -97,7 +100,7 @@ def inpaint(
 
     Returns:
       eastward_ and northward_sea_water_velocity (realization, time, lat, lon), mean, standard deviation, 5 to 95 %
-      interval and prior mean (time, lat, lon) of each, and `observed`; m/s, NaN on land.
+      interval, prior mean and observations (time, lat, lon) of each, and `observed`; m/s, NaN on land.
 
     Raises:
       InputError: observations that cannot be used, too many for the memory, a method or number of members that does
@@ -206,7 +209,9 @@ def _estimate(
     else:
         half = metrics.half_width(len(made), antithetic) * std
         low, high = made.mean(0) - half, made.mean(0) + half
-    return Estimate(case.time, made, prior_mean, std, low, high, case.observed)
+    _, values = case.observation.on_grid(trained.padded)
+    values = np.where(case.observed[..., None], trained.to_velocity(values), np.nan).astype(np.float32)
+    return Estimate(case.time, made, prior_mean, std, low, high, case.observed, values)
 
 
 def _weights(
@@ -374,6 +379,7 @@ def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mappin
             "",
             np.stack([one.prior_mean for one in estimates]),
         ),
+        "observed": ("mean of the observations in the cell", "", np.stack([one.values for one in estimates])),
     }
     members = np.stack([one.members for one in estimates], 1)
     encoding = {"_FillValue": readers.FILL}
@@ -405,6 +411,35 @@ def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mappin
     return xr.decode_cf(data)
 
 
+def figure(fields: xr.Dataset, path: str | Path) -> None:
+    """Draws observations, prior mean, mean, a member and spread of up to three fields, evenly spread over the times.
+
+    Args:
+      fields: of `inpaint`.
+      path: of a picture, whose suffix names its format.
+
+    Raises:
+      InputError: another suffix, or the file cannot be written.
+    """
+    direction = ("eastward_sea_water_velocity", "northward_sea_water_velocity")
+
+    def of(kind: str = "") -> np.ndarray:
+        return np.stack([fields[name + kind].values for name in direction], -1)
+
+    parts = [of(f"_{kind}") for kind in ("observed", "prior_mean", "mean", "standard_deviation")]
+    parts.insert(3, of()[0])
+    ocean, observed, times = (fields[name].values for name in ("ocean", "observed", "time"))
+    chosen = np.unique(np.linspace(0, len(times) - 1, DRAWN).round().astype(int))
+    examples = [
+        plots.Example(
+            "" if times[i] == EPOCH else plots.clock(times[i]), None, observed[i] == 1, *(p[i] for p in parts)
+        )
+        for i in chosen
+    ]
+    on_grid = Fields(parts[2], ocean == 1, fields["lat"].values, fields["lon"].values, times, "inpainted")
+    plots.currents(path, examples, on_grid.ocean, on_grid.metres())
+
+
 FLAGS = flags.FLAGS
 
 
@@ -412,6 +447,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("model", jax_repaint.SHIPPED, "Folder of a model; by default the one in the package.")
     flags.DEFINE_string("observations", None, "CSV of points (lat, lon, u, v), or a file of fields with gaps.")
     flags.DEFINE_string("out", None, "NetCDF file to write.")
+    flags.DEFINE_string("figure", None, "Picture to write too (.png, .svg, .pdf), of up to three of the fields.")
     flags.DEFINE_integer("members", 16, "Members of the ensemble.", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "Of the members.", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_string("time", None, "The one time that all observations count for.")
@@ -432,8 +468,8 @@ def main(_) -> None:
     if FLAGS.cache:
         jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if FLAGS.export and (FLAGS.observations or FLAGS.out):
-        raise InputError("--export writes a program and takes no --observations and --out")
+    if FLAGS.export and (FLAGS.observations or FLAGS.out or FLAGS.figure):
+        raise InputError("--export writes a program and takes no --observations, --out and --figure")
     if FLAGS.export:
         from jax_repaint import export
 
@@ -443,12 +479,16 @@ def main(_) -> None:
     if not (FLAGS.observations and FLAGS.out):
         raise InputError("--observations=FILE and --out=FILE.nc are needed (or --export=FOLDER)")
     files.check_writable(FLAGS.out, (".nc",), inputs=readers.files_of(FLAGS.observations))
+    if FLAGS.figure:
+        files.check_writable(FLAGS.figure, plots.FORMATS, inputs=readers.files_of(FLAGS.observations))
     columns = {key: getattr(FLAGS, f"{key}_name") for key in ("lat", "lon", "u", "v", "sigma", "time")}
     fields = inpaint(
         jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,
         columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw, chunk=FLAGS.chunk,
     )  # fmt: skip
     readers.write_netcdf(fields, FLAGS.out)
+    if FLAGS.figure:
+        figure(fields, FLAGS.figure)
     count = fields.sizes["time"]
     print(
         f"wrote {FLAGS.out}: {count} field{'s' * (count > 1)} of {FLAGS.members} members from "

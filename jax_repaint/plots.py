@@ -60,7 +60,7 @@ class Example:
 
     Attributes:
       name: of the observation pattern, or whatever tells the examples apart.
-      truth: (y, x, 2); NaN where unknown.
+      truth: (y, x, 2); NaN where unknown. None if the observations are all that is known.
       observed: (y, x) bool.
       values: (y, x, 2) observed velocities, read on observed cells only.
       prior_mean: (y, x, 2) the linear estimate that the ensemble starts from.
@@ -72,7 +72,7 @@ class Example:
     """
 
     name: str
-    truth: np.ndarray
+    truth: np.ndarray | None
     observed: np.ndarray
     values: np.ndarray
     prior_mean: np.ndarray
@@ -121,10 +121,10 @@ def draw_currents(examples: Sequence[Example], ocean: np.ndarray, metres: np.nda
 
     Speeds share one colour scale and one length of arrows. Spread and error are lengths of vectors too and
     share another, so that a calibrated spread looks as large as the error. Numbers are root mean squares of
-    those lengths over unobserved ocean cells.
+    those lengths over unobserved ocean cells. Without a truth there is no error either.
 
     Args:
-      examples: one or several on the same grid.
+      examples: one or several on the same grid, all with a truth or all without.
       ocean: (y, x) bool.
       metres: (y, x, 2) positions of cells north and east, as `Fields.metres` gives them.
       title: above the figure.
@@ -137,14 +137,14 @@ def draw_currents(examples: Sequence[Example], ocean: np.ndarray, metres: np.nda
     extent = np.ptp(metres, axis=(0, 1))
     unit, place = ("km", metres / 1000) if extent.max() > 10_000 else ("m", metres)
     wide = extent[1] > 1.2 * extent[0]
-    layout = _layout(len(examples), wide)
+    layout = _layout(len(examples), wide, examples[0].truth is not None)
     width = 3.5 if wide else 2.3
     height = width * np.clip(extent[0] / extent[1], 0.3, 3)
     figure = _new_figure(layout.shape[1] * width + 1.2, layout.shape[0] * (height + 0.25) + 1.0)
     axes = figure.subplots(*layout.shape, squeeze=False, sharex=True, sharey=True)
     fields = [_panel_fields(example, ocean) for example in examples]
-    speed = _scale([f["truth"] for f in fields], SPEED)
-    deviation = _scale([f[name] for f in fields for name in ("spread", "error")], DEVIATION)
+    speed = _scale([f[name] for f in fields for name in (("truth",) if "truth" in f else ("mean", "member"))], SPEED)
+    deviation = _scale([f[name] for f in fields for name in DEVIATIONS if name in f], DEVIATION)
     for ax, cell in zip(axes.flat, layout.flat, strict=True):
         if cell is None:
             ax.axis("off")
@@ -242,19 +242,23 @@ def _check(examples: Sequence[Example], ocean: np.ndarray, metres: np.ndarray) -
         raise InputError(f"metres {metres.shape} and ocean {ocean.shape} are of different grids")
     for example in examples:
         for name in ("truth", "observed", "values", "prior_mean", "mean", "member", "spread"):
+            if name == "truth" and example.truth is None:
+                continue
             shape = np.shape(getattr(example, name))
             expected = ocean.shape if name == "observed" else (*ocean.shape, 2)
             if shape != expected:
                 raise InputError(f"{name} of example {example.name!r} is {shape}, expected {expected}")
 
 
-def _layout(count: int, wide: bool) -> np.ndarray:
+def _layout(count: int, wide: bool, known: bool) -> np.ndarray:
     """(example, panel) at every place of the figure; panels run down for wide domains, else across."""
     if count == 1:
         order = [PANELS[:2], PANELS[2:4], (PANELS[4], None), PANELS[5:]]
+        if not known:
+            order = [PANELS[1:3], PANELS[3:5], (PANELS[5], None)]
         rows = [[name and (0, name) for name in row] for row in order]
     else:
-        rows = [[(index, name) for index in range(count)] for name in PANELS]
+        rows = [[(index, name) for index in range(count)] for name in (PANELS if known else PANELS[1:-1])]
     layout = np.empty((len(rows), len(rows[0])), object)
     for place in np.ndindex(layout.shape):
         layout[place] = rows[place[0]][place[1]]
@@ -264,8 +268,10 @@ def _layout(count: int, wide: bool) -> np.ndarray:
 def _panel_fields(example: Example, ocean: np.ndarray) -> dict[str, np.ndarray]:
     """What each panel shows, (y, x, 2) with NaN on land and where there is nothing to show."""
     seen = np.where(np.asarray(example.observed)[..., None], example.values, np.nan)
-    fields = {name: getattr(example, name) for name in PANELS if hasattr(example, name)}
-    fields |= {"observations": seen, "error": np.asarray(example.mean) - example.truth}
+    fields = {name: getattr(example, name) for name in ("prior_mean", "mean", "member", "spread")}
+    fields |= {"observations": seen}
+    if example.truth is not None:
+        fields |= {"truth": example.truth, "error": np.asarray(example.mean) - example.truth}
     return {name: np.where(ocean[..., None], field, np.nan) for name, field in fields.items()}
 
 
@@ -343,11 +349,11 @@ def _thin(present: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _label(ax: Axes, name: str, example: Example, fields: dict[str, np.ndarray], ocean: np.ndarray) -> None:
     ax.set_title(TITLES[name], loc="left", fontsize=8, pad=3)
-    scored = metrics.scored_cells(example.truth, ocean, example.observed)
+    scored = metrics.scored_cells(fields["mean"] if example.truth is None else example.truth, ocean, example.observed)
     if name == "observations":
         cells = f"{np.sum(example.observed)} of {np.sum(ocean)} cells"
         ax.set_title(cells, loc="right", fontsize=8, pad=3)
-    elif name in ("prior_mean", "mean", "member"):
+    elif name in ("prior_mean", "mean", "member") and example.truth is not None:
         rmse = metrics.vector_rmse(metrics.mse(fields[name], example.truth, scored))
         ax.set_title(f"RMS error {rmse:.3f} m/s", loc="right", fontsize=8, pad=3)
     elif name in DEVIATIONS:
@@ -394,7 +400,8 @@ def _colour_bars(
 ) -> None:
     """One bar beside the speeds and one beside spread and error, equally thick."""
     is_deviation = np.array([cell is not None and cell[1] in DEVIATIONS for cell in layout.flat])
-    labels = ("speed (m/s)", "spread, error (m/s)")
+    shown = [name for name in DEVIATIONS if any(cell is not None and cell[1] == name for cell in layout.flat)]
+    labels = ("speed (m/s)", f"{', '.join(shown)} (m/s)")
     for scale, chosen, label in zip(scales, (~is_deviation, is_deviation), labels, strict=True):
         along = np.unique(np.argwhere(chosen.reshape(layout.shape))[:, 0 if wide else 1]).size
         bar = figure.colorbar(

@@ -186,7 +186,7 @@ def test_statistics_are_those_of_the_members(trained):
     np.testing.assert_allclose(both(fields, "_high"), members.mean(0) + half, rtol=1e-4, atol=1e-5)
     assert "not calibrated" in fields.attrs["interval"]
     for name in fields.data_vars:
-        if name.startswith((U, V)):
+        if name.startswith((U, V)) and not name.endswith("_observed"):
             assert np.isnan(fields[name].values[..., ~ocean]).all(), name
             assert np.isfinite(fields[name].values[..., ocean]).all(), name
 
@@ -199,6 +199,34 @@ def calibrated_with(trained, **changes):
         "held_out": dict.fromkeys(("mse_prior", "mse_raw", "mse_fused", "spread_skill_raw", "spread_skill"), 1.0),
     }  # fmt: skip
     return dataclasses.replace(trained, calibration=Calibration.create(**(content | changes)))
+
+
+def test_observations_stand_in_their_cells(trained):
+    # Two share a cell; positions are nearer to its centre than to any other.
+    points = pd.DataFrame({"lat": [18.041, 18.0405, 18.05], "lon": [295.071, 295.0695, 295.1]})
+    points = points.assign(u=[0.1, 0.3, -0.2], v=[0.0, -0.1, 0.05])
+    fields = quietly(trained, points, method="linear_samples")
+    values, observed = both(fields, "_observed")[0], fields["observed"].values[0] == 1
+    assert np.argwhere(observed).tolist() == [[4, 7], [5, 10]]
+    np.testing.assert_allclose(values[observed], [[0.2, -0.05], [-0.2, 0.05]], atol=1e-6)
+    assert np.isnan(values[~observed]).all()
+
+
+def test_a_figure_shows_what_the_file_holds(trained, monkeypatch, tmp_path):
+    hours = [f"2020-01-01T{hour:02d}:00" for hour in range(5)]
+    fields = quietly(trained, table(5, time=hours), method="linear_samples")
+    drawn, draw = [], inpaint.plots.currents
+    monkeypatch.setattr(inpaint.plots, "currents", lambda *args: drawn.append(args) or draw(*args))
+    inpaint.figure(fields, tmp_path / "fields.png")
+    ((_, examples, ocean, metres),) = drawn
+    assert [one.name for one in examples] == [f"2020-01-01 {hour:02d}:00" for hour in (0, 2, 4)]
+    for one, i in zip(examples, (0, 2, 4), strict=True):
+        np.testing.assert_array_equal(one.mean, both(fields, "_mean")[i])
+        np.testing.assert_array_equal(one.member, both(fields)[0, i])
+        np.testing.assert_array_equal(one.spread, both(fields, "_standard_deviation")[i])
+        np.testing.assert_array_equal(one.values[one.observed], both(fields, "_observed")[i][one.observed])
+    np.testing.assert_array_equal(ocean, trained.ocean)
+    np.testing.assert_allclose(metres, tiny.fields().metres())
 
 
 def test_the_calibration_of_the_model_is_applied(trained, caplog):
@@ -658,11 +686,18 @@ def test_the_command_writes_a_file(trained, tmp_path, monkeypatch):
     model.save(trained, tmp_path / "model")
     table(6, speed=0.3).rename(columns={"u": "easting"}).to_csv(tmp_path / "track.csv", index=False)
     command = [sys.executable, "-m", "jax_repaint.inpaint", "--model=model", "--observations=track.csv", "--members=4"]
-    command += ["--out=out/fields.nc", "--u_name=easting", "--seed=3", "--time=2020-01-04T12:00"]
+    command += [
+        "--out=out/fields.nc",
+        "--figure=out/fields.png",
+        "--u_name=easting",
+        "--seed=3",
+        "--time=2020-01-04T12:00",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "compiling" in done.stderr
     assert "wrote out/fields.nc: 1 field of 4 members from 6 observations" in done.stdout
+    assert (tmp_path / "out" / "fields.png").read_bytes().startswith(b"\x89PNG")
     with xr.open_dataset(tmp_path / "out" / "fields.nc") as fields:
         ours = quietly(trained, table(6), seed=3, time="2020-01-04T12:00")
         np.testing.assert_allclose(both(fields), both(ours), atol=1e-5)
@@ -673,7 +708,7 @@ def options(**changes):
     usual = {
         "model": "model", "observations": "track.csv", "out": "fields.nc", "members": 4, "seed": 0, "time": None,
         "step": None, "sigma": 0.005, "method": None, "raw": False, "cache": None, "export": None, "rows": 4,
-        "chunk": None,
+        "chunk": None, "figure": None,
     }  # fmt: skip
     return SimpleNamespace(**(usual | names | changes))
 
@@ -683,6 +718,9 @@ def options(**changes):
     [
         ({"out": "fields.csv"}, r"suffix must be one of \.nc"),
         ({"out": None}, "are needed"),
+        ({"figure": "fields.gif"}, r"suffix must be one of \.png"),
+        ({"figure": "no/../track.csv"}, r"suffix must be one of \.png"),
+        ({"figure": "a.png", "export": "vehicle", "observations": None, "out": None}, "and --figure"),
         ({"observations": None}, "are needed"),
         ({"model": "nowhere"}, "no model in nowhere"),
         ({"observations": "nowhere.csv"}, "nowhere.csv"),

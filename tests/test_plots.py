@@ -95,6 +95,22 @@ def test_arrows_are_the_currents_of_their_cells():
     assert not any(isinstance(artist, Quiver) for artist in panels(figure)[-1].collections)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_without_a_truth_there_is_no_error(count):
+    alone = [dataclasses.replace(example(seed=seed), truth=None) for seed in range(count)]
+    figure = plots.draw_currents(alone, OCEAN, METRES)
+    shown = [title for title, _ in map(titles_of, panels(figure))]
+    wanted = ["observations", "prior_mean", "mean", "member", "spread"]
+    assert shown == [plots.TITLES[name] for name in wanted for _ in range(count)]
+    numbers = [number for title, number in map(titles_of, panels(figure)) if title != plots.TITLES["observations"]]
+    rms = np.sqrt(np.mean(lengths(alone[-1].spread)[OCEAN & ~alone[-1].observed] ** 2))
+    assert numbers[: 3 * count] == [""] * (3 * count)
+    assert numbers[-1] == f"RMS {rms:.3f} m/s"
+    assert figure.axes[-1].get_ylabel() == "spread (m/s)"
+    ax = panels(figure)[2 * count]
+    np.testing.assert_allclose(colours_of(ax), np.where(OCEAN, lengths(alone[0].mean), np.nan))
+
+
 def test_a_spread_that_is_not_known_is_not_drawn_as_none():
     unknown = dataclasses.replace(example(), spread=np.full((*SHAPE, 2), np.nan))
     titles = dict(map(titles_of, panels(plots.draw_currents([unknown], OCEAN, METRES))))
