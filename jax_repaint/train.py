@@ -825,7 +825,10 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
         state = jax.tree.map(jnp.asarray, restored)
     state = distributed.replicate(distributed.same(state), mesh)
     dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape, mesh, data.standardiser)
-    log = distributed.at_first(lambda: Log(workdir, int(state.step) // steps.epoch, config.tensorboard, linear_loss))
+    # A bar is for terminals; what a batch job writes gets a line for each epoch.
+    words = progress and not sys.stderr.isatty()
+    done = int(state.step) // steps.epoch
+    log = distributed.at_first(lambda: Log(workdir, done, config.tensorboard, linear_loss, words))
     run = Run(config, workdir, fields, network, data, steps, linear_loss, checkpoints, log)
     hidden = None if progress and jax.process_index() == 0 else True
     whole = {"total": steps.total, "initial": int(state.step), "unit": "step", "desc": "train"}
@@ -928,8 +931,8 @@ def _see_more(params: dict, network: unet.UNetConfig) -> dict:
 class Log:
     """log.csv, loss.png and TensorBoard events of a run, one row for each epoch that is scored."""
 
-    def __init__(self, workdir: Path, epochs: int, tensorboard: bool, linear_loss: float):
-        self.path, self.linear_loss = workdir / "log.csv", linear_loss
+    def __init__(self, workdir: Path, epochs: int, tensorboard: bool, linear_loss: float, words: bool = False):
+        self.path, self.linear_loss, self.words = workdir / "log.csv", linear_loss, words
         rows = pd.read_csv(self.path).to_dict("records") if self.path.exists() else []
         # Epochs after the checkpoint are run again.
         self.rows = [row for row in rows if row["epoch"] <= epochs]
@@ -938,6 +941,9 @@ class Log:
     def add(self, row: dict[str, float]) -> None:
         """Appends a row to the table and draws the curves anew."""
         self.rows.append(row)
+        if self.words:
+            told = (row[name] for name in ("epoch", "train_loss", "held_out_loss", "ema_held_out_loss", "seconds"))
+            logging.info("epoch %d: training loss %.4g, held out %.4g, with averaged weights %.4g; %.0f s", *told)
         table = pd.DataFrame(self.rows)
         with files.whole_file(self.path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")

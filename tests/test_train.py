@@ -484,6 +484,17 @@ def test_a_run_writes_its_log_and_its_best_model(finished):
     assert run(finished).training == trained.training
 
 
+def test_without_a_terminal_every_epoch_is_a_line(finished, tmp_path, caplog):
+    log = pd.read_csv(finished / "log.csv").to_dict("records")
+    caplog.set_level("INFO")
+    for words in (False, True):
+        writer = train.Log(tmp_path, 0, False, 1.0, words)
+        for row in log:
+            writer.add(row)
+        assert caplog.text.count("training loss") == 3 * words
+    assert f"epoch 3: training loss {log[2]['train_loss']:.4g}, held out {log[2]['held_out_loss']:.4g}" in caplog.text
+
+
 def test_a_run_is_the_same_however_seldom_it_is_scored(finished, tmp_path):
     run(tmp_path / "run", score_every=2)
     often, seldom = (pd.read_csv(workdir / "log.csv").set_index("step") for workdir in (finished, tmp_path / "run"))
