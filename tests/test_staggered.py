@@ -314,6 +314,34 @@ class TestFaces:
         np.testing.assert_allclose(got.v, NORTH, atol=3e-4)
         np.testing.assert_allclose(readers.read(u, v_path=v, depth=18).u, EAST / 2, atol=3e-4)
 
+    @pytest.mark.parametrize(("asked", "factor"), [({}, 1), ({"depth": 15}, 2), ({"level": 2}, 3)])
+    def test_mitgcm_counts_its_heights_below_zero_as_positive_down(self, tmp_path, asked, factor):
+        """As xmitgcm names them, faces before their cells; linear in place, so that the mean of two faces is exact."""
+        x, y, z = 10 + 0.1 * np.arange(8), 40 + 0.1 * np.arange(6), np.array([-5.0, -15.0, -30.0])
+        share = np.array([1.0, 2.0, 3.0])[None, :, None, None]
+        u, v = (share * (0.1 + np.add.outer(c * (y - y[0]), d * (x - x[0]))) for c, d in ((0.3, 0.2), (-0.1, 0.4)))
+        u, v = u - share * 0.2 * 0.05, v - share * -0.1 * 0.05
+        east, north = {"units": "degrees_east"}, {"units": "degrees_north"}
+        down = {"standard_name": "depth", "units": "m", "positive": "down", "axis": "Z"}
+        named = {n: {"standard_name": f"sea_water_{n}_velocity", "units": "m s-1"} for n in "xy"}
+        dataset = xr.Dataset(
+            {"UVEL": (("time", "Z", "YC", "XG"), u, named["x"]), "VVEL": (("time", "Z", "YG", "XC"), v, named["y"])},
+            {
+                "time": ("time", [0.0], {"units": "days since 2001-01-01"}),
+                "Z": ("Z", z, down),
+                "XC": ("XC", x, east | {"standard_name": "longitude"}),
+                "XG": ("XG", x - 0.05, east | {"standard_name": "longitude_at_f_location"}),
+                "YC": ("YC", y, north | {"standard_name": "latitude"}),
+                "YG": ("YG", y - 0.05, north | {"standard_name": "latitude_at_f_location"}),
+            },
+        )
+        got = readers.read(saved(tmp_path, dataset), **asked)
+        np.testing.assert_allclose(got.lat, y[:-1])
+        np.testing.assert_allclose(got.lon, x[:-1])
+        expected = [0.1 + np.add.outer(c * (y - y[0]), d * (x - x[0])) for c, d in ((0.3, 0.2), (-0.1, 0.4))]
+        np.testing.assert_allclose(got.u[0], factor * expected[0][:-1, :-1], rtol=1e-5)
+        np.testing.assert_allclose(got.v[0], factor * expected[1][:-1, :-1], rtol=1e-5)
+
     def test_what_does_not_belong_together_is_refused(self, tmp_path):
         u, v = self.nemo(tmp_path)
         with pytest.raises(InputError, match=r"has no pair .* if the other component of vozocrtx is in another file"):

@@ -77,6 +77,8 @@ def _below(coordinate: xr.DataArray) -> tuple[np.ndarray | None, str]:
     positive = attribute(coordinate, "positive").lower()
     if positive not in ("up", "down") and attribute(coordinate, "standard_name").startswith(UPWARD):
         positive = "up"
+    if positive == "down" and values.max() <= 0:
+        positive = "up"  # xmitgcm calls heights below zero positive down
     below = {"up": -values, "down": values}.get(positive, np.abs(values))
     return below, " m" if attribute(coordinate, "units").lower() in METRES else ""
 
