@@ -206,6 +206,20 @@ class TestSyntheticRoms:
             np.testing.assert_array_equal(got.velocity, whole.velocity)
             np.testing.assert_array_equal(got.ocean, whole.ocean)
 
+    def test_rows_may_be_stored_from_north_to_south_where_the_angle_is_given(self, tmp_path, caplog):
+        """v keeps pointing to the left of u, whatever the order of the rows."""
+        whole = roms(masks=("mask_rho", "mask_u", "mask_v"))
+        expected = readers.read(saved(tmp_path, whole))
+        turned = whole.isel(eta_v=slice(None, None, -1), eta_rho=slice(None, None, -1))
+        got = readers.read(saved(tmp_path, turned, "turned.nc"))
+        for part in ("ocean", "lat", "lon"):
+            np.testing.assert_array_equal(getattr(got, part), getattr(expected, part))
+        np.testing.assert_allclose(got.velocity, expected.velocity, atol=1e-6)
+        far = got.ocean.copy()
+        far[:3, :4] = False
+        np.testing.assert_allclose(got.velocity[0][far], [[EAST, NORTH]] * far.sum(), atol=3e-4)
+        assert not [m for m in caplog.messages if "angle differs" in m]
+
     def test_masks_of_another_subset_are_refused(self, tmp_path):
         dataset = roms()
         dataset["mask_u"] = (dataset["mask_u"].dims, np.roll(dataset["mask_u"].values, 3, axis=1))
@@ -382,6 +396,18 @@ class TestCollocated:
         np.testing.assert_allclose(got.u[0], EAST, atol=2e-4)
         np.testing.assert_allclose(got.v[1], 2 * NORTH, atol=4e-4)
         assert any("run along the grid and are turned to the east and north" in m for m in caplog.messages)
+
+    @pytest.mark.parametrize("axes", [("x", "y"), ()], ids=["projected", "positions"])
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_an_angle_counts_in_whatever_order_the_rows_are(self, tmp_path, flip, axes):
+        path = self.polar_file(tmp_path, flip=flip)
+        with xr.open_dataset(path, engine="h5netcdf") as file:
+            dataset = file.load().drop_vars({"x", "y"} - set(axes))
+        turn = np.radians(LON0 - dataset["longitude"].values)
+        dataset["angle"] = (("y", "x"), turn, {"units": "radians"})
+        got = readers.read(saved(tmp_path, dataset, "angle.nc"))
+        np.testing.assert_allclose(got.u[0], EAST, atol=1e-6)
+        np.testing.assert_allclose(got.v[1], 2 * NORTH, atol=1e-6)
 
     def test_the_user_says_what_the_file_does_not(self, tmp_path):
         path = self.polar_file(tmp_path, standard=False)

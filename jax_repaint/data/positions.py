@@ -129,7 +129,8 @@ def _angle(
             f"angle differs from the direction of the rows by {np.degrees(apart):.0f} degrees; it is taken as given"
         )
     source.facts["components"] = "along the grid, turned by its variable angle"
-    return angle, hand
+    # By the definition of angle y is to the left of x, in whatever order the file has its rows and columns.
+    return angle, 1
 
 
 def _turned(raw: Raw, angle: np.ndarray, hand: int, source: Source) -> Raw:
