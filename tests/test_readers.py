@@ -171,6 +171,30 @@ class TestNetcdf:
         np.testing.assert_array_equal(got.velocity, velocity()[:1])
         np.testing.assert_array_equal(got.time, TIME[:1])
 
+    @pytest.mark.parametrize("named", [True, False])
+    @pytest.mark.parametrize("frames", [FRAMES, 1])
+    def test_the_time_at_which_a_forecast_began_is_not_that_of_its_fields(self, tmp_path, frames, named):
+        """As cfgrib writes them: `time` is when the forecast began and `valid_time` what it is for."""
+        hours = (TIME - np.datetime64("2001-01-01")) / np.timedelta64(1, "h")
+        units = {"units": "hours since 2001-01-01"}
+        began = units | {"standard_name": "forecast_reference_time"}
+        valid = units | ({"standard_name": "time"} if named else {})
+        dataset = cf().assign_coords(
+            time=("time", hours - 24, began), valid_time=("time", hours, valid), step=((), 24.0, {"units": "hours"})
+        )
+        if frames == 1:
+            dataset = dataset.isel(time=0)
+        got = readers.read(saved(tmp_path, dataset))
+        np.testing.assert_array_equal(got.time, TIME[:frames])
+        np.testing.assert_array_equal(got.velocity, velocity()[:frames])
+
+    def test_a_reference_time_may_be_known_by_its_name_alone(self, tmp_path):
+        units = {"units": "hours since 2001-01-01"}
+        dataset = cf().isel(time=0, drop=True)
+        for name, hour in (("forecast_reference_time", 0), ("valid_time", 30)):
+            dataset = dataset.assign_coords({name: ((), hour, units)})
+        assert readers.read(saved(tmp_path, dataset)).time == np.datetime64("2001-01-02T06")
+
     def test_longitudes_pass_the_date_line_and_greenwich(self, tmp_path):
         west = np.array([178.5, 179.5, -179.5, -178.5])
         got = readers.read(saved(tmp_path, cf(lon=west)))

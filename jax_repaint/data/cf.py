@@ -55,6 +55,7 @@ AXES = {
 }
 MESH = re.compile(r"(nele|elem(ent)?|node|nod2d?|face|cell|tri|edge)s?$", re.IGNORECASE)
 ERROR = re.compile(r"\s|standard_(error|deviation)|variance|uncertainty")  # of a velocity, not one itself
+REFERENCE = re.compile(r"(forecast_)?ref(erence)?_?time", re.IGNORECASE)
 BAD = re.compile(r"bad|fail|suspect|missing|questionable|invalid|poor|reject", re.IGNORECASE)
 QUALITY = re.compile(r"(^|_)(qc|qcflag|quality|primary)(_|$)", re.IGNORECASE)
 
@@ -322,9 +323,15 @@ def _find(dataset: xr.Dataset, axis: str, x: xr.DataArray) -> xr.DataArray | Non
     candidates = [
         dataset[n]
         for n, v in dataset.variables.items()
-        if v.ndim in ranks and set(v.dims) <= set(x.dims) and not order(dataset[n])[0]
+        if v.ndim in ranks and set(v.dims) <= set(x.dims) and not _of_forecast(v, str(n)) and not order(dataset[n])[0]
     ]
     return min(candidates, key=order, default=None)
+
+
+def _of_forecast(variable: xr.Variable, name: str) -> bool:
+    """Whether it is the time at which a forecast began, or how long ago that was."""
+    standard = attribute(variable, "standard_name")
+    return standard.startswith("forecast_") or (not standard and bool(REFERENCE.fullmatch(name)))
 
 
 def _within_limits(x: xr.DataArray, whole: xr.DataArray, source: Source) -> xr.DataArray:
