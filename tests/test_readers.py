@@ -873,16 +873,28 @@ class TestBadFiles:
             ({"units": "hours since 2001-01-01 00:00 EST"}, "cannot be decoded from 'hours since .* EST'"),
             ({"units": "fortnights since 2001-01-01"}, "cannot be decoded from 'fortnights since"),
             ({"units": "hours since the flood"}, "cannot be decoded from 'hours since the flood'"),
+            ({"units": "hours since 04/01/2020"}, "cannot be decoded from 'hours since 04/01/2020'"),
+            ({"units": "days since 4-1-2020 00:00"}, "cannot be decoded from 'days since 4-1-2020 00:00'"),
+            ({"units": "days since 01.04.2020"}, "cannot be decoded from 'days since 01.04.2020'"),
         ],
     )
     def test_times_outside_the_civil_calendar(self, tmp_path, attributes, message):
         dataset = cf(time=("time", np.arange(FRAMES) * 24.0, attributes))
         refused(saved(tmp_path, dataset), message)
 
-    @pytest.mark.parametrize("units", ["days since 0001-01-01", "days since 1582-01-01", "days since 2001-01-01 UTC"])
-    def test_times_may_count_from_long_ago(self, tmp_path, units):
-        # 2020-01-01 less each date, in the calendar that changes in October 1582.
-        days = {"0001": 737426, "1582": 159966, "2001": 6939}[units.split()[2][:4]]
+    @pytest.mark.parametrize(
+        ("units", "days"),
+        [
+            ("days since 0001-01-01", 737426),
+            ("days since 1-1-1", 737426),
+            ("days since 1582-01-01", 159966),
+            ("days since 2001-01-01 UTC", 6939),
+            ("days since 2019-12-4", 28),
+            ("days since 2019-12-04 00:00:00", 28),
+        ],
+    )
+    def test_times_may_count_from_long_ago(self, tmp_path, units, days):
+        """`days` lie before 2020-01-01, in the calendar that changes in October 1582."""
         dataset = cf(time=("time", days + np.arange(FRAMES), {"units": units}))
         assert str(readers.read(saved(tmp_path, dataset)).time[0])[:10] == "2020-01-01"
 

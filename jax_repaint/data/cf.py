@@ -491,6 +491,12 @@ def _decode_time(time: xr.DataArray, source: Source) -> np.ndarray:
     if zone and zone[0].upper() not in ("UTC", "GMT"):
         # cftime ignores it.
         raise source.error(undecodable)
+    date = re.match(r"\s*\d{1,2}([-/.])\d{1,2}\1\d{4}", attribute(time, "units").partition(" since ")[2])
+    if date:
+        raise source.error(
+            f"the times in {time.name} cannot be decoded from {attribute(time, 'units')!r}: which of {date[0].strip()} "
+            "is the month nobody can tell; expected such as 'hours since 2020-01-04'"
+        )
     try:
         decoded = xr.decode_cf(xr.Dataset({"time": time.variable}))["time"].values
     except Exception as e:
