@@ -455,6 +455,9 @@ def forms(velocity, points, folder):
         "dataset in cm/s": (
             xr.Dataset({n: (100 * a).assign_attrs(units="cm/s") for n, a in zip("uv", pair, strict=True)}), {}
         ),
+        "dataset in cm/s of another spelling": (
+            xr.Dataset({n: (100 * a).assign_attrs(Unit="cm/s") for n, a in zip("uv", pair, strict=True)}), {}
+        ),
         "fields": (fields, {}),
         "array": (velocity, {}),
         "array of float32": (velocity.astype(np.float32), {}),

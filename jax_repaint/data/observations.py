@@ -300,10 +300,15 @@ def _dated(variable: xr.DataArray) -> bool:
     return variable.dtype.kind == "M" or of_cftime or " since " in str(variable.attrs.get("units", ""))
 
 
+def _with_units(variable: xr.DataArray) -> xr.DataArray:
+    known = any(key.lower() in ("unit", "units") for key in variable.attrs)
+    return variable if known else variable.assign_attrs(units="m s-1")
+
+
 def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> Fields:
     """Through a file, so that it is understood as every other file is."""
     fields = {
-        name: unpack_limits(variable).assign_attrs(units=variable.attrs.get("units", "m s-1"))
+        name: unpack_limits(_with_units(variable))
         for name, variable in dataset.data_vars.items()
         if variable.dtype.kind in "fiu" and (variable.ndim >= 2 or "flag_meanings" in variable.attrs)
     }
