@@ -898,6 +898,16 @@ class TestBadFiles:
         dataset = cf(time=("time", days + np.arange(FRAMES), {"units": units}))
         assert str(readers.read(saved(tmp_path, dataset)).time[0])[:10] == "2020-01-01"
 
+    def test_a_fill_value_that_nobody_declared_may_be_no_larger_than_a_current(self, tmp_path):
+        data = velocity(land=False)
+        data[:, 1, 2] = -9.99
+        data[1, 2] = -9.99
+        path = saved(tmp_path, cf(100 * data[..., 0], 100 * data[..., 1], "cm/s"))
+        refused(path, "9 values are 9.99 m/s exactly; is a fill value undeclared")
+        fast = velocity(land=False) * 20
+        assert np.abs(fast).max() > 10
+        assert readers.read(saved(tmp_path, cf(fast[..., 0], fast[..., 1]), "fast.nc")).gaps == 0
+
     def test_u_and_v_on_different_points(self, tmp_path):
         dataset = cf().drop_vars("vo")
         dataset["vo"] = (("time", "lat_v", "lon"), velocity()[:, 1:, :, 1], {"units": "m/s"})

@@ -409,6 +409,14 @@ class TestCollocated:
         np.testing.assert_allclose(got.u[0], EAST, atol=1e-6)
         np.testing.assert_allclose(got.v[1], 2 * NORTH, atol=1e-6)
 
+    def test_a_fill_value_that_nobody_declared_is_found_after_it_was_turned(self, tmp_path):
+        with xr.open_dataset(self.polar_file(tmp_path), engine="h5netcdf") as file:
+            dataset = file.load()
+        for name in "uv":
+            dataset[name][:, 2:4, 3:6] = -9.99
+        with pytest.raises(InputError, match=r"12 values are 14.13 m/s exactly; is a fill value undeclared"):
+            readers.read(saved(tmp_path, dataset, "filled.nc"))
+
     def test_the_user_says_what_the_file_does_not(self, tmp_path):
         path = self.polar_file(tmp_path, standard=False)
         with pytest.raises(InputError, match=r"lie on a curvilinear grid .* by directions, 'grid' or 'east'"):

@@ -16,6 +16,7 @@ from jax_repaint.data.fields import Fields, in_nanoseconds
 from jax_repaint.errors import InputError
 
 LONGEST = 200  # characters of a library's own message; some quote the file
+SUSPECT = 5.0  # m/s; where many values are the largest and above that, they stand for missing ones
 TOO_FAST = 50.0  # m/s; no current, but an undeclared fill value
 
 
@@ -169,6 +170,12 @@ def _check(raw: Raw, source: Source) -> Raw:
     fastest = max(float(np.abs(x[~np.isnan(x)]).max(initial=0)) for x in (u, v))
     if fastest > TOO_FAST:
         raise source.error(f"velocities reach {fastest:.4g} m/s; is a fill value undeclared or a unit wrong?")
+    # Speeds find those that were turned.
+    for x in (u, v, np.hypot(u, v)):
+        extreme = float(np.nanmax(np.abs(x), initial=0))
+        count = int((np.abs(x) >= (1 - 1e-5) * extreme).sum())
+        if extreme > SUSPECT and count > max(2, 1e-3 * np.isfinite(x).sum()):
+            raise source.error(f"{count} values are {extreme:.4g} m/s exactly; is a fill value undeclared?")
     return dataclasses.replace(raw, u=u, v=v, lat=lat.astype(float), lon=lon.astype(float))
 
 
