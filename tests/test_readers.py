@@ -515,6 +515,50 @@ class TestQualityFlags:
         np.testing.assert_array_equal(got.u[~hidden], velocity(land=False)[..., 0][~hidden])
         assert any(f"{hidden.sum()} values that primary_flag calls" in m for m in caplog.messages)
 
+    @pytest.mark.parametrize("codes", ["0b, 1b, 4b", "0 1 4", b"0UB,1UB,4UB", ["0", "1", "4"]])
+    def test_codes_may_be_written_as_text(self, tmp_path, codes):
+        flags = np.random.default_rng(1).choice(np.array([0, 1, 4], np.int8), (FRAMES, Y, X))
+        got = readers.read(saved(tmp_path, self.flagged(flags, flag_values=codes, flag_meanings="no_qc good bad_data")))
+        np.testing.assert_array_equal(np.isnan(got.u), flags == 4)
+        masks = self.flagged(flags, flag_masks="1b, 4b", flag_meanings="interpolated failed")
+        np.testing.assert_array_equal(np.isnan(readers.read(saved(tmp_path, masks, "masks.nc")).u), flags == 4)
+
+    @pytest.mark.parametrize(
+        "attributes",
+        [
+            {"flag_values": np.array([0, 1], np.int8), "flag_meanings": "good doubtful bad"},
+            {"flag_values": "good is 0", "flag_meanings": "good doubtful bad"},
+            {"flag_meanings": "good bad"},
+            {"standard_name": "status_flag"},
+        ],
+    )
+    def test_a_flag_that_cannot_be_read_is_said(self, tmp_path, caplog, attributes):
+        flags = np.full((FRAMES, Y, X), 1, np.int8)
+        assert readers.read(saved(tmp_path, self.flagged(flags, **attributes))).gaps == 0
+        said = "file.nc: primary_flag looks like a quality flag but cannot be read and does not count"
+        assert said in caplog.messages
+
+    def test_errors_beside_the_velocities_are_no_flags(self, tmp_path, caplog):
+        readers.read(saved(tmp_path, self.flagged(np.full((FRAMES, Y, X), 0.1), units="m s-1")))
+        assert not caplog.messages
+
+    def test_a_mask_with_a_value_asks_for_these_bits_to_be_this_number(self, tmp_path):
+        """Two bits together, of four meanings (CF-1.11, example 3.5), beside a bit of another meaning."""
+        flags = np.random.default_rng(2).integers(0, 8, (FRAMES, Y, X)).astype(np.int8)
+        attributes = {
+            "flag_masks": np.array([3, 3, 3, 3, 4], np.int8),
+            "flag_values": np.array([0, 1, 2, 3, 4], np.int8),
+            "flag_meanings": "good probably_good probably_bad fine interpolated",
+        }
+        got = readers.read(saved(tmp_path, self.flagged(flags, **attributes)))
+        np.testing.assert_array_equal(np.isnan(got.u), flags % 4 == 2)
+
+    def test_a_flag_that_is_missing_calls_nothing_bad(self, tmp_path):
+        flags = np.random.default_rng(3).choice([0.0, 1.0, np.nan], (FRAMES, Y, X))
+        attributes = {"flag_values": np.array([0, 1], np.int8), "flag_meanings": "bad good"}
+        got = readers.read(saved(tmp_path, self.flagged(flags, **attributes)))
+        np.testing.assert_array_equal(np.isnan(got.u), flags == 0)
+
     def test_flags_of_other_variables_do_not_count(self, tmp_path):
         flags = np.full((FRAMES, Y, X), 4, np.int8)
         dataset = self.flagged(flags, flag_meanings="good bad", flag_values=np.array([1, 4], np.int8))

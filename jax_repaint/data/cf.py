@@ -57,6 +57,7 @@ MESH = re.compile(r"(nele|elem(ent)?|node|nod2d?|face|cell|tri|edge)s?$", re.IGN
 ERROR = re.compile(r"\s|standard_(error|deviation)|variance|uncertainty")  # of a velocity, not one itself
 REFERENCE = re.compile(r"(forecast_)?ref(erence)?_?time", re.IGNORECASE)
 BAD = re.compile(r"bad|fail|suspect|missing|questionable|invalid|poor|reject", re.IGNORECASE)
+FLAGS = ("flag_meanings", "flag_masks", "flag_values")
 QUALITY = re.compile(r"(^|_)(qc|qcflag|quality|primary)(_|$)", re.IGNORECASE)
 
 
@@ -401,6 +402,10 @@ def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Sou
         if not known or name in others or not flag.dims or not set(flag.dims) <= {*x.dims, *chosen}:
             continue
         bad, meanings = _bad(flag.isel({d: i for d, i in chosen.items() if d in flag.dims}))
+        if bad is None:
+            if name not in listed or standard.endswith("_flag") or any(key in flag.attrs for key in FLAGS):
+                source.notice(f"{name} looks like a quality flag but cannot be read and does not count")
+            continue
         if bad.any():
             flagged = xr.DataArray(bad, dims=[d for d in flag.dims if d not in chosen])
             hidden = int((flagged & out.notnull()).sum())
@@ -410,26 +415,34 @@ def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Sou
     return out
 
 
-def _bad(flag: xr.Variable) -> tuple[np.ndarray, str]:
-    """Where the flag has a meaning such as fail or bad_data, and which of them occur."""
-    values = np.nan_to_num(flag.values.astype(float), nan=-(2.0**40)).astype(np.int64)
+def _bad(flag: xr.Variable) -> tuple[np.ndarray | None, str]:
+    """Where the flag has a meaning such as fail or bad_data, and which of them occur; None where it has no meanings."""
     meanings = attribute(flag, "flag_meanings").replace(",", " ").split()
-    masks, codes = (np.atleast_1d(flag.attrs.get(key, [])) for key in ("flag_masks", "flag_values"))
+    masks, codes = (_whole_numbers(flag.attrs.get(key, [])) for key in FLAGS[1:])
+    sizes = {-1 if a is None else a.size for a in (masks, codes)}
+    if flag.dtype.kind not in "fiub" or not meanings or not {len(meanings)} <= sizes <= {0, len(meanings)}:
+        return None, ""
+    values = np.nan_to_num(flag.values.astype(float), nan=-(2.0**40)).astype(np.int64)
     bad, found = np.zeros(values.shape, bool), []
-    if any(a.size not in (0, len(meanings)) or a.dtype.kind not in "fiu" for a in (masks, codes)):
-        return bad, ""
     for i, meaning in enumerate(meanings):
         if not BAD.search(meaning):
             continue
-        if masks.size:
-            bits = values & np.int64(masks[i])
-            here = (bits == np.int64(codes[i])) if codes.size else bits != 0
-        else:
-            here = values == np.int64(codes[i]) if codes.size else np.zeros_like(bad)
+        bits = values & masks[i] if masks.size else values
+        here = bits == codes[i] if codes.size else bits != 0
         if here.any():
             bad |= here
             found.append(meaning)
     return bad, ", ".join(found)
+
+
+def _whole_numbers(given: object) -> np.ndarray | None:
+    """Numbers of an attribute, also of a text such as "0b, 1b, 4b"; None where it is something else."""
+    given = np.atleast_1d(given.decode("latin1") if isinstance(given, bytes) else given)
+    if given.dtype.kind in "fiu":
+        return given.astype(np.int64)
+    words = " ".join(map(str, given)).replace(",", " ").split()
+    numbers = [re.fullmatch(r"([+-]?\d{1,18})[bsluBSLU]*", word) for word in words]
+    return np.array([int(n[1]) for n in numbers], np.int64) if all(numbers) else None
 
 
 def _times(x: xr.DataArray, time: xr.DataArray | None, choice: Choice, source: Source) -> np.ndarray:
