@@ -476,8 +476,30 @@ class TestChoices:
         refused(path, r"no time found for uo \(lat=3, lon=4\); give it by time, such as 2000-01-01T12:00")
         for name in ("currents_20040229.nc", "2004-02-29_currents.nc"):
             assert readers.read(saved(tmp_path, dataset, name)).time == np.datetime64("2004-02-29")
-        assert "currents_20040229.nc: no time axis; the date in its name, 2004-02-29, is taken" in caplog.messages
+        assert (
+            "currents_20040229.nc: no time axis; the date in its name, 2004-02-29T00:00:00, is taken" in caplog.messages
+        )
         refused(saved(tmp_path, dataset, "20040229_20040301.nc"), "no time found")
+
+    @pytest.mark.parametrize(
+        ("name", "time"),
+        [
+            ("roms_20200104_0600.nc", "06:00:00"),
+            ("cur_20200104T060000Z.nc", "06:00:00"),
+            ("cur_2020-01-04T06.nc", "06:00:00"),
+            ("wrf_2020-01-04_18:30:15", "18:30:15"),
+            ("cur_2020_01_04_18-30-15.nc", "18:30:15"),
+            ("20200104t2359_v2.nc", "23:59:00"),
+            ("cur_20200104_0600_utm33.nc", "06:00:00"),
+            ("cur_20200104_12.nc", "00:00:00"),
+            ("cur_20200104_0600m.nc", "00:00:00"),
+            ("cur_20200104_2500.nc", "00:00:00"),
+        ],
+    )
+    def test_an_hour_behind_the_date_in_the_name_counts(self, tmp_path, caplog, name, time):
+        got = readers.read(saved(tmp_path, cf().isel(time=0, drop=True), name))
+        assert got.time == np.datetime64(f"2020-01-04T{time}")
+        assert f"{name}: no time axis; the date in its name, 2020-01-04T{time}, is taken" in caplog.messages
 
     def test_frames_without_a_time_or_any_value_are_left_out(self, tmp_path, caplog):
         hours = np.arange(FRAMES) * 3.0

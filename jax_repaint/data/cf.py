@@ -53,6 +53,11 @@ AXES = {
     "latitude": (r"degrees?_?n(orth)?", ("lat", "latitude", "nav_lat", "lats", "lat_rho")),
     "longitude": (r"degrees?_?e(ast)?", ("lon", "longitude", "nav_lon", "lons", "lon_rho")),
 }
+# In names of files: 20200104, 2020-01-04 or 2020_01_04; behind it T06, T0600, _060000, _06-00-00 or the like, but not
+# _06, which may count anything.
+DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)")
+HOUR, MINUTES = r"([01]\d|2[0-3])", r"([0-5]\d){1,2}|(:[0-5]\d){1,2}|([-_][0-5]\d){2}"
+CLOCK = re.compile(rf"(T{HOUR}({MINUTES})?|[-_ ]{HOUR}({MINUTES}))(Z|UTC|h)?(?![^\W_])", re.IGNORECASE)
 MESH = re.compile(r"(nele|elem(ent)?|node|nod2d?|face|cell|tri|edge)s?$", re.IGNORECASE)
 ERROR = re.compile(r"\s|standard_(error|deviation)|variance|uncertainty")  # of a velocity, not one itself
 REFERENCE = re.compile(r"(forecast_)?ref(erence)?_?time", re.IGNORECASE)
@@ -475,12 +480,13 @@ def _time_elsewhere(x: xr.DataArray, choice: Choice, source: Source) -> np.datet
     if given is not None:
         source.facts["time"] = f"given as {given}"
         return _date(given, source)
-    dates = re.findall(r"(?<!\d)(?:19|20)\d\d([-_]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])(?!\d)", source.name)
-    if len(dates) != 1:
+    found = list(DATE.finditer(source.name))
+    if len(found) != 1:
         raise source.error(f"no time found for {x.name} {dims_of(x)}; give it by time, such as 2000-01-01T12:00")
-    found = re.search(r"(?<!\d)((?:19|20)\d\d)[-_]?(\d\d)[-_]?(\d\d)(?!\d)", source.name)
-    date = _date("-".join(found.groups()), source)
-    source.notice(f"no time axis; the date in its name, {date.astype('datetime64[D]')}, is taken")
+    clock = CLOCK.match(source.name, found[0].end())
+    parts = re.findall(r"\d\d", clock[0]) if clock else []
+    date = _date(f"{'-'.join(found[0].group(1, 3, 4))}T{':'.join([*parts, '00', '00'][:3])}", source)
+    source.notice(f"no time axis; the date in its name, {date.astype('datetime64[s]')}, is taken")
     source.facts["time"] = "from the name of the file"
     return date
 
