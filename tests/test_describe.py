@@ -8,6 +8,7 @@ import pytest
 import tiny
 import xarray as xr
 from matplotlib.collections import QuadMesh
+from matplotlib.quiver import Quiver
 
 from jax_repaint.data import describe, readers
 from jax_repaint.data.fields import Fields, split
@@ -32,6 +33,14 @@ class TestWords:
         assert lines["gaps"] == "none"
         speed = np.hypot(fields.u, fields.v)[:, fields.ocean]
         assert lines["speed"].startswith(f"mean {speed.mean():.3g} m/s, largest {speed.max():.3g} m/s")
+
+    def test_a_grid_across_the_date_line_is_as_wide_as_it_is(self):
+        fields = tiny.fields()
+        lon = (np.linspace(179.7, 180.3, 12) + 0.1 * np.arange(7)[:, None] + 180) % 360 - 180
+        lat = fields.lat[:, None] + 0.001 * np.arange(12)
+        across = Fields.create(fields.velocity, lat, lon, fields.time)
+        lines = describe.describe(across, Source("across"))
+        assert lines["grid"].endswith("longitude 179.7 to 180.9")
 
     def test_the_proposed_split_is_one_that_training_takes(self):
         fields = tiny.fields()
@@ -85,6 +94,16 @@ class TestPicture:
             np.testing.assert_allclose(got[fields.ocean], expected, rtol=1e-5, atol=1e-7)
             assert np.ma.getmaskarray(got)[~fields.ocean].all()
         assert axes[0].get_aspect() == 1
+
+    def test_arrows_point_where_the_mean_current_goes(self):
+        fields = tiny.fields()
+        mean = fields.velocity.mean(0, dtype=float)
+        (arrows,) = [c for ax in describe.draw(fields).axes for c in ax.collections if isinstance(c, Quiver)]
+        place = fields.metres() / 1000
+        assert len(arrows.U) == fields.ocean.sum()
+        np.testing.assert_allclose(arrows.XY, place[fields.ocean][:, ::-1])
+        np.testing.assert_allclose(arrows.U, mean[..., 0][fields.ocean], atol=1e-7)
+        np.testing.assert_allclose(arrows.V, mean[..., 1][fields.ocean], atol=1e-7)
 
     def test_without_gaps_there_are_two_panels(self):
         assert len([ax for ax in describe.draw(tiny.fields()).axes if ax.get_title(loc="left")]) == 2

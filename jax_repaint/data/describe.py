@@ -33,10 +33,12 @@ def describe(fields: Fields, source: Source) -> dict[str, str]:
     """Topic to one line of text, in the order to read them."""
     lines = {title: source.facts[topic] for topic, title in TOPICS.items() if topic in source.facts}
     (y, x), (north, east) = fields.shape, fields.spacing
+    lon = np.unwrap(fields.lon, period=360)
+    lon = np.unwrap(lon, axis=0, period=360)  # the date line is no seam
     kind = "regular" if fields.lat.ndim == 1 else "curvilinear"
     lines["grid"] = (
         f"{y} x {x} cells, {kind}, {_kilometres(north)} by {_kilometres(east)}; latitude "
-        f"{fields.lat.min():.6g} to {fields.lat.max():.6g}, longitude {fields.lon.min():.6g} to {fields.lon.max():.6g}"
+        f"{fields.lat.min():.6g} to {fields.lat.max():.6g}, longitude {lon.min():.6g} to {lon.max():.6g}"
     )
     lines["time"] = _time(fields) + (f"; {source.facts['time']}" if "time" in source.facts else "")
     lines["land"] = f"{100 * (1 - fields.ocean.mean()):.3g} % of the cells, or never observed"
