@@ -280,6 +280,16 @@ class TestDepth:
         assert (got.ocean == whole)[height[1:-1, 1:-1] > 100 + 10].all()
         assert not got.gaps
 
+    def test_above_levels_of_the_lower_half_nothing_is_known(self, tmp_path):
+        path, _ = self.file(tmp_path, "g2")
+        with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
+            lower = saved(tmp_path, file.isel(s_rho=slice(0, 10)), "lower.nc")
+        with pytest.raises(InputError, match="no ocean cell"):
+            readers.read(lower, depth=1)
+        whole, got = readers.read(path, depth=40), readers.read(lower, depth=40)
+        assert got.ocean.any()
+        np.testing.assert_allclose(got.velocity[:, got.ocean], whole.velocity[:, got.ocean], rtol=1e-5)
+
     def test_a_missing_term_is_named(self, tmp_path):
         path, _ = self.file(tmp_path, "g2", without=["h"])
         with pytest.raises(
@@ -396,6 +406,21 @@ class TestCollocated:
         np.testing.assert_allclose(got.u[0], EAST, atol=2e-4)
         np.testing.assert_allclose(got.v[1], 2 * NORTH, atol=4e-4)
         assert any("run along the grid and are turned to the east and north" in m for m in caplog.messages)
+
+    def test_longitudes_of_u_and_v_may_count_to_180_and_to_360(self, tmp_path):
+        lat, lon = np.array([10.0, 10.5, 11.0]), np.array([179.0, 179.5, 180.0, 180.5])
+        values = np.random.default_rng(0).normal(0, 0.2, (2, 2, 3, 4))
+        time = {"time": np.datetime64("2001-01-01", "ns") + np.arange(2) * np.timedelta64(1, "h")}
+        paths = []
+        for name, x, here in (("uo", values[0], lon), ("vo", values[1], (lon + 180) % 360 - 180)):
+            dataset = xr.Dataset(
+                {name: (("time", "lat", "lon"), x, {"units": "m/s"})}, time | {"lat": lat, "lon": here}
+            )
+            paths.append(saved(tmp_path, dataset, f"{name}.nc"))
+        got = readers.read(paths[0], v_path=paths[1], u="uo", v="vo")
+        np.testing.assert_array_equal(got.lon, lon)
+        np.testing.assert_array_equal(got.u, values[0].astype(np.float32))
+        np.testing.assert_array_equal(got.v, values[1].astype(np.float32))
 
     @pytest.mark.parametrize("axes", [("x", "y"), ()], ids=["projected", "positions"])
     @pytest.mark.parametrize("flip", [False, True])
