@@ -606,6 +606,21 @@ def test_a_field_without_time_takes_the_one_that_is_given(observed_field, tmp_pa
         collect(path, GRID)
 
 
+def test_observations_may_have_a_component_that_never_changes(observed_field, tmp_path):
+    days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
+    given = three_times(observed_field, time=days)
+    given["v"] = abs(0 * given["v"])
+    for variable in given.data_vars.values():
+        variable.attrs["units"] = "m s-1"
+    given.to_netcdf(tmp_path / "still.nc", engine="h5netcdf")
+    for source in (given, tmp_path / "still.nc"):
+        frames = collect(source, GRID)
+        assert [frame.count for frame in frames] == [3, 3, 3]
+        assert not any(np.asarray(frame.observation.values)[:, 1].any() for frame in frames)
+    with pytest.raises(InputError, match=r"v is 0\.0 m/s everywhere and always"):
+        readers.read(tmp_path / "still.nc")
+
+
 def test_names_of_columns_go_with_tables(observed_field, tmp_path):
     path = tmp_path / "field.nc"
     readers.write(forms(*observed_field, tmp_path)["fields"][0], path)

@@ -57,15 +57,16 @@ class Fields:
         time: np.ndarray,
         ocean: np.ndarray | None = None,
         name: str = "fields",
+        constant: bool = False,
     ) -> "Fields":
         """Validated fields; without `ocean`, a cell is ocean if it has a value in at least one frame.
 
         A cell with one component only counts as missing in that frame. Ocean cells that miss in some frames
-        are gaps: allowed, and reported.
+        are gaps: allowed, and reported. A component may be `constant` where the values are a few observations.
 
         Raises:
           InputError: shapes disagree, coordinates or times cannot be used, there is no ocean cell, a frame is
-            empty, a value is infinite, or a component never changes.
+            empty, a value is infinite, or a component never changes and may not.
         """
         velocity = np.array(unmasked(velocity, np.float32))
         lat, lon, time = unmasked(lat), unmasked(lon), _as_time(time, name)
@@ -88,7 +89,7 @@ class Fields:
         present &= ocean
         velocity[~present] = np.nan
         fields = cls(velocity, ocean, lat, lon, time, name)
-        _check_values(fields, present)
+        _check_values(fields, present, constant)
         return fields
 
     def __len__(self) -> int:
@@ -270,7 +271,7 @@ def _check_times(time, name) -> None:
         )
 
 
-def _check_values(fields: Fields, present: np.ndarray) -> None:
+def _check_values(fields: Fields, present: np.ndarray, constant: bool) -> None:
     name = fields.name
     empty = np.flatnonzero(~present.any((1, 2)))
     if empty.size:
@@ -279,7 +280,7 @@ def _check_values(fields: Fields, present: np.ndarray) -> None:
         raise InputError(f"{name}: no value in frame {shown}{more}; leave such frames out")
     for component, values in (("u", fields.u), ("v", fields.v)):
         # A single frame may hold a few observations that are equal.
-        if len(fields) > 1 and np.nanmin(values) == np.nanmax(values):
+        if len(fields) > 1 and not constant and np.nanmin(values) == np.nanmax(values):
             raise InputError(f"{name}: {component} is {np.nanmin(values)} m/s everywhere and always")
     gaps = fields.gaps
     if gaps:

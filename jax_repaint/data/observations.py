@@ -291,7 +291,7 @@ def _check_speed(u: np.ndarray, v: np.ndarray, name: str) -> None:
 
 def _read(path: Path, columns: Mapping[str, str], when: np.datetime64 | None) -> Fields:
     undated = None if when is None else np.datetime_as_string(when)
-    return readers.read(path, u=columns.get("u"), v=columns.get("v"), undated=undated)
+    return readers.read(path, u=columns.get("u"), v=columns.get("v"), undated=undated, constant=True)
 
 
 def _dated(variable: xr.DataArray) -> bool:
@@ -329,7 +329,7 @@ def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> Fields:
             # Whatever xarray raises on attributes and coordinates that no file can hold.
             lines = str(e).strip().splitlines()
             raise InputError(f"the data set cannot be written as NetCDF: {lines[0] if lines else e}") from e
-        return readers.read(path, u=columns.get("u"), v=columns.get("v"), name="the data set")
+        return readers.read(path, u=columns.get("u"), v=columns.get("v"), name="the data set", constant=True)
 
 
 def _from_fields(fields: Fields, grid: Grid, sigma: float, when: np.datetime64 | None, known: bool) -> list[Observed]:

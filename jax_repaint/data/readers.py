@@ -49,6 +49,7 @@ def read(
     time: str | None = None,
     directions: str | None = None,
     undated: str | None = None,
+    constant: bool = False,
 ) -> Fields:
     """The velocity fields of a file or a series of files, in m/s, eastward and northward, row 0 in the south.
 
@@ -65,12 +66,13 @@ def read(
       time: date of a file without times, or from which its times count where they name no date.
       directions: "grid" or "east", where components on a curvilinear grid may run along either.
       undated: as time, but of no account where a file has dates of its own.
+      constant: whether a component may never change, as among a few observations.
 
     Raises:
       InputError: a file is missing, damaged or of another kind; no pair or several; dimensions, units, times
         or coordinates that cannot be used; files of a series that contradict each other.
     """
-    choice = Choice(u, v, grid, depth, level, time, directions, undated)
+    choice = Choice(u, v, grid, depth, level, time, directions, undated, constant)
     return understand(path, choice, v_path, name)[0]
 
 
@@ -102,7 +104,7 @@ def understand(
         parts[number] = _read_one(paths[number], v_paths[number], choice, sources[number])
     try:
         raw = parts[0] if len(parts) == 1 else _series(parts, sources, source)
-        return assemble(raw, source), source
+        return assemble(raw, source, choice.constant), source
     finally:
         source.say()
 

@@ -51,6 +51,7 @@ class Choice:
     time: str | None = None
     directions: str | None = None
     undated: str | None = None
+    constant: bool = False
 
 
 @dataclasses.dataclass
@@ -126,9 +127,10 @@ def door(path: Path) -> Iterator[None]:
         raise InputError(f"cannot read {path}: {line if len(line) <= LONGEST else line[:LONGEST] + '...'}") from e
 
 
-def assemble(raw: Raw, source: Source) -> Fields:
+def assemble(raw: Raw, source: Source, constant: bool = False) -> Fields:
     """Validated fields, turned so that row 0 is south and column 0 west; frames without any value are dropped."""
-    raw = _north_up(_check(raw, source))
+    raw = _check(raw, source)
+    raw = _north_up(raw)
     velocity, ocean, time = np.stack([raw.u, raw.v], -1), raw.ocean, raw.time
     missing = np.isnan(velocity).any(-1)
     if ocean is None and not missing.any():
@@ -145,7 +147,7 @@ def assemble(raw: Raw, source: Source) -> Fields:
     if empty.any() and not empty.all() and time.shape == empty.shape:
         source.notice(f"{_frames(empty, time)} without any value and left out")
         velocity, time = velocity[~empty], time[~empty]
-    return Fields.create(velocity, raw.lat, raw.lon, time, ocean, source.name)
+    return Fields.create(velocity, raw.lat, raw.lon, time, ocean, source.name, constant)
 
 
 def _frames(chosen: np.ndarray, time: np.ndarray) -> str:
