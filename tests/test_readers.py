@@ -926,6 +926,14 @@ class TestBadFiles:
             (cf(time=np.arange(FRAMES)), "times in time cannot be decoded, their units are ''; expected such as"),
             (cf(lat=np.array([0.0, 50.0, 100.0])), "latitude 100.0 is beyond the pole"),
             (cf(lat=np.array([0.0, 2.0, 1.0])), "latitude must increase"),
+            (
+                cf(lon=np.array([-180.0, -179.9, 179.8, 179.9])),
+                "gap of 359.7 degrees between -179.9 and 179.8; order its columns as 179.8 to 179.9, then -180 to",
+            ),
+            (
+                cf(lon=np.array([0.0, 1.0, 2.0, 359.0])),
+                "a gap of 357 degrees between 2 and 359; order its columns as 359 to 359, then 0 to 2",
+            ),
         ],
     )
     def test_unusable_content(self, tmp_path, dataset, message):
@@ -979,6 +987,13 @@ class TestBadFiles:
         dataset["vo"] = (("time", "lat_v", "lon"), velocity()[:, 1:, :, 1], {"units": "m/s"})
         message = r"uo lies on \(lat=3, lon=4\) and vo on \(lat_v=2, lon=4\), a staggered grid without .*by grid"
         refused(saved(tmp_path, dataset), message)
+
+    @pytest.mark.parametrize("units", ["radians", "radian", "rad"])
+    def test_positions_in_radians_are_refused(self, tmp_path, units):
+        for name in ("lat", "lon"):
+            dataset = cf(lat=np.radians(LAT), lon=np.radians(LON))
+            dataset[name].attrs["units"] = units
+            refused(saved(tmp_path, dataset, f"{name}.nc"), f"{name} has the units '{units}'; degrees are expected")
 
     def test_a_track_is_no_grid(self, tmp_path):
         values = velocity()[:, 0, 1:, 0]

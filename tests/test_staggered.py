@@ -226,6 +226,12 @@ class TestSyntheticRoms:
         with pytest.raises(InputError, match="mask_u and mask_v do not lie between the points of mask_rho"):
             readers.read(saved(tmp_path, dataset))
 
+    def test_cells_in_radians_are_refused(self, tmp_path):
+        dataset = roms()
+        dataset["lon_rho"] = np.radians(dataset["lon_rho"]).assign_attrs(units="radian")
+        with pytest.raises(InputError, match="lon_rho has the units 'radian'; degrees are expected"):
+            readers.read(saved(tmp_path, dataset))
+
     def test_an_angle_in_degrees_is_understood_and_a_wrong_one_is_noticed(self, tmp_path, caplog):
         dataset = roms()
         dataset["angle"] = (dataset["angle"].dims, np.degrees(dataset["angle"].values), {"units": "degrees"})

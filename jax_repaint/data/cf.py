@@ -15,7 +15,7 @@ import xarray as xr
 
 from jax_repaint.data import vertical
 from jax_repaint.data.positions import Component, place
-from jax_repaint.data.source import Choice, Raw, Source, attribute, dims_of, door, instant
+from jax_repaint.data.source import Choice, Raw, Source, attribute, dims_of, door, in_degrees, instant
 from jax_repaint.errors import InputError
 
 PAIRS = (
@@ -291,6 +291,7 @@ def _component(
 def _numbers(coordinate: xr.DataArray, source: Source) -> np.ndarray:
     if coordinate.dtype.kind not in "fiu":
         raise source.error(f"{coordinate.name} must hold numbers, got {coordinate.dtype}")
+    in_degrees(coordinate, source)
     return coordinate.values.astype(float)
 
 

@@ -8,7 +8,7 @@ import xarray as xr
 
 from jax_repaint.data import staggered
 from jax_repaint.data.arrays import regular
-from jax_repaint.data.source import Choice, Raw, Source, attribute
+from jax_repaint.data.source import Choice, Raw, Source, attribute, in_degrees
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +31,9 @@ def place(u: Component, v: Component, grid: xr.Dataset, dataset: xr.Dataset, cho
     Raises:
       InputError: positions are missing, do not fit together or leave the directions open.
     """
+    for name in ("lat_rho", "lon_rho"):
+        for content in (d for d in (grid, dataset) if name in d.variables):
+            in_degrees(content[name], source)
     rho = [_static(n, grid, dataset) for n in ("lat_rho", "lon_rho")]
     has_rho = all(place is not None and place.ndim == 2 for place in rho)
     if u.dims == v.dims and u.lat is None and has_rho and all("rho" in str(d) for d in u.dims):

@@ -130,6 +130,7 @@ def door(path: Path) -> Iterator[None]:
 def assemble(raw: Raw, source: Source, constant: bool = False) -> Fields:
     """Validated fields, turned so that row 0 is south and column 0 west; frames without any value are dropped."""
     raw = _check(raw, source)
+    _check_columns(raw.lon, source)
     raw = _north_up(raw)
     velocity, ocean, time = np.stack([raw.u, raw.v], -1), raw.ocean, raw.time
     missing = np.isnan(velocity).any(-1)
@@ -179,6 +180,24 @@ def _check(raw: Raw, source: Source) -> Raw:
         if extreme > SUSPECT and count > max(2, 1e-3 * np.isfinite(x).sum()):
             raise source.error(f"{count} values are {extreme:.4g} m/s exactly; is a fill value undeclared?")
     return dataclasses.replace(raw, u=u, v=v, lat=lat.astype(float), lon=lon.astype(float))
+
+
+def _check_columns(lon: np.ndarray, source: Source) -> None:
+    """Refuses columns from both ends of the longitudes, such as -180, -179, 178, 179, which are neighbours."""
+    step = np.diff(lon)
+    if lon.ndim == 1 and (step > 0).all() and (step > 180).any():
+        k = int(step.argmax())
+        raise source.error(
+            f"longitude has a gap of {step[k]:g} degrees between {lon[k]:g} and {lon[k + 1]:g}; order its columns as "
+            f"{lon[k + 1]:g} to {lon[-1]:g}, then {lon[0]:g} to {lon[k]:g}"
+        )
+
+
+def in_degrees(coordinate: xr.DataArray, source: Source) -> None:
+    """Refuses a latitude or longitude in radians."""
+    units = attribute(coordinate, "units")
+    if units.lower().startswith("rad"):
+        raise source.error(f"{coordinate.name} has the units {units!r}; degrees are expected")
 
 
 def _north_up(raw: Raw) -> Raw:
