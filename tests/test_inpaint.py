@@ -545,6 +545,67 @@ def three_times(observed_field, **coordinates):
     return xr.Dataset(data, coordinates)
 
 
+def track(**attributes):
+    """A table of points, and the same as a data set in cm/s whose variables lie along one dimension."""
+    points = table(9, sigma_u=0.02, sigma_v=0.03, time=pd.date_range("2020-01-01", periods=3, freq="D").repeat(3))
+    names = {"u": "ewct", "v": "nsct", "sigma_u": "ewct_err", "sigma_v": "nsct_err"}
+    standard = {"ewct": U, "nsct": V, "ewct_err": f"{U} standard_error", "nsct_err": f"{V} standard_error"}
+    data = {
+        name: ("obs", 100 * points[key].to_numpy(), {"units": "cm s-1", "standard_name": standard[name]})
+        for key, name in names.items()
+    }
+    places = {n: ("obs", points[n].to_numpy()) for n in ("lat", "lon", "time")}
+    return points, xr.Dataset(data | places)
+
+
+def assert_same_frames(ours, theirs):
+    assert [(frame.time, frame.count) for frame in ours] == [(frame.time, frame.count) for frame in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        for leaf in ("cells", "weights", "values", "sigma", "valid"):
+            a, b = getattr(one.observation, leaf), getattr(other.observation, leaf)
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("suffix", ["nc", "zarr"])
+def test_a_track_of_a_netcdf_file_is_a_table(tmp_path, suffix):
+    points, dataset = track()
+    path = tmp_path / f"track.{suffix}"
+    dataset.to_netcdf(path, engine="h5netcdf") if suffix == "nc" else dataset.to_zarr(path, consolidated=False)
+    for source in (dataset, dataset.set_coords(["lat", "lon", "time"]), path, str(path)):
+        assert_same_frames(collect(source, GRID), collect(points, GRID))
+        assert_same_frames(collect(source, GRID, step="2D"), collect(points, GRID, step="2D"))
+        assert_same_frames(collect(source, GRID, time="2020-05-05"), collect(points, GRID, time="2020-05-05"))
+    with pytest.raises(InputError, match="lies on scattered points or a track, not on a grid"):
+        readers.read(path)
+
+
+def test_names_and_units_of_a_track(tmp_path):
+    points, dataset = track()
+    mine = dataset.drop_attrs().rename(ewct="east", nsct="north", ewct_err="mine").drop_vars(["nsct_err"])
+    columns = {"u": "east", "v": "north", "sigma": "mine"}
+    expected = points.drop(columns=["sigma_u", "sigma_v"]).assign(sigma=0.02)
+    metres = mine.map(lambda x: x / 100 if x.name in columns.values() else x)
+    assert_same_frames(collect(metres, GRID, columns=columns), collect(expected, GRID))
+    for name in ("east", "north"):
+        mine[name].attrs["Unit"] = "cm/s"
+    assert_same_frames(collect(mine, GRID, columns=columns), collect(expected, GRID))
+    metres.to_netcdf(tmp_path / "bare.nc", engine="h5netcdf")
+    with pytest.raises(InputError, match=r"bare\.nc: east has no units; expected m s-1"):
+        collect(tmp_path / "bare.nc", GRID, columns=columns)
+
+
+def test_points_of_a_track_without_a_good_value_are_left_out(tmp_path, caplog):
+    points, dataset = track()
+    dataset["ewct"][1] = np.nan
+    dataset["nsct"].attrs["valid_max"] = 500.0
+    dataset["nsct"][4] = 900.0
+    flags = {"flag_values": np.array([1, 4], np.int8), "flag_meanings": "good bad_data"}
+    dataset["velocity_qc"] = ("obs", np.array([1] * 8 + [4], np.int8), flags)
+    dataset.to_netcdf(tmp_path / "track.nc", engine="h5netcdf")
+    assert_same_frames(collect(tmp_path / "track.nc", GRID), collect(points.drop(index=[1, 4, 8]), GRID))
+    assert "track.nc: 3 of 9 points have no velocity and are left out" in caplog.messages
+
+
 def test_times_of_a_data_set_count_however_they_are_written(observed_field):
     days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
     numbers = ("time", [0, 1, 2], {"units": "days since 2020-01-01"})

@@ -7,7 +7,7 @@ open is refused rather than guessed, with what to say about it. Source: CF conve
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +105,27 @@ def _timed(raw: Raw, source: Source) -> Raw:
     return Raw(raw.u[known], raw.v[known], raw.lat, raw.lon, raw.time[known], raw.ocean)
 
 
+def read_points(dataset: xr.Dataset, names: Mapping[str, str], source: Source) -> dict[str, np.ndarray]:
+    """Columns (m,) of a track: u, v and their errors in m/s, NaN where limits or flags hide a value, lat, lon, time.
+
+    Raises:
+      InputError: units or times that cannot be used.
+    """
+    out = {}
+    for key, name in names.items():
+        whole = dataset[name]
+        if key == "time":
+            out[key] = _times(whole, whole, Choice(), source)
+        elif key in ("lat", "lon"):
+            out[key] = _numbers(whole, source)
+        else:
+            # An error without units has those of the velocity.
+            units = attribute(whole, "units") or attribute(dataset[names["v" if key == "sigma_v" else "u"]], "units")
+            x = _without_bad(dataset, _within_limits(whole, whole, source), {}, source) if key in "uv" else whole
+            out[key] = x.values.astype(float) * _factor(units, name, source)
+    return out
+
+
 # Opening
 
 
@@ -189,6 +210,9 @@ def _choose_pair(dataset: xr.Dataset, other: xr.Dataset, choice: Choice, source:
         return choice.u, choice.v
     pairs = _pairs(dataset, other)
     if not pairs:
+        flat = next((x for n, x in dataset.data_vars.items() if x.ndim == 1 and _is_velocity(x, str(n))), None)
+        if flat is not None and _scattered(dataset, list(flat.dims)):
+            raise source.error(f"{flat.name} {dims_of(flat)} lies on scattered points or a track, not on a grid")
         alone = _half(dataset) if other is dataset else ""
         raise InputError(f"{source.name} has no pair of velocities that could be recognised; it has {listing}{alone}")
     if len(pairs) > 1:
@@ -230,6 +254,10 @@ def _half(dataset: xr.Dataset) -> str:
 
 def _is_current(standard_name: str) -> bool:
     return "sea_water" in standard_name and "velocity" in standard_name and not ERROR.search(standard_name)
+
+
+def _is_velocity(variable: xr.DataArray, name: str) -> bool:
+    return _is_current(attribute(variable, "standard_name")) or any(name.lower() in pair for pair in PAIRS)
 
 
 def _northward(eastward: str) -> str:

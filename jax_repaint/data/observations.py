@@ -1,6 +1,7 @@
 """What people have observed, in the forms they have it in, as observations on a model's grid in m/s.
 
     table   CSV file or DataFrame with lat, lon, u, v in m/s, optionally sigma (or sigma_u and sigma_v) and time
+    track   the same as variables along one dimension of a NetCDF or Zarr file or of an xarray Dataset, in their units
     field   NetCDF, Zarr or another file of `readers`, or xarray: on the model's grid, missing where nothing is known
     array   (y, x, 2) on the model's grid, NaN where nothing is known
 
@@ -19,9 +20,9 @@ import xarray as xr
 
 from jax_repaint import observe
 from jax_repaint.data import readers
-from jax_repaint.data.cf import unpack_limits
+from jax_repaint.data.cf import opened, read_points, unpack_limits
 from jax_repaint.data.fields import Fields, unmasked
-from jax_repaint.data.source import instant
+from jax_repaint.data.source import Source, attribute, door, instant
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
 
@@ -39,6 +40,15 @@ NAMES = {
     "sigma_u": ("sigma_u", "error_u", "std_u", "u_sigma", "u_error", "u_std"),
     "sigma_v": ("sigma_v", "error_v", "std_v", "v_sigma", "v_error", "v_std"),
     "time": ("time", "datetime", "timestamp", "date_time", "date", "obs_time"),
+}
+STANDARD_NAMES = {
+    "lat": "latitude",
+    "lon": "longitude",
+    "u": f"eastward_{STANDARD}",
+    "v": f"northward_{STANDARD}",
+    "sigma_u": f"eastward_{STANDARD} standard_error",
+    "sigma_v": f"northward_{STANDARD} standard_error",
+    "time": "time",
 }
 NEEDED = ("lat", "lon", "u", "v")
 
@@ -84,6 +94,9 @@ def collect(
     columns, when = _check_columns(columns), None if time is None else _one_time(time)
     name = Path(source).name if isinstance(source, str | Path) else "the observations"
     table = isinstance(source, pd.DataFrame) or Path(name).suffix.lower() in TABLES
+    points = None if table else _points(source, columns, name)
+    if points is not None:
+        return _from_table(points, grid, {}, sigma, when, step, name)
     names = sorted(columns.keys() - {"u", "v"})
     if names and not table:
         raise InputError(f"{name} is no table of points: of fields u and v can be named, not {names[0]}")
@@ -286,6 +299,56 @@ def _check_speed(u: np.ndarray, v: np.ndarray, name: str) -> None:
         raise InputError(f"{name}: velocities reach {fastest:.4g} m/s; is a unit wrong, or a fill value undeclared?")
 
 
+# Tracks
+
+
+def _points(source: Any, columns: Mapping[str, str], name: str) -> pd.DataFrame | None:
+    """The table of a file or data set whose u, v, lat and lon lie along one dimension; None of anything else."""
+    if isinstance(source, xr.Dataset):
+        return _from_track(source, columns, Source(name))
+    if not isinstance(source, str | Path) or readers.kind_of(Path(source)) not in ("netcdf", "zarr"):
+        return None
+    with opened(Path(source)) as dataset, door(Path(source)):
+        return _from_track(dataset, columns, Source(name), from_file=True)
+
+
+def _from_track(
+    dataset: xr.Dataset, columns: Mapping[str, str], source: Source, from_file: bool = False
+) -> pd.DataFrame | None:
+    names = _track_names(dataset, columns, source.name)
+    if not names:
+        return None
+    if not from_file:
+        dataset = dataset.assign({names[key]: _with_units(dataset[names[key]]) for key in ("u", "v")})
+    if "sigma" in columns:
+        names = {key: name for key, name in names.items() if key not in ("sigma_u", "sigma_v")}
+    table = pd.DataFrame(read_points(dataset, names, source))
+    lost = table[["u", "v"]].isna().any(axis=1)
+    if lost.any():
+        source.notice(f"{lost.sum()} of {len(table)} points have no velocity and are left out")
+    source.say()
+    return table[~lost].reset_index(drop=True)
+
+
+def _track_names(dataset: xr.Dataset, columns: Mapping[str, str], name: str) -> dict[str, Any]:
+    """What a variable along the one dimension of a track is -> its name; empty where the data set is no track."""
+    flat = {str(n).lower(): str(n) for n, variable in dataset.variables.items() if variable.ndim == 1}
+    named = dict(columns)
+    for key, standard in STANDARD_NAMES.items():
+        matches = [n for n in flat.values() if attribute(dataset[n], "standard_name") == standard]
+        if len(matches) == 1:
+            named.setdefault(key, matches[0])
+    dims = set()
+    for key in NEEDED:
+        usual = (named[key],) if key in named else NAMES[key]
+        found = next((flat[n.strip().lower()] for n in usual if n.strip().lower() in flat), None)
+        dims.add(found and dataset[found].dims)
+    if len(dims) != 1 or None in dims:
+        return {}
+    along = [n for n in flat.values() if {dataset[n].dims} == dims]
+    return _find_columns(pd.DataFrame(columns=along), named, name)
+
+
 # Fields with gaps
 
 
@@ -301,8 +364,8 @@ def _dated(variable: xr.DataArray) -> bool:
 
 
 def _with_units(variable: xr.DataArray) -> xr.DataArray:
-    known = any(key.lower() in ("unit", "units") for key in variable.attrs)
-    return variable if known else variable.assign_attrs(units="m s-1")
+    units = [value for key, value in variable.attrs.items() if key.lower() in ("unit", "units")]
+    return variable.assign_attrs(units=[*units, "m s-1"][0])
 
 
 def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> Fields:

@@ -126,10 +126,10 @@ def files_of(path: Paths) -> list[Path]:
 
 
 def _read_one(path: Path, v_path: Path | None, choice: Choice, source: Source) -> Raw:
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind in ("netcdf", "zarr"):
         for other in (Path(other) for other in (v_path, choice.grid) if other is not None):
-            if _kind(other) not in ("netcdf", "zarr"):
+            if kind_of(other) not in ("netcdf", "zarr"):
                 raise InputError(f"{other} is neither NetCDF nor Zarr, as {path.name} is")
         return read_cf(path, kind, v_path, choice, source)
     if v_path is not None:
@@ -312,7 +312,7 @@ def _is_zarr(path: Path) -> bool:
     return any((path / marker).is_file() for marker in (".zgroup", "zarr.json", ".zmetadata"))
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """What the content is; the suffix decides only where two kinds look alike."""
     try:
         if path.is_dir():
