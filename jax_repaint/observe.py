@@ -94,14 +94,14 @@ def bucket(count: int) -> int:
 
 
 def from_cells(
-    observed: np.ndarray, field: np.ndarray, sigma: float, ocean: np.ndarray, size: int | None = None
+    observed: np.ndarray, field: np.ndarray, sigma: float | np.ndarray, ocean: np.ndarray, size: int | None = None
 ) -> Observation:
     """An observation of whole cells.
 
     Args:
       observed: (y, x) bool, True where the cell is observed.
       field: (y, x, 2) velocities; only observed cells are read.
-      sigma: observation error, in the units of `field`.
+      sigma: observation error, in the units of `field`; one number or (m, 2), one of each observed cell.
       ocean: (y, x) bool.
       size: number of rows to pad to; by default the next bucket.
 

@@ -545,7 +545,53 @@ def three_times(observed_field, **coordinates):
     return xr.Dataset(data, coordinates)
 
 
-def track(**attributes):
+@pytest.mark.parametrize("listed", [False, True])
+def test_errors_of_cells_are_those_of_their_file(observed_field, tmp_path, listed):
+    days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
+    given = three_times(observed_field, time=days)
+    sigma = np.random.default_rng(0).uniform(0.01, 0.1, (2, 3, 7, 12))
+    for name, standard, error in zip("uv", (U, V), sigma, strict=True):
+        given[name].attrs = {"units": "m s-1", "standard_name": standard}
+        of = "sea_water_speed standard_error" if listed else f"{standard} standard_error"
+        given[f"{name}_err"] = (given[name].dims, 100 * error, {"units": "cm/s", "standard_name": of})
+        if listed:
+            given[name].attrs["ancillary_variables"] = f"{name}_err"
+    given.isel(lat=slice(None, None, -1)).to_netcdf(tmp_path / "errors.nc", engine="h5netcdf")
+    cells = np.isfinite(observed_field[0]).all(-1)
+    for source in (given, tmp_path / "errors.nc"):
+        frames = collect(source, GRID, sigma=0.3)
+        assert [frame.time for frame in frames] == list(days)
+        for number, frame in enumerate(frames):
+            got = np.asarray(frame.observation.sigma)[np.asarray(frame.observation.valid)]
+            np.testing.assert_allclose(got, np.moveaxis(sigma[:, number], 0, -1)[cells], rtol=1e-5)
+    given["v_err"][1] = np.where(cells, 0.0, 1.0)
+    with pytest.raises(
+        InputError, match=r"errors u_err and v_err: the errors must be positive, .* 3 of 3 .* 2020-01-02"
+    ):
+        collect(given, GRID)
+
+
+def test_errors_along_a_turned_grid_are_not_used(observed_field, caplog):
+    lat, lon = np.meshgrid(GRID.lat, GRID.lon, indexing="ij")
+    lat, lon = lat + 0.002 * np.arange(12), lon - 0.002 * np.arange(7)[:, None]
+    given = three_times(
+        observed_field, time=np.arange("2020-01-01", "2020-01-04", dtype="datetime64[D]").astype("M8[ns]")
+    )
+    given = given.drop_vars(["lat", "lon"]).rename(lat="y", lon="x")
+    given = given.assign_coords(lat=(("y", "x"), lat), lon=(("y", "x"), lon))
+    for name, axis in (("u", "x"), ("v", "y")):
+        given[name].attrs["standard_name"] = standard = f"sea_water_{axis}_velocity"
+        given[f"{name}_err"] = (
+            given[name].dims,
+            np.full((3, 7, 12), 0.1),
+            {"standard_name": f"{standard} standard_error"},
+        )
+    frames = collect(given, Grid(GRID.ocean, lat, lon), sigma=0.3)
+    assert [float(frame.observation.sigma[0, 0]) for frame in frames] == [np.float32(0.3)] * 3
+    assert "the data set: its errors u_err v_err are of other directions or points and are not used" in caplog.messages
+
+
+def track():
     """A table of points, and the same as a data set in cm/s whose variables lie along one dimension."""
     points = table(9, sigma_u=0.02, sigma_v=0.03, time=pd.date_range("2020-01-01", periods=3, freq="D").repeat(3))
     names = {"u": "ewct", "v": "nsct", "sigma_u": "ewct_err", "sigma_v": "nsct_err"}

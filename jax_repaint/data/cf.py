@@ -87,8 +87,25 @@ def read_cf(path: Path, kind: str, v_path: Path | None, choice: Choice, source: 
         if not np.array_equal(u.time, v.time, equal_nan=True):
             raise source.error(f"{names[0]} and {names[1]} are of different times, {_span(u.time)} and {_span(v.time)}")
         source.facts["pair"] = f"{names[0]}, {names[1]} in {attribute(dataset[names[0]], 'units')}"
+        errors = [_error_of(content, name) for content, name in zip((dataset, other), names, strict=True)]
+        if all(errors):
+            source.facts["errors"] = " ".join(errors)
         raw = place(u, v, grid, dataset, choice, source)
         return _timed(raw, source)
+
+
+def _error_of(dataset: xr.Dataset, name: str) -> str:
+    """The variable with the standard errors of a velocity (CF-1.11, 3.3 and 3.4); empty where there is none."""
+    x = dataset[name]
+    listed, whole = attribute(x, "ancillary_variables").split(), f"{attribute(x, 'standard_name')} standard_error"
+    found = [
+        str(n)
+        for n, other in dataset.data_vars.items()
+        if other.dims == x.dims
+        and (standard := attribute(other, "standard_name")).endswith("standard_error")
+        and (n in listed or standard == whole)
+    ]
+    return found[0] if len(found) == 1 else ""
 
 
 def _span(time: np.ndarray) -> str:

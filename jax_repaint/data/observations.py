@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import xarray as xr
+from absl import logging
 
 from jax_repaint import observe
 from jax_repaint.data import readers
 from jax_repaint.data.cf import opened, read_points, unpack_limits
 from jax_repaint.data.fields import Fields, unmasked
-from jax_repaint.data.source import Source, attribute, door, instant
+from jax_repaint.data.source import Choice, Source, attribute, door, instant
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
 
@@ -100,8 +101,9 @@ def collect(
     names = sorted(columns.keys() - {"u", "v"})
     if names and not table:
         raise InputError(f"{name} is no table of points: of fields u and v can be named, not {names[0]}")
+    errors = None
     if isinstance(source, str | Path):
-        source = _read_table(Path(source)) if table else _read(Path(source), columns, when)
+        source, errors = (_read_table(Path(source)), None) if table else _read(Path(source), columns, when)
     if isinstance(source, pd.DataFrame):
         return _from_table(source, grid, columns, sigma, when, step, name)
     if step is not None:
@@ -111,9 +113,9 @@ def collect(
         source = xr.Dataset(dict(zip("uv", source, strict=True)))
     if isinstance(source, xr.Dataset):
         known = any(_dated(variable) for variable in source.coords.values())
-        source = _from_xarray(source, columns)
+        source, errors = _from_xarray(source, columns)
     if isinstance(source, Fields):
-        return _from_fields(source, grid, sigma, when, known)
+        return _from_fields(source, errors, grid, sigma, when, known)
     if isinstance(source, np.ndarray):
         if source.dtype.kind not in "fiu":
             raise InputError(f"an array of observations holds numbers, got {source.dtype}")
@@ -352,9 +354,22 @@ def _track_names(dataset: xr.Dataset, columns: Mapping[str, str], name: str) -> 
 # Fields with gaps
 
 
-def _read(path: Path, columns: Mapping[str, str], when: np.datetime64 | None) -> Fields:
+def _read(
+    path: Path, columns: Mapping[str, str], when: np.datetime64 | None, name: str | None = None
+) -> tuple[Fields, Fields | None]:
+    """The velocities of a file, and their standard errors if it has some."""
     undated = None if when is None else np.datetime_as_string(when)
-    return readers.read(path, u=columns.get("u"), v=columns.get("v"), undated=undated, constant=True)
+    choice = Choice(columns.get("u"), columns.get("v"), undated=undated, constant=True)
+    fields, understood = readers.understand(path, choice, name=name)
+    errors = understood.facts.get("errors", "")
+    if not errors:
+        return fields, None
+    if understood.wet is not None or understood.facts["components"] != "eastward and northward":
+        logging.warning("%s: its errors %s are of other directions or points and are not used", fields.name, errors)
+        return fields, None
+    u, v = errors.split()
+    choice = Choice(u, v, undated=undated, constant=True, directions="east")
+    return fields, readers.understand(path, choice, name=f"{fields.name}, errors {u} and {v}")[0]
 
 
 def _dated(variable: xr.DataArray) -> bool:
@@ -368,7 +383,7 @@ def _with_units(variable: xr.DataArray) -> xr.DataArray:
     return variable.assign_attrs(units=[*units, "m s-1"][0])
 
 
-def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> Fields:
+def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> tuple[Fields, Fields | None]:
     """Through a file, so that it is understood as every other file is."""
     fields = {
         name: unpack_limits(_with_units(variable))
@@ -392,10 +407,12 @@ def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> Fields:
             # Whatever xarray raises on attributes and coordinates that no file can hold.
             lines = str(e).strip().splitlines()
             raise InputError(f"the data set cannot be written as NetCDF: {lines[0] if lines else e}") from e
-        return readers.read(path, u=columns.get("u"), v=columns.get("v"), name="the data set", constant=True)
+        return _read(path, columns, None, "the data set")
 
 
-def _from_fields(fields: Fields, grid: Grid, sigma: float, when: np.datetime64 | None, known: bool) -> list[Observed]:
+def _from_fields(
+    fields: Fields, errors: Fields | None, grid: Grid, sigma: float, when: np.datetime64 | None, known: bool
+) -> list[Observed]:
     _check_grid(fields, grid)
     if when is not None and len(fields) > 1:
         raise InputError(f"{fields.name} has {len(fields)} times; one time can be given to one field only")
@@ -403,9 +420,23 @@ def _from_fields(fields: Fields, grid: Grid, sigma: float, when: np.datetime64 |
     if when is None and not known:
         times = [UNKNOWN]
     return [
-        _of_cells(velocity, grid, sigma, time, fields.name)
-        for time, velocity in zip(times, fields.velocity, strict=True)
+        _of_cells(velocity, grid, sigma if errors is None else _errors_of(velocity, day, errors), time, fields.name)
+        for time, day, velocity in zip(times, fields.time, fields.velocity, strict=True)
     ]
+
+
+def _errors_of(velocity: np.ndarray, time: np.datetime64, errors: Fields) -> np.ndarray:
+    """Standard errors (m, 2) of the observed cells of one field."""
+    observed = np.isfinite(velocity).all(-1)
+    found = errors.velocity[errors.time == time]
+    sigma = found[0][observed] if len(found) else np.full((int(observed.sum()), 2), np.nan)
+    bad = int((~(sigma > 0)).any(-1).sum())
+    if bad:
+        raise InputError(
+            f"{errors.name}: the errors must be positive, but are not, or are missing, in {bad} of {len(sigma)} "
+            f"observed cells at {time.astype('datetime64[s]')}"
+        )
+    return sigma
 
 
 def _check_grid(fields: Fields, grid: Grid) -> None:
@@ -426,7 +457,7 @@ def _check_grid(fields: Fields, grid: Grid) -> None:
         )
 
 
-def _of_cells(velocity: np.ndarray, grid: Grid, sigma: float, time: np.datetime64, name: str) -> Observed:
+def _of_cells(velocity: np.ndarray, grid: Grid, sigma: float | np.ndarray, time: np.datetime64, name: str) -> Observed:
     if velocity.shape != (*grid.ocean.shape, 2):
         raise InputError(f"{name} {velocity.shape} is not on the model's grid, (y, x, 2) = {(*grid.ocean.shape, 2)}")
     observed = np.isfinite(velocity).all(-1)
