@@ -78,6 +78,7 @@ def inpaint(
     step: str | None = None,
     method: str | None = None,
     raw: bool = False,
+    leave_out: bool = False,
     chunk: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -85,8 +86,8 @@ def inpaint(
 
     Args:
       trained: the model, on whose grid the fields are.
-      observations: path, DataFrame, xarray Dataset or pair, or array; columns, sigma (m/s), time and step are those
-        of `data.observations.collect`.
+      observations: path, DataFrame, xarray Dataset or pair, or array; columns, sigma (m/s), time, step and
+        leave_out are those of `data.observations.collect`.
       members: of the ensemble; even where they come in antithetic pairs.
       seed: names the members; a field depends on it, its time and its observations, and but for
         rounding on no other field.
@@ -111,7 +112,7 @@ def inpaint(
         raise InputError(f"for a spread {method} needs {least} members at least, got {members}")
     chunk = chunk or device.usual_batch()
     grid = Grid(trained.ocean, trained.lat, trained.lon)
-    frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step)
+    frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step, leave_out=leave_out)
     _warn_of_units(trained, frames)
     if len(frames) > MANY:
         logging.warning("the observations have %d times; each gets a field, step= or time= joins them", len(frames))
@@ -420,6 +421,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("method", None, METHODS, "Sampler; by default the one that the model is calibrated for.")
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.DEFINE_bool("raw", False, "Leave out the calibration that came with the model.")
+    flags.DEFINE_bool("leave_out", False, "Leave out points that are on land, outside the grid or without values.")
     for key in ("lat", "lon", "u", "v", "sigma", "time"):
         flags.DEFINE_string(f"{key}_name", "", f"Name of the column that is {key}; of u and v, of a variable too.")
     flags.DEFINE_string("cache", None, "Private folder where compiled programs are kept for other runs.")
@@ -447,6 +449,7 @@ def main(_) -> None:
     fields = inpaint(
         jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,
         columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw, chunk=FLAGS.chunk,
+        leave_out=FLAGS.leave_out,
     )  # fmt: skip
     readers.write_netcdf(fields, FLAGS.out)
     count = fields.sizes["time"]

@@ -478,8 +478,22 @@ BAD = {
     "a missing place": (wrong_row(lat=None), "lat is missing or not finite in rows 3, 7"),
     "an infinite value": (wrong_row(v=np.inf), "v is missing or not finite"),
     "words": (wrong_row(v="fast"), "v is not a number in rows 3, 7, such as 'fast'"),
-    "on land": (at(lat=18.0), "observation 0 at lat 18.0.* lies on land"),
-    "outside": (at(lon=290.0), "lies outside the domain"),
+    "on land": (
+        at(lat=18.0),
+        r"observations 0 at lat 18\.0000 lon 295\.0800, 1 at lat 18\.0000 lon 295\.0800 lie on land; --leave_out",
+    ),
+    "outside": (
+        at().assign(lon=[290.0, -64.92]),
+        r"0 at lat 18\.0300 lon 290\.0000 lies outside the domain \(lat 18\.0000\.\.18\.0600, lon 295\.0000\.\.295",
+    ),
+    "missing in several columns": (
+        wrong_row(u=np.nan).assign(sigma=[0.1, np.inf, None, *[0.1] * 6]),
+        r"u is missing or not finite in rows 3, 7; sigma is missing or not finite in rows 1, 2 .*; --leave_out",
+    ),
+    "words in several columns": (
+        wrong_row(u="slow", v="fast"),
+        "u is not a number in rows 3, 7, .* 'slow'; v is not a",
+    ),
     "error of zero": (at(sigma=0.0), "sigma must be positive, but is not in rows 0, 1"),
     "negative error": (at(sigma=-0.1), "must be positive"),
     "one error of two": (at(sigma_u=0.1), "error of one component only"),
@@ -504,6 +518,50 @@ BAD = {
     "no file": ("nowhere.csv", "cannot read nowhere.csv: No such file"),
     "no field file": ("nowhere.nc", "nowhere.nc"),
 }
+
+
+def untidy():
+    """Nine points: two on land, one outside, one each without u, with an infinite v, without a time; three good."""
+    points = table(9, time="2020-01-01").astype({"time": object})
+    points.loc[[1, 4], "lat"] = 18.0
+    points.loc[2, "lon"] = 290.0
+    points.loc[5, "u"], points.loc[6, "v"], points.loc[8, "time"] = np.nan, np.inf, None
+    return points
+
+
+def test_rows_that_cannot_be_used_are_left_out_when_asked(caplog, tmp_path):
+    (frame,) = collect(untidy(), GRID, leave_out=True)
+    said = (
+        "left out 2 observations on land, 1 outside the grid, 3 without values (rows 1, 2, 4, 5, 6 and 1 more, counted"
+    )
+    assert said in caplog.text
+    (expected,) = collect(untidy().loc[[0, 3, 7]], GRID)
+    assert frame.count == 3
+    jax.tree.map(np.testing.assert_array_equal, frame.observation, expected.observation)
+    untidy().to_csv(tmp_path / "track.csv", index=False)
+    (read,) = collect(tmp_path / "track.csv", GRID, leave_out=True)
+    np.testing.assert_allclose(read.observation.values, expected.observation.values, rtol=1e-6)
+    assert "track.csv: left out 2 observations on land" in caplog.text
+    caplog.clear()
+    collect(table(3), GRID, leave_out=True)
+    assert not caplog.records
+    with pytest.raises(InputError, match="no observation is left: the observations has 2 observations on land"):
+        collect(at(lat=18.0), GRID, leave_out=True)
+    with pytest.raises(InputError, match="goes with tables of points"):
+        collect(gappy(), GRID, leave_out=True)
+    # Rows are counted as they stand in the table.
+    with pytest.raises(InputError, match=r"time is no date such as .* in rows 7, 8"):
+        collect(untidy().assign(time=[*["2020-01-01"] * 7, "noon", "noon"]), GRID, leave_out=True)
+    with pytest.raises(InputError, match="must be positive, but is not in row 3"):
+        collect(untidy().assign(sigma=[0.1, 0, 0, 0, *[0.1] * 5]), GRID, leave_out=True)
+
+
+def test_many_bad_points_are_counted_and_a_few_named():
+    points = table(20)
+    points.loc[3:17, "lat"] = 18.0
+    with pytest.raises(InputError, match=r"3 at lat 18\.0000 lon .* 7 at lat 18.* and 10 more lie on land") as caught:
+        collect(points, GRID)
+    assert " 8 at lat" not in str(caught.value)
 
 
 def three_times(observed_field, **coordinates):
@@ -673,7 +731,7 @@ def options(**changes):
     usual = {
         "model": "model", "observations": "track.csv", "out": "fields.nc", "members": 4, "seed": 0, "time": None,
         "step": None, "sigma": 0.005, "method": None, "raw": False, "cache": None, "export": None, "rows": 4,
-        "chunk": None,
+        "chunk": None, "leave_out": False,
     }  # fmt: skip
     return SimpleNamespace(**(usual | names | changes))
 

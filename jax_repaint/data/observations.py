@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import xarray as xr
+from absl import logging
 
 from jax_repaint import observe
 from jax_repaint.data import readers
@@ -28,6 +29,7 @@ from jax_repaint.observe import Observation
 TABLES = (".csv", ".txt", ".tsv", ".dat")
 TOO_FAST = 50.0  # m/s; no current, but a wrong unit or an undeclared fill value
 SHOWN = 5
+LEAVE_OUT = "--leave_out (leave_out=True) leaves them out"
 UNKNOWN = np.datetime64("NaT", "ns")
 STANDARD = "sea_water_velocity"
 NAMES = {
@@ -67,6 +69,7 @@ def collect(
     sigma: float = 0.005,
     time: str | np.datetime64 | None = None,
     step: str | None = None,
+    leave_out: bool = False,
 ) -> list[Observed]:
     """The observations of every field to inpaint, in the order of time.
 
@@ -76,6 +79,8 @@ def collect(
       sigma: standard error of u and v, m/s, of observations that bring none.
       time: the one time that all observations count for.
       step: times of a table are rounded to multiples of this, "1h" or "30min".
+      leave_out: whether rows of a table that are on land, outside the grid or without values are left out, with a
+        warning, instead of refused.
 
     Raises:
       InputError: no observation, one that is not finite, on land, outside the grid or has no positive error; a
@@ -90,9 +95,11 @@ def collect(
     if isinstance(source, str | Path):
         source = _read_table(Path(source)) if table else _read(Path(source), columns, when)
     if isinstance(source, pd.DataFrame):
-        return _from_table(source, grid, columns, sigma, when, step, name)
+        return _from_table(source, grid, columns, sigma, when, step, name, leave_out)
     if step is not None:
         raise InputError("a step to round times to goes with tables of points")
+    if leave_out:
+        raise InputError("to leave out rows goes with tables of points")
     known = True
     if _is_pair(source):
         source = xr.Dataset(dict(zip("uv", source, strict=True)))
@@ -193,16 +200,70 @@ def _rows(bad: np.ndarray) -> str:
     return f"row{'s' * (number.size > 1)} {shown}{more}"
 
 
-def _numbers(column: pd.Series, name: str) -> np.ndarray:
-    values = np.asarray(pd.to_numeric(column, errors="coerce"), np.float64)
-    words = np.isnan(values) & column.notna().to_numpy()
-    if words.any():
-        text = str(column.iloc[int(words.argmax())])[:40]
-        raise InputError(f"{name}: {column.name} is not a number in {_rows(words)}, such as {text!r}")
-    bad = ~np.isfinite(values)
-    if bad.any():
-        raise InputError(f"{name}: {column.name} is missing or not finite in {_rows(bad)} (counted from 0)")
-    return values
+def _numbers(table: pd.DataFrame, found: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
+    """The columns `found`, NaN where something is missing; words are refused, of all columns at once."""
+    numbers, wrong = {}, []
+    for key, title in found.items():
+        column = table[title]
+        numbers[key] = np.asarray(pd.to_numeric(column, errors="coerce"), np.float64)
+        words = np.isnan(numbers[key]) & column.notna().to_numpy()
+        if words.any():
+            text = str(column.iloc[int(words.argmax())])[:40]
+            wrong.append(f"{title} is not a number in {_rows(words)}, such as {text!r}")
+    if wrong:
+        raise InputError(f"{name}: {'; '.join(wrong)} (counted from 0)")
+    return numbers
+
+
+def _usable(
+    missing: Mapping[str, np.ndarray], lat: np.ndarray, lon: np.ndarray, grid: Grid, name: str, leave_out: bool
+) -> np.ndarray:
+    """Rows (m,) bool that lie on the ocean of the grid and lack nothing; others are refused, or left out.
+
+    Args:
+      missing: title of a column -> rows (m,) bool without a value.
+    """
+    blank = np.any(list(missing.values()), 0)
+    if blank.any() and not leave_out:
+        columns = [f"{title} is missing or not finite in {_rows(bad)}" for title, bad in missing.items() if bad.any()]
+        raise InputError(f"{name}: {'; '.join(columns)} (counted from 0); {LEAVE_OUT}")
+    axes = np.ravel(grid.lat)[0], np.ravel(grid.lon)[0]
+    filled = [np.where(blank, first, values) for first, values in zip(axes, (lat, lon), strict=True)]
+    places = observe.place(filled[0], _same_meridian(filled[1], grid), grid.lat, grid.lon, grid.ocean)
+    places = places._replace(outside=places.outside & ~blank, on_land=places.on_land & ~blank)
+    elsewhere = (~blank).sum() > 1 and (places.outside | blank).all()
+    if elsewhere or not leave_out:
+        listed = ~blank if elsewhere else np.ones_like(blank)
+        some = observe.Places(*(part if part is None else part[listed] for part in places))
+        if wrong := observe.misplaced(some, lat[listed], lon[listed], grid.lat, grid.lon):
+            raise InputError(f"{name}: {wrong}{'' if elsewhere else f'; {LEAVE_OUT}'}")
+    usable = ~(blank | places.outside | places.on_land)
+    if not usable.all():
+        _say_left_out({"on land": places.on_land, "outside the grid": places.outside, "without values": blank}, name)
+    return usable
+
+
+def _say_left_out(kinds: Mapping[str, np.ndarray], name: str) -> None:
+    """Warns of rows (m,) bool of each kind.
+
+    Raises:
+      InputError: no other row is left.
+    """
+    counts = [(int(bad.sum()), kind) for kind, bad in kinds.items() if bad.any()]
+    (count, kind), *others = counts
+    words = ", ".join([f"{count} observation{'s' * (count > 1)} {kind}", *(f"{n} {other}" for n, other in others)])
+    left_out = np.any(list(kinds.values()), 0)
+    if left_out.all():
+        raise InputError(f"no observation is left: {name} has {words}")
+    logging.warning("%s: left out %s (%s, counted from 0)", name, words, _rows(left_out))
+
+
+def _same_meridian(lon: np.ndarray, grid: Grid) -> np.ndarray:
+    """Longitudes written as those of a regular grid, where the same meridian may be -65 or 295."""
+    if grid.lon.ndim > 1:
+        return lon
+    middle = (grid.lon[0] + grid.lon[-1]) / 2
+    return middle + (lon - middle + 180) % 360 - 180
 
 
 def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
@@ -239,6 +300,7 @@ def _from_table(
     when: np.datetime64 | None,
     step: str | None,
     name: str,
+    leave_out: bool,
 ) -> list[Observed]:
     if isinstance(table.index, pd.DatetimeIndex):
         table = table.rename_axis(index=table.index.name or "time")
@@ -247,28 +309,31 @@ def _from_table(
     found = _find_columns(table, columns, name)
     if table.empty:
         raise InputError(f"no observation: {name} has no row")
-    lat, lon, u, v = (_numbers(table[found[key]], name) for key in NEEDED)
     # A column that was named goes before those that are found.
-    if "sigma_u" in found and "sigma" not in columns:
-        errors = np.stack([_numbers(table[found[key]], name) for key in ("sigma_u", "sigma_v")], -1)
-    elif "sigma" in found:
-        errors = np.repeat(_numbers(table[found["sigma"]], name)[:, None], 2, 1)
-    else:
-        errors = np.full((len(table), 2), float(sigma))
+    own = ("sigma_u", "sigma_v") if "sigma_u" in found and "sigma" not in columns else ("sigma",) * 2
+    keys = [key for key in dict.fromkeys((*NEEDED, *own)) if key in found]
+    numbers = _numbers(table, {key: found[key] for key in keys}, name)
+    dated = when is None and "time" in found
+    if step is not None and not dated:
+        raise InputError("a step to round times to goes with a column of times, and without time=")
+    missing = {found[key]: ~np.isfinite(numbers[key]) for key in keys}
+    if dated:
+        missing[found["time"]] = table[found["time"]].isna().to_numpy()
+    kept = np.flatnonzero(_usable(missing, numbers["lat"], numbers["lon"], grid, name, leave_out))
+    lat, lon, u, v = (numbers[key][kept] for key in NEEDED)
+    errors = np.stack([numbers[key][kept] if key in numbers else np.full(kept.size, float(sigma)) for key in own], -1)
     _check_speed(u, v, name)
     if not (errors > 0).all():
-        raise InputError(f"{name}: the error sigma must be positive, but is not in {_rows(~(errors > 0).all(1))}")
-    if grid.lon.ndim == 1:
-        # The same meridian may be written as -65 or 295.
-        middle = (grid.lon[0] + grid.lon[-1]) / 2
-        lon = middle + (lon - middle + 180) % 360 - 180
-    points = observe.from_points(lat, lon, np.stack([u, v], -1), errors, grid.lat, grid.lon, grid.ocean)
-    if when is not None or "time" not in found:
-        if step is not None:
-            raise InputError("a step to round times to goes with a column of times, and without time=")
-        times = np.full(len(table), UNKNOWN if when is None else when)
-    else:
-        times = _times(table[found["time"]], step, name)
+        bad = np.isin(np.arange(len(table)), kept[~(errors > 0).all(1)])
+        raise InputError(f"{name}: the error sigma must be positive, but is not in {_rows(bad)}")
+    velocity, lon = np.stack([u, v], -1), _same_meridian(lon, grid)
+    points = observe.from_points(lat, lon, velocity, errors, grid.lat, grid.lon, grid.ocean)
+    times = np.full(kept.size, UNKNOWN if when is None else when)
+    if dated:
+        # What stands in rows that are left out does not matter.
+        column = table[found["time"]]
+        column = column.where(np.isin(np.arange(len(table)), kept), column.iloc[kept[0]])
+        times = _times(column, step, name)[kept]
     cells, weights, values, errors = (
         np.asarray(leaf) for leaf in (points.cells, points.weights, points.values, points.sigma)
     )
