@@ -38,7 +38,7 @@ from jax_repaint.prior import linear
 METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE = 20  # standard deviations from the mean
-MANY = 24  # fields; more come from a table whose every row has its own time
+MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
 LARGEST_ERROR = 1e6  # m/s
 LEAST_SIGMA = 1e-5  # standard error over the standard deviation of the currents, which float32 can still tell from 0
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
@@ -114,8 +114,7 @@ def inpaint(
     grid = Grid(trained.ocean, trained.lat, trained.lon)
     frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step, leave_out=leave_out)
     _warn_of_units(trained, frames)
-    if len(frames) > MANY:
-        logging.warning("the observations have %d times; each gets a field, step= or time= joins them", len(frames))
+    _warn_of_times(frames)
     made: dict[int, Estimate] = {}
     sizes = [frame.observation.size for frame in frames]
     hidden = None if progress and len(frames) > 1 else True
@@ -138,6 +137,19 @@ def _warn_of_units(trained: Model, frames: Sequence[Observed]) -> None:
             "an observation is %.0f standard deviations of the training currents away from their mean; is it in m/s, "
             "and no fill value?",
             fastest,
+        )
+
+
+def _warn_of_times(frames: Sequence[Observed]) -> None:
+    """Of many fields, or some with one observation each, as a track with its own time in every row gives."""
+    alone = sum(frame.count == 1 for frame in frames)
+    scattered = len(frames) >= FEW and alone > len(frames) / 2
+    if scattered or len(frames) > MANY:
+        logging.warning(
+            "%d times%s; each gets a field of its own%s",
+            len(frames),
+            ", most with one observation" if scattered else "",
+            "; --step=1h or --time=... (step=, time=) joins them" if frames[0].rows is not None else "",
         )
 
 

@@ -45,7 +45,7 @@ SMALLER = (
     (r"jax_repaint\.demo$", "jax_repaint.demo --methods=linear,linear_samples --members=2 --patterns=line:22"),
     (r"(jax_repaint\.demo .*--fields.*)", r"\1 --frames=2 --steps=2 --methods=linear,kalman --members=4"),
     (r"(jax_repaint\.inpaint (?!.*--(model|export)).*)", r"\1 --method=linear_samples"),
-    (r'inpaint\("track.csv", members=4\)', 'inpaint("track.csv", members=4, method="linear_samples")'),
+    (r'(inpaint\("track.csv", .*members=4)\)', r'\1, method="linear_samples")'),
     (r"(jax_repaint\.inpaint .*--export.*)", r"\1 --model=model --members=4"),
     (r"(--config=configs/[\w/]+\.py)(?!\S)", r"\1:smoke"),
     (r"(--config=configs/sweeps/models\.py):\S+", r"\1:smoke"),

@@ -688,6 +688,33 @@ def test_values_unlike_any_current_of_the_training_are_warned_of(trained, caplog
     assert "is it in m/s" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("minutes", "said"),
+    [
+        (
+            [0, 1, 2],
+            "3 times, most with one observation; each gets a field of its own; --step=1h or --time=... (step=,",
+        ),
+        ([0, 1, 2, 2, 3, 3], ""),
+        ([0, 1], ""),
+        (list(range(25)) * 2, "25 times; each gets a field of its own; --step=1h"),
+        ([0] * 30, ""),
+    ],
+)
+def test_a_track_with_a_time_in_every_row_is_warned_of(trained, caplog, minutes, said):
+    time = np.datetime64("2020-01-01T00:00", "ns") + np.array(minutes) * np.timedelta64(1, "m")
+    quietly(trained, table(len(minutes), time=time), method="linear_samples")
+    assert (said in caplog.text) if said else "times" not in caplog.text
+
+
+def test_fields_are_not_told_to_join_their_times(trained, caplog):
+    fields = tiny.fields(3)
+    fields.velocity[:, np.arange(84).reshape(7, 12) != 80] = np.nan
+    quietly(trained, Fields.create(fields.velocity, GRID.lat, GRID.lon, fields.time), method="linear_samples")
+    assert "3 times, most with one observation; each gets a field of its own" in caplog.text
+    assert "--step" not in caplog.text
+
+
 def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
     times = table(4, time="2020-01-01")
     with pytest.raises(InputError, match="not a fixed duration"):

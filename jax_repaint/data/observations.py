@@ -54,11 +54,21 @@ class Grid(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """Observations of one field: when (NaT if unknown), how many, and what, in m/s on the model's grid."""
+    """Observations of one field in m/s on the model's grid.
+
+    Attributes:
+      time: NaT if unknown.
+      count: how many.
+      observation: what.
+      rows: (count,) of the table that they stand in, counted from 0; None if in none.
+      places: (count, 2) latitude and longitude of these rows, as in the table.
+    """
 
     time: np.datetime64
     count: int
     observation: Observation
+    rows: np.ndarray | None = None
+    places: np.ndarray | None = None
 
 
 def collect(
@@ -326,7 +336,7 @@ def _from_table(
     if not (errors > 0).all():
         bad = np.isin(np.arange(len(table)), kept[~(errors > 0).all(1)])
         raise InputError(f"{name}: the error sigma must be positive, but is not in {_rows(bad)}")
-    velocity, lon = np.stack([u, v], -1), _same_meridian(lon, grid)
+    velocity, places, lon = np.stack([u, v], -1), np.stack([lat, lon], -1), _same_meridian(lon, grid)
     points = observe.from_points(lat, lon, velocity, errors, grid.lat, grid.lon, grid.ocean)
     times = np.full(kept.size, UNKNOWN if when is None else when)
     if dated:
@@ -341,7 +351,7 @@ def _from_table(
     for one in np.unique(times):
         rows = np.flatnonzero(np.isnat(times) if np.isnat(one) else times == one)
         observation = observe.from_weights(cells[rows], weights[rows], values[rows], errors[rows])
-        collected.append(Observed(one, rows.size, observation))
+        collected.append(Observed(one, rows.size, observation, kept[rows], places[rows]))
     return collected
 
 
