@@ -313,7 +313,9 @@ def _case(trained: Model, frame: Observed) -> evaluate.Case:
 
 
 def _announce(trained: Model, frame: Observed, frames: int, members: int, method: str) -> None:
-    """Says once for each program that it will be compiled."""
+    """Says once for each program of a network that it will be compiled."""
+    if method == "linear_samples":
+        return
     rows = frame.observation.size
     program = (trained.network, trained.form, trained.padded, rows, frames, members, method)
     if program in _compiled:
@@ -321,9 +323,17 @@ def _announce(trained: Model, frame: Observed, frames: int, members: int, method
     _compiled.add(program)
     fields = "" if frames == 1 else f" of {frames} fields"
     print(
-        f"compiling for up to {rows} observations and {members} members{fields}; later calls do not wait for it",
+        f"compiling for up to {rows} observations and {members} members{fields}; {_waits()}",
         file=sys.stderr,
     )
+
+
+def _waits() -> str:
+    """Who does not wait for it again: calls of this process, or also those that share a cache."""
+    if folder := jax.config.jax_compilation_cache_dir:
+        return f"{folder} keeps it for the next run"
+    # Flags are defined by the command alone, and no later call is in its process.
+    return "--cache=FOLDER keeps it for the next run" if "cache" in FLAGS else "later calls do not wait for it"
 
 
 def _attributes(

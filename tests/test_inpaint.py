@@ -140,6 +140,29 @@ def test_the_first_call_says_that_it_is_compiling(trained, capsys, monkeypatch):
     assert capsys.readouterr().err.count("compiling for up to 16 observations and 4 members") == 1
 
 
+@pytest.mark.parametrize(
+    ("folder", "command", "said"),
+    [
+        (None, False, "; later calls do not wait for it\n"),
+        (None, True, "; --cache=FOLDER keeps it for the next run\n"),
+        ("kept", True, "; kept keeps it for the next run\n"),
+    ],
+)
+def test_who_does_not_wait_again_is_said_as_it_is(trained, capsys, monkeypatch, folder, command, said):
+    monkeypatch.setattr(inpaint, "_compiled", set())
+    monkeypatch.setattr(inpaint, "FLAGS", {"cache"} if command else set())
+    monkeypatch.setattr(inpaint.jax, "config", SimpleNamespace(jax_compilation_cache_dir=folder))
+    (frame,) = collect(table(6), GRID)
+    inpaint._announce(trained, frame, 1, 4, "kalman")
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_the_linear_estimate_announces_no_network(trained, capsys, monkeypatch):
+    monkeypatch.setattr(inpaint, "_compiled", set())
+    inpaint.inpaint(trained, table(6), 4, method="linear_samples")
+    assert "compiling" not in capsys.readouterr().err
+
+
 def test_the_times_of_a_file_are_sampled_in_batches(trained, monkeypatch):
     """In order of time, though those with more observations are of another program."""
     calls, run = [], evaluate.posterior_ensemble
