@@ -10,6 +10,7 @@ Observations are points or cells (data/observations.py). The result is a CF-1.11
 carry the standard names of currents: programs that drift particles choose their variables by these.
 """
 
+import datetime
 import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
@@ -126,7 +127,10 @@ def inpaint(
             made |= zip(batch, estimate(trained, mine, members, seed, method, raw, chunk), strict=True)
             bar.update(len(made) - bar.n)
     estimates = [made[number] for number in range(len(frames))]
-    return to_dataset(trained, estimates, _attributes(trained, frames, members, seed, method, raw))
+    attributes = _attributes(trained, frames, members, seed, method, raw)
+    if isinstance(observations, str | Path):
+        attributes["observations_file"] = Path(observations).name
+    return to_dataset(trained, estimates, attributes)
 
 
 def _warn_of_units(trained: Model, frames: Sequence[Observed]) -> None:
@@ -345,16 +349,20 @@ def _attributes(
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     fingerprint = models.fingerprint(trained)
     unknown = any(np.isnat(frame.time) for frame in frames)
+    errors = np.concatenate([np.asarray(frame.observation.sigma)[: frame.count].ravel() for frame in frames])
+    error = " to ".join(dict.fromkeys(f"{extreme:.3g}" for extreme in (errors.min(), errors.max())))
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "Conventions": "CF-1.11",
         "title": "Ocean currents inpainted from observations",
         "source": f"jax_repaint, {method} sampler on model {fingerprint} ({trained.training.get('data', 'own data')})",
-        "history": f"jax_repaint.inpaint, model {fingerprint}, method {method}, seed {seed}",
+        "history": f"{now} jax_repaint.inpaint, model {fingerprint}, method {method}, seed {seed}",
         "model_fingerprint": fingerprint,
         "sampler": method,
         "seed": seed,
         "members": members,
         "observations": sum(frame.count for frame in frames),
+        "observation_standard_error": f"{error} m s-1",
         **words_on(used),
         "versions": words,
     } | ({"comment": "The time of the observations is not known; 1970-01-01 stands for it."} if unknown else {})

@@ -1,6 +1,7 @@
 """Inpainting as a user does it: against dense algebra, in every form of observation, and with every mistake."""
 
 import dataclasses
+import datetime
 import json
 import logging
 import subprocess
@@ -357,6 +358,22 @@ def test_the_file_is_cf_and_its_members_alone_have_the_names_of_currents(trained
     assert (int(read.attrs["seed"]), int(read.attrs["observations"]), read.attrs["sampler"]) == (0, 8, "kalman")
     assert f"jax {jax.__version__}" in read.attrs["versions"]
     np.testing.assert_array_equal(read.observed.sum(("lat", "lon")) > 0, [True, True])
+
+
+def test_a_result_says_when_it_was_made_and_from_what(trained, tmp_path):
+    path = tmp_path / "track.csv"
+    table(3).to_csv(path, index=False)
+    before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    attributes = quietly(trained, path, method="linear_samples", sigma=0.025).attrs
+    made, words = attributes["history"].split(" ", 1)
+    assert before <= datetime.datetime.strptime(made, "%Y-%m-%dT%H:%M:%S%z") <= datetime.datetime.now(datetime.UTC)
+    assert words == f"jax_repaint.inpaint, model {model.fingerprint(trained)}, method linear_samples, seed 0"
+    assert attributes["observations_file"] == "track.csv"
+    assert attributes["observation_standard_error"] == "0.025 m s-1"
+    assert str(tmp_path) not in str(attributes)
+    varied = quietly(trained, table(3, sigma=[0.5, 0.01, 0.02]), method="linear_samples").attrs
+    assert varied["observation_standard_error"] == "0.01 to 0.5 m s-1"
+    assert "observations_file" not in varied
 
 
 def test_opendrift_drifts_particles_with_the_members(trained, tmp_path):
