@@ -41,6 +41,7 @@ EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE = 20  # standard deviations from the mean
 MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
 LARGEST_ERROR = 1e6  # m/s
+UNLIKELY = 3  # standard errors between mean and observations; 0.1 to 1.6 for those made of the twin's held-out frames
 LEAST_SIGMA = 1e-5  # standard error over the standard deviation of the currents, which float32 can still tell from 0
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
 
@@ -56,6 +57,7 @@ class Estimate(NamedTuple):
       prior_mean: (y, x, 2), the best linear estimate from the same observations.
       std, low, high: (y, x, 2), standard deviation of a member and the 5 to 95 % interval; NaN if members are too few.
       observed: (y, x) bool, cells that an observation lies in.
+      misfit: of the mean to the observations, in standard errors.
     """
 
     time: np.datetime64
@@ -65,6 +67,7 @@ class Estimate(NamedTuple):
     low: np.ndarray
     high: np.ndarray
     observed: np.ndarray
+    misfit: float
 
 
 def inpaint(
@@ -99,7 +102,7 @@ def inpaint(
 
     Returns:
       eastward_ and northward_sea_water_velocity (realization, time, lat, lon), mean, standard deviation, 5 to 95 %
-      interval and prior mean (time, lat, lon) of each, and `observed`; m/s, NaN on land.
+      interval and prior mean (time, lat, lon) of each, `observed` and `misfit`; m/s, NaN on land.
 
     Raises:
       InputError: observations that cannot be used, too many for the memory, a method or number of members that does
@@ -127,6 +130,7 @@ def inpaint(
             made |= zip(batch, estimate(trained, mine, members, seed, method, raw, chunk), strict=True)
             bar.update(len(made) - bar.n)
     estimates = [made[number] for number in range(len(frames))]
+    _warn_of_misfit(estimates)
     attributes = _attributes(trained, frames, members, seed, method, raw)
     if isinstance(observations, str | Path):
         attributes["observations_file"] = Path(observations).name
@@ -155,6 +159,18 @@ def _warn_of_times(frames: Sequence[Observed]) -> None:
             ", most with one observation" if scattered else "",
             "; --step=1h or --time=... (step=, time=) joins them" if frames[0].rows is not None else "",
         )
+
+
+def _warn_of_misfit(estimates: Sequence[Estimate]) -> None:
+    missed = [one for one in estimates if one.misfit > UNLIKELY]
+    if missed:
+        worst = max(missed, key=lambda one: one.misfit)
+        at = "" if np.isnat(worst.time) else f" at {np.datetime_as_string(worst.time, 'm')}"
+        others = f" (and at {len(missed) - 1} other times by more than {UNLIKELY})" if len(missed) > 1 else ""
+        logging.warning(
+            "the ensemble mean misses the observations by %.2g standard errors%s%s; they are unlikely for the model, "
+            "or sigma is too small", worst.misfit, at, others,
+        )  # fmt: skip
 
 
 def default_method(trained: Model) -> str:
@@ -197,13 +213,14 @@ def estimate(
     if calibration is not None and calibration.gate is not None:
         weights = _weights(trained, calibration.gate, frames, cases, members, seed, method, chunk)
     return [
-        _estimate(trained, case, made, calibration, weight, method in evaluate.PAIRED)
-        for case, made, weight in zip(cases, ensembles, weights, strict=True)
+        _estimate(trained, frame, case, made, calibration, weight, method in evaluate.PAIRED)
+        for frame, case, made, weight in zip(frames, cases, ensembles, weights, strict=True)
     ]
 
 
 def _estimate(
     trained: Model,
+    frame: Observed,
     case: evaluate.Case,
     made: np.ndarray,
     calibration: Calibration | None,
@@ -223,7 +240,14 @@ def _estimate(
     else:
         half = metrics.half_width(len(made), antithetic) * std
         low, high = made.mean(0) - half, made.mean(0) + half
-    return Estimate(case.time, made, prior_mean, std, low, high, case.observed)
+    misfit = misfit_of(frame.observation, made.mean(0))
+    return Estimate(case.time, made, prior_mean, std, low, high, case.observed, misfit)
+
+
+def misfit_of(observation: observe.Observation, mean: np.ndarray) -> float:
+    """Root mean square of (y - A mean) / sigma over observations and components; mean (y, x, 2) is NaN on land."""
+    apart = (observation.values - observation.apply(jnp.asarray(np.nan_to_num(mean)))) / observation.sigma
+    return float(np.sqrt(np.mean(np.asarray(apart, np.float64)[np.asarray(observation.valid)] ** 2)))
 
 
 def _weights(
@@ -424,6 +448,12 @@ def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mappin
         np.stack([one.observed for one in estimates]).astype(np.int8),
         {"long_name": "cells with an observation", "flag_values": np.array([0, 1], np.int8),
          "flag_meanings": "inpainted observed"},
+    )  # fmt: skip
+    content["misfit"] = (
+        "time",
+        np.array([one.misfit for one in estimates], np.float32),
+        {"long_name": "root mean square of (y - A mean) / sigma over the observations y of both components, "
+         "A mean the mean of the ensemble at their places", "units": "1"},
     )  # fmt: skip
     coordinates = {name: base[name] for name in ("time", "lat", "lon")}
     coordinates["realization"] = (

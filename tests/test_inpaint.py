@@ -755,6 +755,36 @@ def test_fields_are_not_told_to_join_their_times(trained, caplog):
     assert "--step" not in caplog.text
 
 
+def test_the_misfit_is_that_of_the_interpolated_mean(trained, caplog):
+    points = table(6, sigma=[0.01, 0.02, 0.05, 0.01, 0.01, 0.5], time=["2020-01-01"] * 4 + ["2020-01-02"] * 2)
+    fields = quietly(trained, points)
+    expected = []
+    for field, rows in zip(both(fields, "_mean"), (points[:4], points[4:]), strict=True):
+        seen = RegularGridInterpolator((GRID.lat, GRID.lon), np.nan_to_num(field))(rows[["lat", "lon"]].to_numpy())
+        expected.append(np.sqrt(np.mean(((rows[["u", "v"]].to_numpy() - seen) / rows[["sigma"]].to_numpy()) ** 2)))
+    np.testing.assert_allclose(fields.misfit, expected, rtol=1e-3)
+    assert fields.misfit.dims == ("time",)
+    assert fields.misfit.attrs["units"] == "1"
+
+
+def test_observations_that_the_mean_overrules_are_warned_of(trained, caplog):
+    truth = tiny.fields().velocity[51]
+    cells = np.argwhere(GRID.ocean)[::9]
+    good = pd.DataFrame({"lat": GRID.lat[cells[:, 0]], "lon": GRID.lon[cells[:, 1]]}).assign(time="2020-01-02T03:00")
+    good[["u", "v"]] = truth[tuple(cells.T)]
+    assert quietly(trained, good, method="linear_samples", sigma=0.1).misfit < inpaint.UNLIKELY
+    assert "misses" not in caplog.text
+    # Two that contradict each other in one cell.
+    bad = pd.concat([good[:1], good[:1].assign(u=good.u[0] + 1)])
+    fields = quietly(trained, bad, method="linear_samples", sigma=0.01)
+    # Half a metre a second from each in one of the components.
+    assert float(fields.misfit[0]) == pytest.approx(0.5 / 0.01 / np.sqrt(2), rel=0.02)
+    assert "by 35 standard errors at 2020-01-02T03:00; they are unlikely for the model, or sigma is too" in caplog.text
+    days = pd.concat([bad.assign(time=f"2020-01-0{day}") for day in (1, 2, 3)])
+    quietly(trained, days, method="linear_samples", sigma=0.01)
+    assert "(and at 2 other times by more than 3)" in caplog.text
+
+
 def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
     times = table(4, time="2020-01-01")
     with pytest.raises(InputError, match="not a fixed duration"):
