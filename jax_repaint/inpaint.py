@@ -105,8 +105,8 @@ def inpaint(
       interval and prior mean (time, lat, lon) of each, `observed` and `misfit`; m/s, NaN on land.
 
     Raises:
-      InputError: observations that cannot be used, too many for the memory, a method or number of members that does
-        not exist.
+      InputError: observations that cannot be used or are not in m/s, too many for the memory, a method or number of
+        members that does not exist.
     """
     method = method or default_method(trained)
     if method not in METHODS:
@@ -117,7 +117,7 @@ def inpaint(
     chunk = chunk or device.usual_batch()
     grid = Grid(trained.ocean, trained.lat, trained.lon)
     frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step, leave_out=leave_out)
-    _warn_of_units(trained, frames)
+    _check_units(trained, frames)
     _warn_of_times(frames)
     made: dict[int, Estimate] = {}
     sizes = [frame.observation.size for frame in frames]
@@ -137,15 +137,41 @@ def inpaint(
     return to_dataset(trained, estimates, attributes)
 
 
-def _warn_of_units(trained: Model, frames: Sequence[Observed]) -> None:
+def _check_units(trained: Model, frames: Sequence[Observed]) -> None:
+    """Warns of the observation that is least like a current of the training.
+
+    Raises:
+      InputError: most of a table is unlike any.
+    """
     mean, std = trained.standardiser.mean, trained.standardiser.std
-    fastest = max(float(np.abs((np.asarray(f.observation.values)[: f.count] - mean) / std).max()) for f in frames)
-    if fastest > STRANGE:
+    values = [np.asarray(frame.observation.values)[: frame.count] for frame in frames]
+    away = [np.abs((one - mean) / std).max(1) for one in values]
+    typical = float(np.median(np.concatenate(away)))
+    if typical > STRANGE and frames[0].rows is not None:
+        raise InputError(
+            f"the observations are typically {typical:.0f} standard deviations of the training currents away from "
+            "their mean; they must be in m/s"
+        )
+    number = max(range(len(frames)), key=lambda i: away[i].max())
+    worst = int(away[number].argmax())
+    if away[number][worst] > STRANGE:
         logging.warning(
             "an observation is %.0f standard deviations of the training currents away from their mean; is it in m/s, "
-            "and no fill value?",
-            fastest,
-        )
+            "and no fill value? %s, (u, v) = (%.4g, %.4g)",
+            away[number][worst], _whereabouts(trained, frames[number], worst), *values[number][worst],
+        )  # fmt: skip
+
+
+def _whereabouts(trained: Model, frame: Observed, number: int) -> str:
+    """Such as "row 3 (counted from 0) at lat 18.3000 lon -64.7000"."""
+    if frame.rows is not None:
+        (lat, lon), what = frame.places[number], f"row {frame.rows[number]} (counted from 0)"
+    else:
+        y, x = np.unravel_index(int(frame.observation.cells[number, 0]), trained.ocean.shape)
+        lat, lon = (trained.lat[y], trained.lon[x]) if trained.lat.ndim == 1 else (trained.lat[y, x], trained.lon[y, x])
+        what = f"cell (y={y}, x={x})"
+    when = "" if np.isnat(frame.time) else f" of {np.datetime_as_string(frame.time, 's')}"
+    return f"{what} at lat {lat:.4f} lon {lon:.4f}{when}"
 
 
 def _warn_of_times(frames: Sequence[Observed]) -> None:

@@ -724,8 +724,29 @@ def test_an_error_that_is_named_goes_before_those_that_are_found():
 def test_values_unlike_any_current_of_the_training_are_warned_of(trained, caplog):
     quietly(trained, at())
     assert "standard deviations" not in caplog.text
-    quietly(trained, at(u=12.0))
-    assert "is it in m/s" in caplog.text
+    points = table(9, time=["2020-01-01"] * 4 + ["2020-01-02"] * 5)
+    points.loc[7, ["lat", "lon", "u", "v"]] = 18.03, -64.92, 12.0, 0.5
+    quietly(trained, points, method="linear_samples")
+    assert (
+        "is it in m/s, and no fill value? row 7 (counted from 0) at lat 18.0300 lon -64.9200 of 2020-01-02"
+        in caplog.text
+    )
+    assert "(u, v) = (12, 0.5)" in caplog.text
+    away = (12 - trained.standardiser.mean[0]) / trained.standardiser.std[0]
+    assert f"an observation is {away:.0f} standard deviations" in caplog.text
+    velocity = gappy()
+    velocity[4, 6] = 0.1, -12.0
+    quietly(trained, velocity, method="linear_samples")
+    assert "cell (y=4, x=6) at lat 18.0400 lon 295.0600, (u, v) = (0.1, -12)" in caplog.text
+
+
+def test_a_table_in_cm_s_is_refused(trained, caplog):
+    points = pd.concat([table(5), at(u=0.3)])
+    quietly(trained, points, method="linear_samples")
+    assert not caplog.records
+    other = points.assign(u=100 * points.u, v=100 * points.v)
+    with pytest.raises(InputError, match=r"typically \d\d standard deviations of the training currents .* in m/s"):
+        quietly(trained, other, method="linear_samples")
 
 
 @pytest.mark.parametrize(
