@@ -29,7 +29,7 @@ from jax_repaint import command, device, evaluate, files, metrics, observe
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.data import readers
-from jax_repaint.data.fields import Fields
+from jax_repaint.data.fields import Fields, crop
 from jax_repaint.data.observations import Grid, Observed, collect
 from jax_repaint.ensemble import frame_batches
 from jax_repaint.errors import InputError
@@ -43,6 +43,7 @@ MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own 
 LARGEST_ERROR = 1e6  # m/s
 UNLIKELY = 3  # standard errors between mean and observations; 0.1 to 1.6 for those made of the twin's held-out frames
 LEAST_SIGMA = 1e-5  # standard error over the standard deviation of the currents, which float32 can still tell from 0
+CLIMATOLOGICAL = "climatological_standard_deviation"
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
 
 _compiled: set[tuple] = set()
@@ -102,7 +103,8 @@ def inpaint(
 
     Returns:
       eastward_ and northward_sea_water_velocity (realization, time, lat, lon), mean, standard deviation, 5 to 95 %
-      interval and prior mean (time, lat, lon) of each, `observed` and `misfit`; m/s, NaN on land.
+      interval and prior mean (time, lat, lon) of each, its standard deviation without observations (lat, lon),
+        `observed` and `misfit`; m/s, NaN on land.
 
     Raises:
       InputError: observations that cannot be used or are not in m/s, too many for the memory, a method or number of
@@ -433,6 +435,12 @@ def words_on(calibration: Calibration | None) -> dict[str, str]:
     return {"calibration": f"mean and spread of the members by {learnt}", "interval": interval}
 
 
+def climatological_std(trained: Model) -> np.ndarray:
+    """Standard deviation (y, x, 2) of the currents by the linear prior, without observations; m/s, NaN on land."""
+    variance = trained.standardiser.restore_variance(crop(linear.prior_variance(trained.gaussian), trained.ocean.shape))
+    return np.where(trained.ocean[..., None], np.sqrt(variance), np.nan).astype(np.float32)
+
+
 def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mapping[str, Any]) -> xr.Dataset:
     """The estimates as a CF data set; what the variables are stands in `inpaint`."""
     times = np.array([EPOCH if np.isnat(one.time) else one.time for one in estimates])
@@ -457,18 +465,22 @@ def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mappin
         ),
     }
     members = np.stack([one.members for one in estimates], 1)
+    currents = climatological_std(trained)
     encoding = {"_FillValue": readers.FILL}
     content = {}
     for c, direction in enumerate(("eastward", "northward")):
         name = f"{direction}_sea_water_velocity"
         words = {"standard_name": name, "long_name": f"{direction} current, members of the ensemble", "units": "m s-1"}
-        words["ancillary_variables"] = " ".join(f"{name}_{kind}" for kind in statistics)
+        words["ancillary_variables"] = " ".join(f"{name}_{kind}" for kind in (*statistics, CLIMATOLOGICAL))
         content[name] = (("realization", "time", y, x), members[..., c].astype(np.float32), words, encoding)
         for kind, (text, cell_methods, values) in statistics.items():
             words = {"long_name": f"{direction} current, {text}", "units": "m s-1"}
             if cell_methods:
                 words["cell_methods"] = cell_methods
             content[f"{name}_{kind}"] = (("time", y, x), values[..., c].astype(np.float32), words, encoding)
+        words = {"long_name": f"{direction} current, standard deviation of the linear prior, without observations"}
+        words["units"] = "m s-1"
+        content[f"{name}_{CLIMATOLOGICAL}"] = ((y, x), currents[..., c], words, encoding)
     content["observed"] = (
         ("time", y, x),
         np.stack([one.observed for one in estimates]).astype(np.int8),

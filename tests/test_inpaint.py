@@ -116,6 +116,18 @@ def test_points_give_the_posterior_of_dense_algebra(gaussian_model):
     np.testing.assert_allclose(np.mean(spread[ocean] ** 2), np.mean(std[ocean] ** 2), rtol=0.05)
 
 
+def test_the_spread_of_the_currents_is_that_of_the_prior_without_observations(trained):
+    fields = quietly(trained, table(3), method="linear_samples")
+    std = both(fields, "_climatological_standard_deviation")
+    assert fields[f"{U}_climatological_standard_deviation"].dims == ("lat", "lon")
+    # An observation with a very large error says nothing.
+    _, expected = dense(trained, table(1), [1e3])
+    np.testing.assert_allclose(std[GRID.ocean], expected[GRID.ocean], rtol=1e-4)
+    assert np.isnan(std[~GRID.ocean]).all()
+    training = tiny.fields().velocity[:, GRID.ocean].std(0)
+    np.testing.assert_allclose(std[GRID.ocean].mean(), training.mean(), rtol=0.1)
+
+
 def test_errors_of_u_and_v_may_differ(gaussian_model):
     points = table(3)
     sigma = np.array([[0.01, 0.5], [0.02, 0.3], [0.5, 0.01]])
