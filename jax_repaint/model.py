@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +80,45 @@ class Model:
     calibration: Calibration | None = None
     grid: tuple[int, int] | None = None
 
-    def inpaint(self, observations: Any, **options: Any) -> "xr.Dataset":
-        """Fields from observations, as `inpaint.inpaint`, which lists the options."""
+    def inpaint(
+        self,
+        observations: Any,
+        members: int = 16,
+        seed: int = 0,
+        time: str | np.datetime64 | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
+        sigma: float = 0.005,
+        step: str | None = None,
+        method: str | None = None,
+        raw: bool = False,
+        leave_out: bool = False,
+        chunk: int | None = None,
+        progress: bool = True,
+    ) -> "xr.Dataset":
+        """Fields from observations, one for each of their times, as `inpaint.inpaint`, which says what is in them.
+
+        Args:
+          observations: path of a CSV file or of fields, DataFrame, xarray Dataset or pair, or array; m/s.
+          members: of the ensemble; even where they come in antithetic pairs.
+          seed: names the members.
+          time: the one time that all observations count for.
+          columns: own names of "lat", "lon", "u", "v", "sigma", "time" where they are not the usual ones.
+          sigma: standard error in m/s of observations that bring none.
+          step: times of a table are rounded to multiples of this, "1h" or "30min".
+          method: sampler; by default the one that the model is calibrated for.
+          raw: whether the calibration that came with the model is left out.
+          leave_out: whether rows of a table on land, outside the grid or without values are left out, not refused.
+          chunk: members sampled at a time; what pays on the device by default.
+          progress: whether to say on stderr how far things are.
+        """
         # That module needs this one.
         from jax_repaint import inpaint
 
-        return inpaint.inpaint(self, observations, **options)
+        return inpaint.inpaint(
+            self, observations, members, seed, time, columns=columns, sigma=sigma, step=step, method=method, raw=raw,
+            leave_out=leave_out, chunk=chunk, progress=progress,
+        )  # fmt: skip
 
     @property
     def origin(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import inspect
 import json
 import logging
 import subprocess
@@ -890,6 +891,18 @@ def test_mistakes_of_the_command_write_nothing(trained, tmp_path, monkeypatch, c
     with pytest.raises(InputError, match=message):
         inpaint.main([])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_method_of_a_model_has_the_options_of_the_function(trained, monkeypatch):
+    (_, *theirs), (_, *ours) = (
+        [(p.name, p.default, p.kind) for p in inspect.signature(function).parameters.values()]
+        for function in (inpaint.inpaint, model.Model.inpaint)
+    )
+    assert ours == theirs
+    given = {name: object() for name, *_ in ours}
+    monkeypatch.setattr(inpaint, "inpaint", lambda *args, **options: (args, options))
+    (_, *positional), named = trained.inpaint(**given)
+    assert dict(zip(given, positional, strict=False)) | named == given
 
 
 def test_the_package_is_cheap_to_import_and_brings_a_model():
