@@ -32,6 +32,7 @@ from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDeno
 from jax_repaint.errors import InputError
 from jax_repaint.files import publish, replace_folder, whole_file
 from jax_repaint.nets import unet
+from jax_repaint.observe import extent
 from jax_repaint.prior.gp import Kernel
 from jax_repaint.schedule import Schedule
 
@@ -79,6 +80,17 @@ class Model:
     training: dict[str, Any]
     calibration: Calibration | None = None
     grid: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        """One line without the weights, whose numbers would fill thousands."""
+        y, x = self.ocean.shape
+        count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+        learnt = self.calibration
+        calibrated = f"calibrated for {learnt.members} members of {learnt.method}" if learnt else "not calibrated"
+        return (
+            f"Model({self.form}, network of {count:,} parameters with channels {self.network.channels}, "
+            f"{y} x {x} cells at {extent(self.lat, self.lon)}, {calibrated})"
+        )
 
     def inpaint(
         self,
