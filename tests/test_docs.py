@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
+import jax_repaint
 from jax_repaint import evaluate, model
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
@@ -335,6 +337,13 @@ def test_the_methods_that_the_documentation_names_exist():
     }
     assert named
     assert named <= set(evaluate.METHODS)
+
+
+def test_the_domain_of_the_model_in_the_package_is_the_one_that_its_page_says():
+    shipped = jax_repaint.load()
+    south, north, west, east = (f(at) for at in (shipped.lat, shipped.lon) for f in (np.min, np.max))
+    said = f"| domain | latitude {south:.4f} to {north:.4f}, longitude {west:.4f} to {east:.4f} |"
+    assert said in (ROOT / "docs" / "models.md").read_text()
 
 
 def test_a_block_that_is_neither_run_nor_listed_is_found():
