@@ -521,7 +521,8 @@ def _define_flags() -> None:
     flags.DEFINE_bool("raw", False, "Leave out the calibration that came with the model.")
     flags.DEFINE_bool("leave_out", False, "Leave out points that are on land, outside the grid or without values.")
     for key in ("lat", "lon", "u", "v", "sigma", "time"):
-        flags.DEFINE_string(f"{key}_name", "", f"Name of the column that is {key}; of u and v, of a variable too.")
+        what = "column or variable" if key in "uv" else "column"
+        flags.DEFINE_string(f"{key}_name", "", f"Name of the {what} that is {key}.")
     flags.DEFINE_string("cache", None, "Private folder where compiled programs are kept for other runs.")
     flags.DEFINE_string("export", None, "Folder for a program that inpaints without this package, for a vehicle.")
     flags.DEFINE_integer("rows", 64, "Most observations that the exported program takes.", lower_bound=1)
