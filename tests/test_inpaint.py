@@ -551,7 +551,10 @@ BAD = {
     "negative error": (at(sigma=-0.1), "must be positive"),
     "one error of two": (at(sigma_u=0.1), "error of one component only"),
     "cm/s": (at(u=80.0), "velocities reach 80 m/s"),
-    "no column": (at().drop(columns="u"), "no column for u that could be recognised; it has lat, lon, v"),
+    "no column": (
+        at().drop(columns="u"),
+        r"no column for u that .*; it has lat, lon, v; name it by --u_name=\.\.\. \(columns={'u': \.\.\.}\)",
+    ),
     "two columns": (at(uo=1.0), "several columns for u, u, uo"),
     "two of one name": (at(U=1.0), "several columns of one name"),
     "two of one name in a file": (
@@ -560,7 +563,10 @@ BAD = {
     ),
     "seconds as times in a file": (b"lat,lon,u,v,time\n18.03,295.08,0.1,0.2,1700\n", "time holds numbers"),
     "times that are numbers": (at(time=3), "time holds numbers"),
-    "times that are none": (at(time="noon"), "time is no date such as 2020-01-04T12:00 in rows 0, 1: 'noon'"),
+    "times that are none": (
+        at(time="noon"),
+        "time is no date such as 2020-01-04T12:00 in rows 0, 1: 'noon'; .* ISO 8601",
+    ),
     "the time of reading": (at(time="today"), "time is no date such as 2020-01-04T12:00 in rows 0, 1"),
     "another grid": (np.zeros((6, 12, 2)), "not on the model's grid"),
     "another array": (np.zeros((7, 12)), "not on the model's grid"),
@@ -819,6 +825,21 @@ def test_observations_that_the_mean_overrules_are_warned_of(trained, caplog):
     assert "(and at 2 other times by more than 3)" in caplog.text
 
 
+def test_observations_of_another_place_are_told_both_extents():
+    model_at = r"the model at lat 18\.0000\.\.18\.0600, lon 295\.0000\.\.295\.1100"
+    theirs = r"lat 58\.0300\.\.58\.0300, lon 295\.0800\.\.295\.0800"
+    blank = pd.concat([at(lat=58.03), at(u=np.nan)])
+    for points, leave_out in ((at(lat=58.03), False), (at(lat=58.03), True), (blank, True)):
+        message = rf"all 2 observations lie outside .* the model is of another place: they are at {theirs}, {model_at}$"
+        with pytest.raises(InputError, match=message):
+            collect(points, GRID, leave_out=leave_out)
+    for lat, lon in ((40.0, 0.0), (0.0, 180.0)):
+        far = Fields.create(tiny.fields().velocity, GRID.lat + lat, GRID.lon + lon, tiny.fields().time, name="far.nc")
+        message = rf"far.nc does not touch the model's grid, the model is of another place: it is at .*, {model_at}"
+        with pytest.raises(InputError, match=message):
+            collect(far, GRID)
+
+
 def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
     times = table(4, time="2020-01-01")
     with pytest.raises(InputError, match="not a fixed duration"):
@@ -831,6 +852,9 @@ def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
     shifted = Fields.create(tiny.fields().velocity, GRID.lat + 0.01, GRID.lon, tiny.fields().time)
     with pytest.raises(InputError, match="another grid than the model"):
         collect(shifted, GRID)
+    westward = Fields.create(tiny.fields().velocity, GRID.lat + 0.01, GRID.lon - 360, tiny.fields().time)
+    with pytest.raises(InputError, match="another grid than the model"):
+        collect(westward, GRID)
     with pytest.raises(InputError, match="has 60 times"):
         collect(tiny.fields(), GRID, time="2020-01-01")
     with pytest.raises(InputError, match="'magic' is not one of"):

@@ -193,7 +193,10 @@ def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) ->
             found[key] = matches[0]
     missing = [key for key in NEEDED if key not in found]
     if missing:
-        raise InputError(f"{name} has no column for {', '.join(missing)} that could be recognised; it has {listing}")
+        raise InputError(
+            f"{name} has no column for {', '.join(missing)} that could be recognised; it has {listing}; name it by "
+            f"--{missing[0]}_name=... (columns={{'{missing[0]}': ...}})"
+        )
     for one, other in (("u", "v"), ("lat", "lon")):
         if found[one] == found[other]:
             raise InputError(f"{name}: {one} and {other} are one column, {found[one]}; it has {listing}")
@@ -286,7 +289,10 @@ def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
         bad = (times.isna() | column.astype(str).str.strip().isin(["now", "today"])).to_numpy()
         if bad.any():
             text = str(column.iloc[int(bad.argmax())])[:40]
-            raise InputError(f"{name}: {column.name} is no date such as 2020-01-04T12:00 in {_rows(bad)}: {text!r}")
+            raise InputError(
+                f"{name}: {column.name} is no date such as 2020-01-04T12:00 in {_rows(bad)}: {text!r}; dates are read "
+                "as ISO 8601, year first"
+            )
         times = times.astype("datetime64[ns]")
     except (ValueError, TypeError, OverflowError, AttributeError) as e:
         if isinstance(e, InputError):
@@ -425,12 +431,26 @@ def _check_grid(fields: Fields, grid: Grid) -> None:
         off[1] = (off[1] + 180) % 360 - 180
         # Ten metres: coordinates in float32 are off by less.
         same = np.abs(off).max() <= 1e-4
+    if not same and not _overlap(fields, grid):
+        raise InputError(
+            f"{fields.name} does not touch the model's grid, the model is of another place: it is at "
+            f"{observe.extent(fields.lat, fields.lon)}, the model at {observe.extent(grid.lat, grid.lon)}"
+        )
     if not same:
         raise InputError(
             f"{fields.name} is on another grid than the model: {fields.shape} from {fields.lat.min():.4f} N "
             f"{fields.lon.min():.4f} E, the model {grid.ocean.shape} from {grid.lat.min():.4f} N "
             f"{grid.lon.min():.4f} E; give its values as a table of points (lat, lon, u, v)"
         )
+
+
+def _overlap(fields: Fields, grid: Grid) -> bool:
+    """Whether the boxes of both have a place in common; the same meridian may be written as -65 or 295."""
+    north, south = min(np.max(fields.lat), np.max(grid.lat)), max(np.min(fields.lat), np.min(grid.lat))
+    width = (np.ptp(fields.lon) + np.ptp(grid.lon)) / 2
+    middles = [(np.min(lon) + np.max(lon)) / 2 for lon in (fields.lon, grid.lon)]
+    apart = abs((middles[0] - middles[1] + 180) % 360 - 180)
+    return bool(south <= north and apart <= width)
 
 
 def _of_cells(velocity: np.ndarray, grid: Grid, sigma: float, time: np.datetime64, name: str) -> Observed:
