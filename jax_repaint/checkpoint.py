@@ -210,8 +210,12 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     # The one thing that this command does is named, as others may follow: `checkpoint import`.
+    usage = "python -m jax_repaint.checkpoint import --torch=FILE.pt --network=NAME --out=FOLDER"
+    if sys.argv[1:2] and sys.argv[1].lstrip("-") in ("h", "help", "helpshort", "helpfull"):
+        _define_flags()
+        print(f"{usage}\n\nmakes a model of a PyTorch checkpoint.\n{FLAGS.main_module_help()}")
+        sys.exit(0)
     if "import" not in sys.argv[1:2]:
-        usage = "python -m jax_repaint.checkpoint import --torch=FILE.pt --network=NAME --out=FOLDER"
         print(f"error: say what to do: {usage}", file=sys.stderr)
         sys.exit(2)
     del sys.argv[1]

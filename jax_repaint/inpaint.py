@@ -10,6 +10,7 @@ Observations are points or cells (data/observations.py). The result is a CF-1.11
 carry the standard names of currents: programs that drift particles choose their variables by these.
 """
 
+import datetime
 import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from jax_repaint import command, device, evaluate, files, metrics, observe, plot
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.data import readers
-from jax_repaint.data.fields import Fields
+from jax_repaint.data.fields import Fields, crop
 from jax_repaint.data.observations import Grid, Observed, collect
 from jax_repaint.ensemble import frame_batches
 from jax_repaint.errors import InputError
@@ -39,9 +40,11 @@ METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE = 20  # standard deviations from the mean
 DRAWN = 3  # fields in a picture
-MANY = 24  # fields; more come from a table whose every row has its own time
+MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
 LARGEST_ERROR = 1e6  # m/s
+UNLIKELY = 3  # standard errors between mean and observations; 0.1 to 1.6 for those made of the twin's held-out frames
 LEAST_SIGMA = 1e-5  # standard error over the standard deviation of the currents, which float32 can still tell from 0
+CLIMATOLOGICAL = "climatological_standard_deviation"
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
 
 _compiled: set[tuple] = set()
@@ -57,6 +60,7 @@ class Estimate(NamedTuple):
       std, low, high: (y, x, 2), standard deviation of a member and the 5 to 95 % interval; NaN if members are too few.
       observed: (y, x) bool, cells that an observation lies in.
       values: (y, x, 2), mean of the observations in a cell; NaN elsewhere.
+      misfit: of the mean to the observations, in standard errors.
     """
 
     time: np.datetime64
@@ -67,6 +71,7 @@ class Estimate(NamedTuple):
     high: np.ndarray
     observed: np.ndarray
     values: np.ndarray
+    misfit: float
 
 
 def inpaint(
@@ -81,6 +86,7 @@ def inpaint(
     step: str | None = None,
     method: str | None = None,
     raw: bool = False,
+    leave_out: bool = False,
     chunk: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -88,8 +94,8 @@ def inpaint(
 
     Args:
       trained: the model, on whose grid the fields are.
-      observations: path, DataFrame, xarray Dataset or pair, or array; columns, sigma (m/s), time and step are those
-        of `data.observations.collect`.
+      observations: path, DataFrame, xarray Dataset or pair, or array; columns, sigma (m/s), time, step and
+        leave_out are those of `data.observations.collect`.
       members: of the ensemble; even where they come in antithetic pairs.
       seed: names the members; a field depends on it, its time and its observations, and but for
         rounding on no other field.
@@ -100,11 +106,12 @@ def inpaint(
 
     Returns:
       eastward_ and northward_sea_water_velocity (realization, time, lat, lon), mean, standard deviation, 5 to 95 %
-      interval, prior mean and observations (time, lat, lon) of each, and `observed`; m/s, NaN on land.
+      interval, prior mean and observations (time, lat, lon) of each, its standard deviation without observations
+        (lat, lon), `observed` and `misfit`; m/s, NaN on land.
 
     Raises:
-      InputError: observations that cannot be used, too many for the memory, a method or number of members that does
-        not exist.
+      InputError: observations that cannot be used or are not in m/s, too many for the memory, a method or number of
+        members that does not exist.
     """
     method = method or default_method(trained)
     if method not in METHODS:
@@ -114,10 +121,9 @@ def inpaint(
         raise InputError(f"for a spread {method} needs {least} members at least, got {members}")
     chunk = chunk or device.usual_batch()
     grid = Grid(trained.ocean, trained.lat, trained.lon)
-    frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step)
-    _warn_of_units(trained, frames)
-    if len(frames) > MANY:
-        logging.warning("the observations have %d times; each gets a field, step= or time= joins them", len(frames))
+    frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step, leave_out=leave_out)
+    _check_units(trained, frames)
+    _warn_of_times(frames)
     made: dict[int, Estimate] = {}
     sizes = [frame.observation.size for frame in frames]
     hidden = None if progress and len(frames) > 1 else True
@@ -129,18 +135,73 @@ def inpaint(
             made |= zip(batch, estimate(trained, mine, members, seed, method, raw, chunk), strict=True)
             bar.update(len(made) - bar.n)
     estimates = [made[number] for number in range(len(frames))]
-    return to_dataset(trained, estimates, _attributes(trained, frames, members, seed, method, raw))
+    _warn_of_misfit(estimates)
+    attributes = _attributes(trained, frames, members, seed, method, raw)
+    if isinstance(observations, str | Path):
+        attributes["observations_file"] = Path(observations).name
+    return to_dataset(trained, estimates, attributes)
 
 
-def _warn_of_units(trained: Model, frames: Sequence[Observed]) -> None:
+def _check_units(trained: Model, frames: Sequence[Observed]) -> None:
+    """Warns of the observation that is least like a current of the training.
+
+    Raises:
+      InputError: most of a table is unlike any.
+    """
     mean, std = trained.standardiser.mean, trained.standardiser.std
-    fastest = max(float(np.abs((np.asarray(f.observation.values)[: f.count] - mean) / std).max()) for f in frames)
-    if fastest > STRANGE:
+    values = [np.asarray(frame.observation.values)[: frame.count] for frame in frames]
+    away = [np.abs((one - mean) / std).max(1) for one in values]
+    typical = float(np.median(np.concatenate(away)))
+    if typical > STRANGE and frames[0].rows is not None:
+        raise InputError(
+            f"the observations are typically {typical:.0f} standard deviations of the training currents away from "
+            "their mean; they must be in m/s"
+        )
+    number = max(range(len(frames)), key=lambda i: away[i].max())
+    worst = int(away[number].argmax())
+    if away[number][worst] > STRANGE:
         logging.warning(
             "an observation is %.0f standard deviations of the training currents away from their mean; is it in m/s, "
-            "and no fill value?",
-            fastest,
+            "and no fill value? %s, (u, v) = (%.4g, %.4g)",
+            away[number][worst], _whereabouts(trained, frames[number], worst), *values[number][worst],
+        )  # fmt: skip
+
+
+def _whereabouts(trained: Model, frame: Observed, number: int) -> str:
+    """Such as "row 3 (counted from 0) at lat 18.3000 lon -64.7000"."""
+    if frame.rows is not None:
+        (lat, lon), what = frame.places[number], f"row {frame.rows[number]} (counted from 0)"
+    else:
+        y, x = np.unravel_index(int(frame.observation.cells[number, 0]), trained.ocean.shape)
+        lat, lon = (trained.lat[y], trained.lon[x]) if trained.lat.ndim == 1 else (trained.lat[y, x], trained.lon[y, x])
+        what = f"cell (y={y}, x={x})"
+    when = "" if np.isnat(frame.time) else f" of {np.datetime_as_string(frame.time, 's')}"
+    return f"{what} at lat {lat:.4f} lon {lon:.4f}{when}"
+
+
+def _warn_of_times(frames: Sequence[Observed]) -> None:
+    """Of many fields, or some with one observation each, as a track with its own time in every row gives."""
+    alone = sum(frame.count == 1 for frame in frames)
+    scattered = len(frames) >= FEW and alone > len(frames) / 2
+    if scattered or len(frames) > MANY:
+        logging.warning(
+            "%d times%s; each gets a field of its own%s",
+            len(frames),
+            ", most with one observation" if scattered else "",
+            "; --step=1h or --time=... (step=, time=) joins them" if frames[0].rows is not None else "",
         )
+
+
+def _warn_of_misfit(estimates: Sequence[Estimate]) -> None:
+    missed = [one for one in estimates if one.misfit > UNLIKELY]
+    if missed:
+        worst = max(missed, key=lambda one: one.misfit)
+        at = "" if np.isnat(worst.time) else f" at {np.datetime_as_string(worst.time, 'm')}"
+        others = f" (and at {len(missed) - 1} other times by more than {UNLIKELY})" if len(missed) > 1 else ""
+        logging.warning(
+            "the ensemble mean misses the observations by %.2g standard errors%s%s; they are unlikely for the model, "
+            "or sigma is too small", worst.misfit, at, others,
+        )  # fmt: skip
 
 
 def default_method(trained: Model) -> str:
@@ -183,13 +244,14 @@ def estimate(
     if calibration is not None and calibration.gate is not None:
         weights = _weights(trained, calibration.gate, frames, cases, members, seed, method, chunk)
     return [
-        _estimate(trained, case, made, calibration, weight, method in evaluate.PAIRED)
-        for case, made, weight in zip(cases, ensembles, weights, strict=True)
+        _estimate(trained, frame, case, made, calibration, weight, method in evaluate.PAIRED)
+        for frame, case, made, weight in zip(frames, cases, ensembles, weights, strict=True)
     ]
 
 
 def _estimate(
     trained: Model,
+    frame: Observed,
     case: evaluate.Case,
     made: np.ndarray,
     calibration: Calibration | None,
@@ -211,7 +273,14 @@ def _estimate(
         low, high = made.mean(0) - half, made.mean(0) + half
     _, values = case.observation.on_grid(trained.padded)
     values = np.where(case.observed[..., None], trained.to_velocity(values), np.nan).astype(np.float32)
-    return Estimate(case.time, made, prior_mean, std, low, high, case.observed, values)
+    misfit = misfit_of(frame.observation, made.mean(0))
+    return Estimate(case.time, made, prior_mean, std, low, high, case.observed, values, misfit)
+
+
+def misfit_of(observation: observe.Observation, mean: np.ndarray) -> float:
+    """Root mean square of (y - A mean) / sigma over observations and components; mean (y, x, 2) is NaN on land."""
+    apart = (observation.values - observation.apply(jnp.asarray(np.nan_to_num(mean)))) / observation.sigma
+    return float(np.sqrt(np.mean(np.asarray(apart, np.float64)[np.asarray(observation.valid)] ** 2)))
 
 
 def _weights(
@@ -305,7 +374,9 @@ def _case(trained: Model, frame: Observed) -> evaluate.Case:
 
 
 def _announce(trained: Model, frame: Observed, frames: int, members: int, method: str) -> None:
-    """Says once for each program that it will be compiled."""
+    """Says once for each program of a network that it will be compiled."""
+    if method == "linear_samples":
+        return
     rows = frame.observation.size
     program = (trained.network, trained.form, trained.padded, rows, frames, members, method)
     if program in _compiled:
@@ -313,9 +384,17 @@ def _announce(trained: Model, frame: Observed, frames: int, members: int, method
     _compiled.add(program)
     fields = "" if frames == 1 else f" of {frames} fields"
     print(
-        f"compiling for up to {rows} observations and {members} members{fields}; later calls do not wait for it",
+        f"compiling for up to {rows} observations and {members} members{fields}; {_waits()}",
         file=sys.stderr,
     )
+
+
+def _waits() -> str:
+    """Who does not wait for it again: calls of this process, or also those that share a cache."""
+    if folder := jax.config.jax_compilation_cache_dir:
+        return f"{folder} keeps it for the next run"
+    # Flags are defined by the command alone, and no later call is in its process.
+    return "--cache=FOLDER keeps it for the next run" if "cache" in FLAGS else "later calls do not wait for it"
 
 
 def _attributes(
@@ -327,16 +406,20 @@ def _attributes(
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     fingerprint = models.fingerprint(trained)
     unknown = any(np.isnat(frame.time) for frame in frames)
+    errors = np.concatenate([np.asarray(frame.observation.sigma)[: frame.count].ravel() for frame in frames])
+    error = " to ".join(dict.fromkeys(f"{extreme:.3g}" for extreme in (errors.min(), errors.max())))
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "Conventions": "CF-1.11",
         "title": "Ocean currents inpainted from observations",
         "source": f"jax_repaint, {method} sampler on model {fingerprint} ({trained.training.get('data', 'own data')})",
-        "history": f"jax_repaint.inpaint, model {fingerprint}, method {method}, seed {seed}",
+        "history": f"{now} jax_repaint.inpaint, model {fingerprint}, method {method}, seed {seed}",
         "model_fingerprint": fingerprint,
         "sampler": method,
         "seed": seed,
         "members": members,
         "observations": sum(frame.count for frame in frames),
+        "observation_standard_error": f"{error} m s-1",
         **words_on(used),
         "versions": words,
     } | ({"comment": "The time of the observations is not known; 1970-01-01 stands for it."} if unknown else {})
@@ -355,6 +438,12 @@ def words_on(calibration: Calibration | None) -> dict[str, str]:
         )
     learnt = f"{calibration.frames} held-out fields in {calibration.blocks} blocks of time"
     return {"calibration": f"mean and spread of the members by {learnt}", "interval": interval}
+
+
+def climatological_std(trained: Model) -> np.ndarray:
+    """Standard deviation (y, x, 2) of the currents by the linear prior, without observations; m/s, NaN on land."""
+    variance = trained.standardiser.restore_variance(crop(linear.prior_variance(trained.gaussian), trained.ocean.shape))
+    return np.where(trained.ocean[..., None], np.sqrt(variance), np.nan).astype(np.float32)
 
 
 def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mapping[str, Any]) -> xr.Dataset:
@@ -382,23 +471,33 @@ def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mappin
         "observed": ("mean of the observations in the cell", "", np.stack([one.values for one in estimates])),
     }
     members = np.stack([one.members for one in estimates], 1)
+    currents = climatological_std(trained)
     encoding = {"_FillValue": readers.FILL}
     content = {}
     for c, direction in enumerate(("eastward", "northward")):
         name = f"{direction}_sea_water_velocity"
         words = {"standard_name": name, "long_name": f"{direction} current, members of the ensemble", "units": "m s-1"}
-        words["ancillary_variables"] = " ".join(f"{name}_{kind}" for kind in statistics)
+        words["ancillary_variables"] = " ".join(f"{name}_{kind}" for kind in (*statistics, CLIMATOLOGICAL))
         content[name] = (("realization", "time", y, x), members[..., c].astype(np.float32), words, encoding)
         for kind, (text, cell_methods, values) in statistics.items():
             words = {"long_name": f"{direction} current, {text}", "units": "m s-1"}
             if cell_methods:
                 words["cell_methods"] = cell_methods
             content[f"{name}_{kind}"] = (("time", y, x), values[..., c].astype(np.float32), words, encoding)
+        words = {"long_name": f"{direction} current, standard deviation of the linear prior, without observations"}
+        words["units"] = "m s-1"
+        content[f"{name}_{CLIMATOLOGICAL}"] = ((y, x), currents[..., c], words, encoding)
     content["observed"] = (
         ("time", y, x),
         np.stack([one.observed for one in estimates]).astype(np.int8),
         {"long_name": "cells with an observation", "flag_values": np.array([0, 1], np.int8),
          "flag_meanings": "inpainted observed"},
+    )  # fmt: skip
+    content["misfit"] = (
+        "time",
+        np.array([one.misfit for one in estimates], np.float32),
+        {"long_name": "root mean square of (y - A mean) / sigma over the observations y of both components, "
+         "A mean the mean of the ensemble at their places", "units": "1"},
     )  # fmt: skip
     coordinates = {name: base[name] for name in ("time", "lat", "lon")}
     coordinates["realization"] = (
@@ -456,8 +555,10 @@ def _define_flags() -> None:
     flags.DEFINE_enum("method", None, METHODS, "Sampler; by default the one that the model is calibrated for.")
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.DEFINE_bool("raw", False, "Leave out the calibration that came with the model.")
+    flags.DEFINE_bool("leave_out", False, "Leave out points that are on land, outside the grid or without values.")
     for key in ("lat", "lon", "u", "v", "sigma", "time"):
-        flags.DEFINE_string(f"{key}_name", "", f"Name of the column that is {key}; of u and v, of a variable too.")
+        what = "column or variable" if key in "uv" else "column"
+        flags.DEFINE_string(f"{key}_name", "", f"Name of the {what} that is {key}.")
     flags.DEFINE_string("cache", None, "Private folder where compiled programs are kept for other runs.")
     flags.DEFINE_string("export", None, "Folder for a program that inpaints without this package, for a vehicle.")
     flags.DEFINE_integer("rows", 64, "Most observations that the exported program takes.", lower_bound=1)
@@ -485,6 +586,7 @@ def main(_) -> None:
     fields = inpaint(
         jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,
         columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw, chunk=FLAGS.chunk,
+        leave_out=FLAGS.leave_out,
     )  # fmt: skip
     readers.write_netcdf(fields, FLAGS.out)
     if FLAGS.figure:

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDeno
 from jax_repaint.errors import InputError
 from jax_repaint.files import publish, replace_folder, whole_file
 from jax_repaint.nets import unet
+from jax_repaint.observe import extent
 from jax_repaint.prior.gp import Kernel
 from jax_repaint.schedule import Schedule
 
@@ -79,12 +81,56 @@ class Model:
     calibration: Calibration | None = None
     grid: tuple[int, int] | None = None
 
-    def inpaint(self, observations: Any, **options: Any) -> "xr.Dataset":
-        """Fields from observations, as `inpaint.inpaint`, which lists the options."""
+    def __repr__(self) -> str:
+        """One line without the weights, whose numbers would fill thousands."""
+        y, x = self.ocean.shape
+        count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+        learnt = self.calibration
+        calibrated = f"calibrated for {learnt.members} members of {learnt.method}" if learnt else "not calibrated"
+        return (
+            f"Model({self.form}, network of {count:,} parameters with channels {self.network.channels}, "
+            f"{y} x {x} cells at {extent(self.lat, self.lon)}, {calibrated})"
+        )
+
+    def inpaint(
+        self,
+        observations: Any,
+        members: int = 16,
+        seed: int = 0,
+        time: str | np.datetime64 | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
+        sigma: float = 0.005,
+        step: str | None = None,
+        method: str | None = None,
+        raw: bool = False,
+        leave_out: bool = False,
+        chunk: int | None = None,
+        progress: bool = True,
+    ) -> "xr.Dataset":
+        """Fields from observations, one for each of their times, as `inpaint.inpaint`, which says what is in them.
+
+        Args:
+          observations: path of a CSV file or of fields, DataFrame, xarray Dataset or pair, or array; m/s.
+          members: of the ensemble; even where they come in antithetic pairs.
+          seed: names the members.
+          time: the one time that all observations count for.
+          columns: own names of "lat", "lon", "u", "v", "sigma", "time" where they are not the usual ones.
+          sigma: standard error in m/s of observations that bring none.
+          step: times of a table are rounded to multiples of this, "1h" or "30min".
+          method: sampler; by default the one that the model is calibrated for.
+          raw: whether the calibration that came with the model is left out.
+          leave_out: whether rows of a table on land, outside the grid or without values are left out, not refused.
+          chunk: members sampled at a time; what pays on the device by default.
+          progress: whether to say on stderr how far things are.
+        """
         # That module needs this one.
         from jax_repaint import inpaint
 
-        return inpaint.inpaint(self, observations, **options)
+        return inpaint.inpaint(
+            self, observations, members, seed, time, columns=columns, sigma=sigma, step=step, method=method, raw=raw,
+            leave_out=leave_out, chunk=chunk, progress=progress,
+        )  # fmt: skip
 
     @property
     def origin(self) -> dict[str, Any]:

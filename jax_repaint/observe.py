@@ -6,6 +6,7 @@ to a bucket so that another pattern of similar size does not compile again; padd
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax_repaint.data.fields import unmasked
 from jax_repaint.errors import InputError
 
 CORNERS = 4
+SHOWN = 5  # points that a sentence names
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 
@@ -83,6 +85,23 @@ class Observation:
             sigma=jnp.where(used[:, None], self.sigma, 1.0),
             valid=used,
         )
+
+
+class Places(NamedTuple):
+    """Where points lie on a grid.
+
+    Attributes:
+      row, column: (m,) in units of cells.
+      outside: (m,) bool, more than half a cell outside.
+      on_land: (m,) bool, inside, and the nearest cell is land.
+      distance: (m,) km from the nearest cell of a curvilinear grid, or None.
+    """
+
+    row: np.ndarray
+    column: np.ndarray
+    outside: np.ndarray
+    on_land: np.ndarray
+    distance: np.ndarray | None
 
 
 def bucket(count: int) -> int:
@@ -187,15 +206,11 @@ def from_points(
         raise InputError(f"{lat.size} latitudes, {lon.size} longitudes and {len(velocity)} velocities were given")
     finite = np.isfinite(lat) & np.isfinite(lon)
     if not finite.all():
-        i = int(np.argmin(finite))
-        raise InputError(f"observation {i} at lat {lat[i]}, lon {lon[i]} has no finite position")
-    row, col = _place(lat, lon, np.asarray(grid_lat, float), np.asarray(grid_lon, float))
-    y, x = ocean.shape
-    nearest = np.rint(np.clip(row, 0, y - 1)), np.rint(np.clip(col, 0, x - 1))
-    on_land = ~ocean[nearest[0].astype(int), nearest[1].astype(int)]
-    if on_land.any():
-        i = int(np.flatnonzero(on_land)[0])
-        raise InputError(f"observation {i} at lat {lat[i]}, lon {lon[i]} lies on land")
+        raise InputError(f"{_listed(~finite, lat, lon, 'has', 'have')} no finite position")
+    places = place(lat, lon, grid_lat, grid_lon, ocean)
+    if wrong := misplaced(places, lat, lon, grid_lat, grid_lon):
+        raise InputError(wrong)
+    (row, col), (y, x) = (places.row, places.column), ocean.shape
     y0, x0 = np.clip(np.floor(row), 0, y - 2).astype(int), np.clip(np.floor(col), 0, x - 2).astype(int)
     fy, fx = np.clip(row - y0, 0, 1), np.clip(col - x0, 0, 1)
     ys = np.stack([y0, y0, y0 + 1, y0 + 1], -1)
@@ -205,25 +220,51 @@ def from_points(
     return from_weights(ys * x + xs, weights, velocity, sigma, size)
 
 
-def _place(
-    lat: np.ndarray, lon: np.ndarray, grid_lat: np.ndarray, grid_lon: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of points in units of cells; refuses those more than half a cell outside."""
+def place(lat: np.ndarray, lon: np.ndarray, grid_lat: np.ndarray, grid_lon: np.ndarray, ocean: np.ndarray) -> Places:
+    """Where points (m,) in degrees, all finite, lie on a grid; arguments as of `from_points`."""
+    grid_lat, grid_lon, distance = np.asarray(grid_lat, float), np.asarray(grid_lon, float), None
     if grid_lat.ndim == 1:
-        (row, y), (col, x) = (
-            (_fractional_index(value, axis), axis.size) for value, axis in ((lat, grid_lat), (lon, grid_lon))
-        )
-        domain = f" (lat {grid_lat[0]:.4f}..{grid_lat[-1]:.4f}, lon {grid_lon[0]:.4f}..{grid_lon[-1]:.4f})"
+        row, column = _fractional_index(lat, grid_lat), _fractional_index(lon, grid_lon)
     else:
-        row, col, distance = locate.fractional_index(lat, lon, grid_lat, grid_lon)
-        y, x = grid_lat.shape
-    inside = (np.abs(row - (y - 1) / 2) <= y / 2) & (np.abs(col - (x - 1) / 2) <= x / 2)
-    if not inside.all():
-        i = int(np.argmin(inside))
-        if grid_lat.ndim == 2:
-            domain = f", {distance[i]:.3g} km from its nearest cell"
-        raise InputError(f"observation {i} at lat {lat[i]}, lon {lon[i]} lies outside the domain{domain}")
-    return row, col
+        row, column, distance = locate.fractional_index(lat, lon, grid_lat, grid_lon)
+    y, x = ocean.shape
+    # Far outside a curvilinear grid both are NaN.
+    outside = ~((np.abs(row - (y - 1) / 2) <= y / 2) & (np.abs(column - (x - 1) / 2) <= x / 2))
+    nearest = (np.rint(np.clip(np.where(outside, 0, at), 0, n - 1)).astype(int) for at, n in ((row, y), (column, x)))
+    return Places(row, column, outside, ~outside & ~ocean[tuple(nearest)], distance)
+
+
+def misplaced(places: Places, lat: np.ndarray, lon: np.ndarray, grid_lat: np.ndarray, grid_lon: np.ndarray) -> str:
+    """What is wrong with points (m,) outside of a grid and on land, all in one sentence; empty if nothing is."""
+    outside, found = places.outside, []
+    if outside.all() and len(outside) > 1:
+        return (
+            f"all {len(outside)} observations lie outside the domain, the model is of another place: they are at "
+            f"{extent(lat, lon)}, the model at {extent(grid_lat, grid_lon)}"
+        )
+    if outside.any():
+        domain = f" ({extent(grid_lat, grid_lon)})"
+        if places.distance is not None:
+            domain = (
+                f", {'up to ' * int(outside.sum() > 1)}{places.distance[outside].max():.3g} km from its nearest cell"
+            )
+        found.append(f"{_listed(outside, lat, lon)} outside the domain{domain}")
+    if places.on_land.any():
+        found.append(f"{_listed(places.on_land, lat, lon)} on land")
+    return "; ".join(found)
+
+
+def extent(lat: np.ndarray, lon: np.ndarray) -> str:
+    """Such as "lat 18.2900..18.3096, lon -64.7248..-64.6800"."""
+    return ", ".join(f"{name} {np.min(at):.4f}..{np.max(at):.4f}" for name, at in (("lat", lat), ("lon", lon)))
+
+
+def _listed(bad: np.ndarray, lat: np.ndarray, lon: np.ndarray, one: str = "lies", many: str = "lie") -> str:
+    """Such as "observations 3 at lat 18.3000 lon -64.7000, 8 at ... and 4 more lie", counted from 0."""
+    number = np.flatnonzero(bad)
+    shown = ", ".join(f"{i} at lat {lat[i]:.4f} lon {lon[i]:.4f}" for i in number[:SHOWN])
+    more = f" and {number.size - SHOWN} more" if number.size > SHOWN else ""
+    return f"observation{'s' * (number.size > 1)} {shown}{more} {many if number.size > 1 else one}"
 
 
 def _fractional_index(value: np.ndarray, axis: np.ndarray) -> np.ndarray:

@@ -165,6 +165,21 @@ def test_mistakes_write_nothing(outcomes):
     assert not outcomes[1]
 
 
+@pytest.mark.parametrize("option", ["--help", "-h", "help"])
+def test_help_on_checkpoints_names_what_the_command_does(option):
+    command = [sys.executable, "-m", "jax_repaint.checkpoint", option]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "python -m jax_repaint.checkpoint import --torch=FILE.pt" in done.stdout
+    assert "--torch: Checkpoint of PyTorch (.pt) to import." in done.stdout
+
+
+def test_only_u_and_v_may_be_variables():
+    done = subprocess.run([sys.executable, "-m", "jax_repaint.inpaint", "--help"], capture_output=True, text=True)
+    assert "--lat_name: Name of the column that is lat.\n" in done.stdout
+    assert "--u_name: Name of the column or variable that is u.\n" in done.stdout
+
+
 def test_evaluate_compares_and_writes(folder, tmp_path):
     command = [*EVALUATE[:-1], f"--out={tmp_path}", "--patterns=line:3,line:3,cells:0.1"]
     command += ["--methods=climatology,seed_gp,linear,linear_samples", "--members=4"]

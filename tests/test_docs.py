@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
+import jax_repaint
 from jax_repaint import evaluate, model
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
@@ -45,7 +47,7 @@ SMALLER = (
     (r"jax_repaint\.demo$", "jax_repaint.demo --methods=linear,linear_samples --members=2 --patterns=line:22"),
     (r"(jax_repaint\.demo .*--fields.*)", r"\1 --frames=2 --steps=2 --methods=linear,kalman --members=4"),
     (r"(jax_repaint\.inpaint (?!.*--(model|export)).*)", r"\1 --method=linear_samples"),
-    (r'inpaint\("track.csv", members=4\)', 'inpaint("track.csv", members=4, method="linear_samples")'),
+    (r'(inpaint\("track.csv", .*members=4)\)', r'\1, method="linear_samples")'),
     (r"(jax_repaint\.inpaint .*--export.*)", r"\1 --model=model --members=4"),
     (r"(--config=configs/[\w/]+\.py)(?!\S)", r"\1:smoke"),
     (r"(--config=configs/sweeps/models\.py):\S+", r"\1:smoke"),
@@ -335,6 +337,13 @@ def test_the_methods_that_the_documentation_names_exist():
     }
     assert named
     assert named <= set(evaluate.METHODS)
+
+
+def test_the_domain_of_the_model_in_the_package_is_the_one_that_its_page_says():
+    shipped = jax_repaint.load()
+    south, north, west, east = (f(at) for at in (shipped.lat, shipped.lon) for f in (np.min, np.max))
+    said = f"| domain | latitude {south:.4f} to {north:.4f}, longitude {west:.4f} to {east:.4f} |"
+    assert said in (ROOT / "docs" / "models.md").read_text()
 
 
 def test_a_block_that_is_neither_run_nor_listed_is_found():

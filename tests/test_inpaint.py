@@ -1,6 +1,8 @@
 """Inpainting as a user does it: against dense algebra, in every form of observation, and with every mistake."""
 
 import dataclasses
+import datetime
+import inspect
 import json
 import logging
 import subprocess
@@ -115,6 +117,18 @@ def test_points_give_the_posterior_of_dense_algebra(gaussian_model):
     np.testing.assert_allclose(np.mean(spread[ocean] ** 2), np.mean(std[ocean] ** 2), rtol=0.05)
 
 
+def test_the_spread_of_the_currents_is_that_of_the_prior_without_observations(trained):
+    fields = quietly(trained, table(3), method="linear_samples")
+    std = both(fields, "_climatological_standard_deviation")
+    assert fields[f"{U}_climatological_standard_deviation"].dims == ("lat", "lon")
+    # An observation with a very large error says nothing.
+    _, expected = dense(trained, table(1), [1e3])
+    np.testing.assert_allclose(std[GRID.ocean], expected[GRID.ocean], rtol=1e-4)
+    assert np.isnan(std[~GRID.ocean]).all()
+    training = tiny.fields().velocity[:, GRID.ocean].std(0)
+    np.testing.assert_allclose(std[GRID.ocean].mean(), training.mean(), rtol=0.1)
+
+
 def test_errors_of_u_and_v_may_differ(gaussian_model):
     points = table(3)
     sigma = np.array([[0.01, 0.5], [0.02, 0.3], [0.5, 0.01]])
@@ -138,6 +152,29 @@ def test_the_first_call_says_that_it_is_compiling(trained, capsys, monkeypatch):
     for _ in range(2):
         inpaint.inpaint(trained, table(6), 4)
     assert capsys.readouterr().err.count("compiling for up to 16 observations and 4 members") == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "command", "said"),
+    [
+        (None, False, "; later calls do not wait for it\n"),
+        (None, True, "; --cache=FOLDER keeps it for the next run\n"),
+        ("kept", True, "; kept keeps it for the next run\n"),
+    ],
+)
+def test_who_does_not_wait_again_is_said_as_it_is(trained, capsys, monkeypatch, folder, command, said):
+    monkeypatch.setattr(inpaint, "_compiled", set())
+    monkeypatch.setattr(inpaint, "FLAGS", {"cache"} if command else set())
+    monkeypatch.setattr(inpaint.jax, "config", SimpleNamespace(jax_compilation_cache_dir=folder))
+    (frame,) = collect(table(6), GRID)
+    inpaint._announce(trained, frame, 1, 4, "kalman")
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_the_linear_estimate_announces_no_network(trained, capsys, monkeypatch):
+    monkeypatch.setattr(inpaint, "_compiled", set())
+    inpaint.inpaint(trained, table(6), 4, method="linear_samples")
+    assert "compiling" not in capsys.readouterr().err
 
 
 def test_the_times_of_a_file_are_sampled_in_batches(trained, monkeypatch):
@@ -364,6 +401,22 @@ def test_the_file_is_cf_and_its_members_alone_have_the_names_of_currents(trained
     np.testing.assert_array_equal(read.observed.sum(("lat", "lon")) > 0, [True, True])
 
 
+def test_a_result_says_when_it_was_made_and_from_what(trained, tmp_path):
+    path = tmp_path / "track.csv"
+    table(3).to_csv(path, index=False)
+    before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    attributes = quietly(trained, path, method="linear_samples", sigma=0.025).attrs
+    made, words = attributes["history"].split(" ", 1)
+    assert before <= datetime.datetime.strptime(made, "%Y-%m-%dT%H:%M:%S%z") <= datetime.datetime.now(datetime.UTC)
+    assert words == f"jax_repaint.inpaint, model {model.fingerprint(trained)}, method linear_samples, seed 0"
+    assert attributes["observations_file"] == "track.csv"
+    assert attributes["observation_standard_error"] == "0.025 m s-1"
+    assert str(tmp_path) not in str(attributes)
+    varied = quietly(trained, table(3, sigma=[0.5, 0.01, 0.02]), method="linear_samples").attrs
+    assert varied["observation_standard_error"] == "0.01 to 0.5 m s-1"
+    assert "observations_file" not in varied
+
+
 def test_opendrift_drifts_particles_with_the_members(trained, tmp_path):
     oceandrift = pytest.importorskip("opendrift.models.oceandrift")
     from opendrift.readers.reader_netCDF_CF_generic import Reader
@@ -509,13 +562,30 @@ BAD = {
     "a missing place": (wrong_row(lat=None), "lat is missing or not finite in rows 3, 7"),
     "an infinite value": (wrong_row(v=np.inf), "v is missing or not finite"),
     "words": (wrong_row(v="fast"), "v is not a number in rows 3, 7, such as 'fast'"),
-    "on land": (at(lat=18.0), "observation 0 at lat 18.0.* lies on land"),
-    "outside": (at(lon=290.0), "lies outside the domain"),
+    "on land": (
+        at(lat=18.0),
+        r"observations 0 at lat 18\.0000 lon 295\.0800, 1 at lat 18\.0000 lon 295\.0800 lie on land; --leave_out",
+    ),
+    "outside": (
+        at().assign(lon=[290.0, -64.92]),
+        r"0 at lat 18\.0300 lon 290\.0000 lies outside the domain \(lat 18\.0000\.\.18\.0600, lon 295\.0000\.\.295",
+    ),
+    "missing in several columns": (
+        wrong_row(u=np.nan).assign(sigma=[0.1, np.inf, None, *[0.1] * 6]),
+        r"u is missing or not finite in rows 3, 7; sigma is missing or not finite in rows 1, 2 .*; --leave_out",
+    ),
+    "words in several columns": (
+        wrong_row(u="slow", v="fast"),
+        "u is not a number in rows 3, 7, .* 'slow'; v is not a",
+    ),
     "error of zero": (at(sigma=0.0), "sigma must be positive, but is not in rows 0, 1"),
     "negative error": (at(sigma=-0.1), "must be positive"),
     "one error of two": (at(sigma_u=0.1), "error of one component only"),
     "cm/s": (at(u=80.0), "velocities reach 80 m/s"),
-    "no column": (at().drop(columns="u"), "no column for u that could be recognised; it has lat, lon, v"),
+    "no column": (
+        at().drop(columns="u"),
+        r"no column for u that .*; it has lat, lon, v; name it by --u_name=\.\.\. \(columns={'u': \.\.\.}\)",
+    ),
     "two columns": (at(uo=1.0), "several columns for u, u, uo"),
     "two of one name": (at(U=1.0), "several columns of one name"),
     "two of one name in a file": (
@@ -524,7 +594,10 @@ BAD = {
     ),
     "seconds as times in a file": (b"lat,lon,u,v,time\n18.03,295.08,0.1,0.2,1700\n", "time holds numbers"),
     "times that are numbers": (at(time=3), "time holds numbers"),
-    "times that are none": (at(time="noon"), "time is no date such as 2020-01-04T12:00 in rows 0, 1: 'noon'"),
+    "times that are none": (
+        at(time="noon"),
+        "time is no date such as 2020-01-04T12:00 in rows 0, 1: 'noon'; .* ISO 8601",
+    ),
     "the time of reading": (at(time="today"), "time is no date such as 2020-01-04T12:00 in rows 0, 1"),
     "another grid": (np.zeros((6, 12, 2)), "not on the model's grid"),
     "another array": (np.zeros((7, 12)), "not on the model's grid"),
@@ -535,6 +608,50 @@ BAD = {
     "no file": ("nowhere.csv", "cannot read nowhere.csv: No such file"),
     "no field file": ("nowhere.nc", "nowhere.nc"),
 }
+
+
+def untidy():
+    """Nine points: two on land, one outside, one each without u, with an infinite v, without a time; three good."""
+    points = table(9, time="2020-01-01").astype({"time": object})
+    points.loc[[1, 4], "lat"] = 18.0
+    points.loc[2, "lon"] = 290.0
+    points.loc[5, "u"], points.loc[6, "v"], points.loc[8, "time"] = np.nan, np.inf, None
+    return points
+
+
+def test_rows_that_cannot_be_used_are_left_out_when_asked(caplog, tmp_path):
+    (frame,) = collect(untidy(), GRID, leave_out=True)
+    said = (
+        "left out 2 observations on land, 1 outside the grid, 3 without values (rows 1, 2, 4, 5, 6 and 1 more, counted"
+    )
+    assert said in caplog.text
+    (expected,) = collect(untidy().loc[[0, 3, 7]], GRID)
+    assert frame.count == 3
+    jax.tree.map(np.testing.assert_array_equal, frame.observation, expected.observation)
+    untidy().to_csv(tmp_path / "track.csv", index=False)
+    (read,) = collect(tmp_path / "track.csv", GRID, leave_out=True)
+    np.testing.assert_allclose(read.observation.values, expected.observation.values, rtol=1e-6)
+    assert "track.csv: left out 2 observations on land" in caplog.text
+    caplog.clear()
+    collect(table(3), GRID, leave_out=True)
+    assert not caplog.records
+    with pytest.raises(InputError, match="no observation is left: the observations has 2 observations on land"):
+        collect(at(lat=18.0), GRID, leave_out=True)
+    with pytest.raises(InputError, match="goes with tables of points"):
+        collect(gappy(), GRID, leave_out=True)
+    # Rows are counted as they stand in the table.
+    with pytest.raises(InputError, match=r"time is no date such as .* in rows 7, 8"):
+        collect(untidy().assign(time=[*["2020-01-01"] * 7, "noon", "noon"]), GRID, leave_out=True)
+    with pytest.raises(InputError, match="must be positive, but is not in row 3"):
+        collect(untidy().assign(sigma=[0.1, 0, 0, 0, *[0.1] * 5]), GRID, leave_out=True)
+
+
+def test_many_bad_points_are_counted_and_a_few_named():
+    points = table(20)
+    points.loc[3:17, "lat"] = 18.0
+    with pytest.raises(InputError, match=r"3 at lat 18\.0000 lon .* 7 at lat 18.* and 10 more lie on land") as caught:
+        collect(points, GRID)
+    assert " 8 at lat" not in str(caught.value)
 
 
 def three_times(observed_field, **coordinates):
@@ -779,8 +896,101 @@ def test_an_error_that_is_named_goes_before_those_that_are_found():
 def test_values_unlike_any_current_of_the_training_are_warned_of(trained, caplog):
     quietly(trained, at())
     assert "standard deviations" not in caplog.text
-    quietly(trained, at(u=12.0))
-    assert "is it in m/s" in caplog.text
+    points = table(9, time=["2020-01-01"] * 4 + ["2020-01-02"] * 5)
+    points.loc[7, ["lat", "lon", "u", "v"]] = 18.03, -64.92, 12.0, 0.5
+    quietly(trained, points, method="linear_samples")
+    assert (
+        "is it in m/s, and no fill value? row 7 (counted from 0) at lat 18.0300 lon -64.9200 of 2020-01-02"
+        in caplog.text
+    )
+    assert "(u, v) = (12, 0.5)" in caplog.text
+    away = (12 - trained.standardiser.mean[0]) / trained.standardiser.std[0]
+    assert f"an observation is {away:.0f} standard deviations" in caplog.text
+    velocity = gappy()
+    velocity[4, 6] = 0.1, -12.0
+    quietly(trained, velocity, method="linear_samples")
+    assert "cell (y=4, x=6) at lat 18.0400 lon 295.0600, (u, v) = (0.1, -12)" in caplog.text
+
+
+def test_a_table_in_cm_s_is_refused(trained, caplog):
+    points = pd.concat([table(5), at(u=0.3)])
+    quietly(trained, points, method="linear_samples")
+    assert not caplog.records
+    other = points.assign(u=100 * points.u, v=100 * points.v)
+    with pytest.raises(InputError, match=r"typically \d\d standard deviations of the training currents .* in m/s"):
+        quietly(trained, other, method="linear_samples")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "said"),
+    [
+        (
+            [0, 1, 2],
+            "3 times, most with one observation; each gets a field of its own; --step=1h or --time=... (step=,",
+        ),
+        ([0, 1, 2, 2, 3, 3], ""),
+        ([0, 1], ""),
+        (list(range(25)) * 2, "25 times; each gets a field of its own; --step=1h"),
+        ([0] * 30, ""),
+    ],
+)
+def test_a_track_with_a_time_in_every_row_is_warned_of(trained, caplog, minutes, said):
+    time = np.datetime64("2020-01-01T00:00", "ns") + np.array(minutes) * np.timedelta64(1, "m")
+    quietly(trained, table(len(minutes), time=time), method="linear_samples")
+    assert (said in caplog.text) if said else "times" not in caplog.text
+
+
+def test_fields_are_not_told_to_join_their_times(trained, caplog):
+    fields = tiny.fields(3)
+    fields.velocity[:, np.arange(84).reshape(7, 12) != 80] = np.nan
+    quietly(trained, Fields.create(fields.velocity, GRID.lat, GRID.lon, fields.time), method="linear_samples")
+    assert "3 times, most with one observation; each gets a field of its own" in caplog.text
+    assert "--step" not in caplog.text
+
+
+def test_the_misfit_is_that_of_the_interpolated_mean(trained, caplog):
+    points = table(6, sigma=[0.01, 0.02, 0.05, 0.01, 0.01, 0.5], time=["2020-01-01"] * 4 + ["2020-01-02"] * 2)
+    fields = quietly(trained, points)
+    expected = []
+    for field, rows in zip(both(fields, "_mean"), (points[:4], points[4:]), strict=True):
+        seen = RegularGridInterpolator((GRID.lat, GRID.lon), np.nan_to_num(field))(rows[["lat", "lon"]].to_numpy())
+        expected.append(np.sqrt(np.mean(((rows[["u", "v"]].to_numpy() - seen) / rows[["sigma"]].to_numpy()) ** 2)))
+    np.testing.assert_allclose(fields.misfit, expected, rtol=1e-3)
+    assert fields.misfit.dims == ("time",)
+    assert fields.misfit.attrs["units"] == "1"
+
+
+def test_observations_that_the_mean_overrules_are_warned_of(trained, caplog):
+    truth = tiny.fields().velocity[51]
+    cells = np.argwhere(GRID.ocean)[::9]
+    good = pd.DataFrame({"lat": GRID.lat[cells[:, 0]], "lon": GRID.lon[cells[:, 1]]}).assign(time="2020-01-02T03:00")
+    good[["u", "v"]] = truth[tuple(cells.T)]
+    assert quietly(trained, good, method="linear_samples", sigma=0.1).misfit < inpaint.UNLIKELY
+    assert "misses" not in caplog.text
+    # Two that contradict each other in one cell.
+    bad = pd.concat([good[:1], good[:1].assign(u=good.u[0] + 1)])
+    fields = quietly(trained, bad, method="linear_samples", sigma=0.01)
+    # Half a metre a second from each in one of the components.
+    assert float(fields.misfit[0]) == pytest.approx(0.5 / 0.01 / np.sqrt(2), rel=0.02)
+    assert "by 35 standard errors at 2020-01-02T03:00; they are unlikely for the model, or sigma is too" in caplog.text
+    days = pd.concat([bad.assign(time=f"2020-01-0{day}") for day in (1, 2, 3)])
+    quietly(trained, days, method="linear_samples", sigma=0.01)
+    assert "(and at 2 other times by more than 3)" in caplog.text
+
+
+def test_observations_of_another_place_are_told_both_extents():
+    model_at = r"the model at lat 18\.0000\.\.18\.0600, lon 295\.0000\.\.295\.1100"
+    theirs = r"lat 58\.0300\.\.58\.0300, lon 295\.0800\.\.295\.0800"
+    blank = pd.concat([at(lat=58.03), at(u=np.nan)])
+    for points, leave_out in ((at(lat=58.03), False), (at(lat=58.03), True), (blank, True)):
+        message = rf"all 2 observations lie outside .* the model is of another place: they are at {theirs}, {model_at}$"
+        with pytest.raises(InputError, match=message):
+            collect(points, GRID, leave_out=leave_out)
+    for lat, lon in ((40.0, 0.0), (0.0, 180.0)):
+        far = Fields.create(tiny.fields().velocity, GRID.lat + lat, GRID.lon + lon, tiny.fields().time, name="far.nc")
+        message = rf"far.nc does not touch the model's grid, the model is of another place: it is at .*, {model_at}"
+        with pytest.raises(InputError, match=message):
+            collect(far, GRID)
 
 
 def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
@@ -795,6 +1005,9 @@ def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):
     shifted = Fields.create(tiny.fields().velocity, GRID.lat + 0.01, GRID.lon, tiny.fields().time)
     with pytest.raises(InputError, match="another grid than the model"):
         collect(shifted, GRID)
+    westward = Fields.create(tiny.fields().velocity, GRID.lat + 0.01, GRID.lon - 360, tiny.fields().time)
+    with pytest.raises(InputError, match="another grid than the model"):
+        collect(westward, GRID)
     with pytest.raises(InputError, match="has 60 times"):
         collect(tiny.fields(), GRID, time="2020-01-01")
     with pytest.raises(InputError, match="'magic' is not one of"):
@@ -833,7 +1046,7 @@ def options(**changes):
     usual = {
         "model": "model", "observations": "track.csv", "out": "fields.nc", "members": 4, "seed": 0, "time": None,
         "step": None, "sigma": 0.005, "method": None, "raw": False, "cache": None, "export": None, "rows": 4,
-        "chunk": None, "figure": None,
+        "chunk": None, "figure": None, "leave_out": False,
     }  # fmt: skip
     return SimpleNamespace(**(usual | names | changes))
 
@@ -867,11 +1080,27 @@ def test_mistakes_of_the_command_write_nothing(trained, tmp_path, monkeypatch, c
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_method_of_a_model_has_the_options_of_the_function(trained, monkeypatch):
+    (_, *theirs), (_, *ours) = (
+        [(p.name, p.default, p.kind) for p in inspect.signature(function).parameters.values()]
+        for function in (inpaint.inpaint, model.Model.inpaint)
+    )
+    assert ours == theirs
+    given = {name: object() for name, *_ in ours}
+    monkeypatch.setattr(inpaint, "inpaint", lambda *args, **options: (args, options))
+    (_, *positional), named = trained.inpaint(**given)
+    assert dict(zip(given, positional, strict=False)) | named == given
+
+
 def test_the_package_is_cheap_to_import_and_brings_a_model():
     code = "import sys, jax_repaint; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     shipped = jax_repaint.load()
     assert shipped.ocean.shape == (44, 94)
+    assert repr(shipped) == (
+        "Model(conditional, network of 2,408,034 parameters with channels (32, 64, 96), 44 x 94 cells at "
+        "lat 18.2900..18.3096, lon -64.7248..-64.6800, calibrated for 16 members of kalman)"
+    )
     assert model.fingerprint(jax_repaint.load("ram_head")) == model.fingerprint(shipped)
     with pytest.raises(InputError, match="no model in elsewhere"):
         jax_repaint.load("elsewhere")

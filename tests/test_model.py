@@ -49,6 +49,14 @@ def test_a_model_survives_the_disk(form, tmp_path):
     read.check_grid(tiny.fields())
 
 
+def test_a_model_is_shown_in_a_line_without_its_weights(trained):
+    shown = repr(trained)
+    assert shown.startswith("Model(anchored, network of ")
+    assert shown.endswith(
+        "channels (8,), 7 x 12 cells at lat 18.0000..18.0600, lon 295.0000..295.1100, not calibrated)"
+    )
+
+
 def test_half_the_size_is_nearly_the_same_denoiser(trained, tmp_path):
     x, sigma = jax.random.normal(jax.random.key(0), (8, 12, 2)), jnp.float32(0.7)
     call = jax.jit(lambda denoiser, x, sigma: denoiser(x, sigma))

@@ -165,6 +165,10 @@ def test_points_on_land_are_refused():
     ocean[4, 6] = False
     with pytest.raises(InputError, match=r"observation 1 at lat .* lies on land"):
         points(LAT[[2, 4]], LON[[2, 6]], ocean)
+    with pytest.raises(
+        InputError, match=r"observation 0 at lat 17.* lies outside .*; observations 1 .*, 2 .* lie on land"
+    ):
+        points([17.0, LAT[4], LAT[4]], LON[[2, 6, 6]], ocean)
     with pytest.raises(InputError, match=r"cell \(y=4, x=6\) is observed but lies on land"):
         observe.from_cells(EVERYWHERE, FIELD, 0.1, ocean)
 

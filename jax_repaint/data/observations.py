@@ -30,6 +30,7 @@ from jax_repaint.observe import Observation
 TABLES = (".csv", ".txt", ".tsv", ".dat")
 TOO_FAST = 50.0  # m/s; no current, but a wrong unit or an undeclared fill value
 SHOWN = 5
+LEAVE_OUT = "--leave_out (leave_out=True) leaves them out"
 UNKNOWN = np.datetime64("NaT", "ns")
 STANDARD = "sea_water_velocity"
 NAMES = {
@@ -63,11 +64,21 @@ class Grid(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """Observations of one field: when (NaT if unknown), how many, and what, in m/s on the model's grid."""
+    """Observations of one field in m/s on the model's grid.
+
+    Attributes:
+      time: NaT if unknown.
+      count: how many.
+      observation: what.
+      rows: (count,) of the table that they stand in, counted from 0; None if in none.
+      places: (count, 2) latitude and longitude of these rows, as in the table.
+    """
 
     time: np.datetime64
     count: int
     observation: Observation
+    rows: np.ndarray | None = None
+    places: np.ndarray | None = None
 
 
 def collect(
@@ -78,6 +89,7 @@ def collect(
     sigma: float = 0.005,
     time: str | np.datetime64 | None = None,
     step: str | None = None,
+    leave_out: bool = False,
 ) -> list[Observed]:
     """The observations of every field to inpaint, in the order of time.
 
@@ -87,6 +99,8 @@ def collect(
       sigma: standard error of u and v, m/s, of observations that bring none.
       time: the one time that all observations count for.
       step: times of a table are rounded to multiples of this, "1h" or "30min".
+      leave_out: whether rows of a table that are on land, outside the grid or without values are left out, with a
+        warning, instead of refused.
 
     Raises:
       InputError: no observation, one that is not finite, on land, outside the grid or has no positive error; a
@@ -97,7 +111,7 @@ def collect(
     table = isinstance(source, pd.DataFrame) or Path(name).suffix.lower() in TABLES
     points = None if table else _points(source, columns, name)
     if points is not None:
-        return _from_table(points, grid, {}, sigma, when, step, name)
+        return _from_table(points, grid, {}, sigma, when, step, name, leave_out)
     names = sorted(columns.keys() - {"u", "v"})
     if names and not table:
         raise InputError(f"{name} is no table of points: of fields u and v can be named, not {names[0]}")
@@ -105,9 +119,11 @@ def collect(
     if isinstance(source, str | Path):
         source, errors = (_read_table(Path(source)), None) if table else _read(Path(source), columns, when)
     if isinstance(source, pd.DataFrame):
-        return _from_table(source, grid, columns, sigma, when, step, name)
+        return _from_table(source, grid, columns, sigma, when, step, name, leave_out)
     if step is not None:
         raise InputError("a step to round times to goes with tables of points")
+    if leave_out:
+        raise InputError("to leave out rows goes with tables of points")
     known = True
     if _is_pair(source):
         source = xr.Dataset(dict(zip("uv", source, strict=True)))
@@ -191,7 +207,10 @@ def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) ->
             found[key] = matches[0]
     missing = [key for key in NEEDED if key not in found]
     if missing:
-        raise InputError(f"{name} has no column for {', '.join(missing)} that could be recognised; it has {listing}")
+        raise InputError(
+            f"{name} has no column for {', '.join(missing)} that could be recognised; it has {listing}; name it by "
+            f"--{missing[0]}_name=... (columns={{'{missing[0]}': ...}})"
+        )
     for one, other in (("u", "v"), ("lat", "lon")):
         if found[one] == found[other]:
             raise InputError(f"{name}: {one} and {other} are one column, {found[one]}; it has {listing}")
@@ -208,16 +227,70 @@ def _rows(bad: np.ndarray) -> str:
     return f"row{'s' * (number.size > 1)} {shown}{more}"
 
 
-def _numbers(column: pd.Series, name: str) -> np.ndarray:
-    values = np.asarray(pd.to_numeric(column, errors="coerce"), np.float64)
-    words = np.isnan(values) & column.notna().to_numpy()
-    if words.any():
-        text = str(column.iloc[int(words.argmax())])[:40]
-        raise InputError(f"{name}: {column.name} is not a number in {_rows(words)}, such as {text!r}")
-    bad = ~np.isfinite(values)
-    if bad.any():
-        raise InputError(f"{name}: {column.name} is missing or not finite in {_rows(bad)} (counted from 0)")
-    return values
+def _numbers(table: pd.DataFrame, found: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
+    """The columns `found`, NaN where something is missing; words are refused, of all columns at once."""
+    numbers, wrong = {}, []
+    for key, title in found.items():
+        column = table[title]
+        numbers[key] = np.asarray(pd.to_numeric(column, errors="coerce"), np.float64)
+        words = np.isnan(numbers[key]) & column.notna().to_numpy()
+        if words.any():
+            text = str(column.iloc[int(words.argmax())])[:40]
+            wrong.append(f"{title} is not a number in {_rows(words)}, such as {text!r}")
+    if wrong:
+        raise InputError(f"{name}: {'; '.join(wrong)} (counted from 0)")
+    return numbers
+
+
+def _usable(
+    missing: Mapping[str, np.ndarray], lat: np.ndarray, lon: np.ndarray, grid: Grid, name: str, leave_out: bool
+) -> np.ndarray:
+    """Rows (m,) bool that lie on the ocean of the grid and lack nothing; others are refused, or left out.
+
+    Args:
+      missing: title of a column -> rows (m,) bool without a value.
+    """
+    blank = np.any(list(missing.values()), 0)
+    if blank.any() and not leave_out:
+        columns = [f"{title} is missing or not finite in {_rows(bad)}" for title, bad in missing.items() if bad.any()]
+        raise InputError(f"{name}: {'; '.join(columns)} (counted from 0); {LEAVE_OUT}")
+    axes = np.ravel(grid.lat)[0], np.ravel(grid.lon)[0]
+    filled = [np.where(blank, first, values) for first, values in zip(axes, (lat, lon), strict=True)]
+    places = observe.place(filled[0], _same_meridian(filled[1], grid), grid.lat, grid.lon, grid.ocean)
+    places = places._replace(outside=places.outside & ~blank, on_land=places.on_land & ~blank)
+    elsewhere = (~blank).sum() > 1 and (places.outside | blank).all()
+    if elsewhere or not leave_out:
+        listed = ~blank if elsewhere else np.ones_like(blank)
+        some = observe.Places(*(part if part is None else part[listed] for part in places))
+        if wrong := observe.misplaced(some, lat[listed], lon[listed], grid.lat, grid.lon):
+            raise InputError(f"{name}: {wrong}{'' if elsewhere else f'; {LEAVE_OUT}'}")
+    usable = ~(blank | places.outside | places.on_land)
+    if not usable.all():
+        _say_left_out({"on land": places.on_land, "outside the grid": places.outside, "without values": blank}, name)
+    return usable
+
+
+def _say_left_out(kinds: Mapping[str, np.ndarray], name: str) -> None:
+    """Warns of rows (m,) bool of each kind.
+
+    Raises:
+      InputError: no other row is left.
+    """
+    counts = [(int(bad.sum()), kind) for kind, bad in kinds.items() if bad.any()]
+    (count, kind), *others = counts
+    words = ", ".join([f"{count} observation{'s' * (count > 1)} {kind}", *(f"{n} {other}" for n, other in others)])
+    left_out = np.any(list(kinds.values()), 0)
+    if left_out.all():
+        raise InputError(f"no observation is left: {name} has {words}")
+    logging.warning("%s: left out %s (%s, counted from 0)", name, words, _rows(left_out))
+
+
+def _same_meridian(lon: np.ndarray, grid: Grid) -> np.ndarray:
+    """Longitudes written as those of a regular grid, where the same meridian may be -65 or 295."""
+    if grid.lon.ndim > 1:
+        return lon
+    middle = (grid.lon[0] + grid.lon[-1]) / 2
+    return middle + (lon - middle + 180) % 360 - 180
 
 
 def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
@@ -230,7 +303,10 @@ def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
         bad = (times.isna() | column.astype(str).str.strip().isin(["now", "today"])).to_numpy()
         if bad.any():
             text = str(column.iloc[int(bad.argmax())])[:40]
-            raise InputError(f"{name}: {column.name} is no date such as 2020-01-04T12:00 in {_rows(bad)}: {text!r}")
+            raise InputError(
+                f"{name}: {column.name} is no date such as 2020-01-04T12:00 in {_rows(bad)}: {text!r}; dates are read "
+                "as ISO 8601, year first"
+            )
         times = times.astype("datetime64[ns]")
     except (ValueError, TypeError, OverflowError, AttributeError) as e:
         if isinstance(e, InputError):
@@ -254,6 +330,7 @@ def _from_table(
     when: np.datetime64 | None,
     step: str | None,
     name: str,
+    leave_out: bool,
 ) -> list[Observed]:
     if isinstance(table.index, pd.DatetimeIndex):
         table = table.rename_axis(index=table.index.name or "time")
@@ -262,28 +339,31 @@ def _from_table(
     found = _find_columns(table, columns, name)
     if table.empty:
         raise InputError(f"no observation: {name} has no row")
-    lat, lon, u, v = (_numbers(table[found[key]], name) for key in NEEDED)
     # A column that was named goes before those that are found.
-    if "sigma_u" in found and "sigma" not in columns:
-        errors = np.stack([_numbers(table[found[key]], name) for key in ("sigma_u", "sigma_v")], -1)
-    elif "sigma" in found:
-        errors = np.repeat(_numbers(table[found["sigma"]], name)[:, None], 2, 1)
-    else:
-        errors = np.full((len(table), 2), float(sigma))
+    own = ("sigma_u", "sigma_v") if "sigma_u" in found and "sigma" not in columns else ("sigma",) * 2
+    keys = [key for key in dict.fromkeys((*NEEDED, *own)) if key in found]
+    numbers = _numbers(table, {key: found[key] for key in keys}, name)
+    dated = when is None and "time" in found
+    if step is not None and not dated:
+        raise InputError("a step to round times to goes with a column of times, and without time=")
+    missing = {found[key]: ~np.isfinite(numbers[key]) for key in keys}
+    if dated:
+        missing[found["time"]] = table[found["time"]].isna().to_numpy()
+    kept = np.flatnonzero(_usable(missing, numbers["lat"], numbers["lon"], grid, name, leave_out))
+    lat, lon, u, v = (numbers[key][kept] for key in NEEDED)
+    errors = np.stack([numbers[key][kept] if key in numbers else np.full(kept.size, float(sigma)) for key in own], -1)
     _check_speed(u, v, name)
     if not (errors > 0).all():
-        raise InputError(f"{name}: the error sigma must be positive, but is not in {_rows(~(errors > 0).all(1))}")
-    if grid.lon.ndim == 1:
-        # The same meridian may be written as -65 or 295.
-        middle = (grid.lon[0] + grid.lon[-1]) / 2
-        lon = middle + (lon - middle + 180) % 360 - 180
-    points = observe.from_points(lat, lon, np.stack([u, v], -1), errors, grid.lat, grid.lon, grid.ocean)
-    if when is not None or "time" not in found:
-        if step is not None:
-            raise InputError("a step to round times to goes with a column of times, and without time=")
-        times = np.full(len(table), UNKNOWN if when is None else when)
-    else:
-        times = _times(table[found["time"]], step, name)
+        bad = np.isin(np.arange(len(table)), kept[~(errors > 0).all(1)])
+        raise InputError(f"{name}: the error sigma must be positive, but is not in {_rows(bad)}")
+    velocity, places, lon = np.stack([u, v], -1), np.stack([lat, lon], -1), _same_meridian(lon, grid)
+    points = observe.from_points(lat, lon, velocity, errors, grid.lat, grid.lon, grid.ocean)
+    times = np.full(kept.size, UNKNOWN if when is None else when)
+    if dated:
+        # What stands in rows that are left out does not matter.
+        column = table[found["time"]]
+        column = column.where(np.isin(np.arange(len(table)), kept), column.iloc[kept[0]])
+        times = _times(column, step, name)[kept]
     cells, weights, values, errors = (
         np.asarray(leaf) for leaf in (points.cells, points.weights, points.values, points.sigma)
     )
@@ -291,7 +371,7 @@ def _from_table(
     for one in np.unique(times):
         rows = np.flatnonzero(np.isnat(times) if np.isnat(one) else times == one)
         observation = observe.from_weights(cells[rows], weights[rows], values[rows], errors[rows])
-        collected.append(Observed(one, rows.size, observation))
+        collected.append(Observed(one, rows.size, observation, kept[rows], places[rows]))
     return collected
 
 
@@ -449,12 +529,26 @@ def _check_grid(fields: Fields, grid: Grid) -> None:
         off[1] = (off[1] + 180) % 360 - 180
         # Ten metres: coordinates in float32 are off by less.
         same = np.abs(off).max() <= 1e-4
+    if not same and not _overlap(fields, grid):
+        raise InputError(
+            f"{fields.name} does not touch the model's grid, the model is of another place: it is at "
+            f"{observe.extent(fields.lat, fields.lon)}, the model at {observe.extent(grid.lat, grid.lon)}"
+        )
     if not same:
         raise InputError(
             f"{fields.name} is on another grid than the model: {fields.shape} from {fields.lat.min():.4f} N "
             f"{fields.lon.min():.4f} E, the model {grid.ocean.shape} from {grid.lat.min():.4f} N "
             f"{grid.lon.min():.4f} E; give its values as a table of points (lat, lon, u, v)"
         )
+
+
+def _overlap(fields: Fields, grid: Grid) -> bool:
+    """Whether the boxes of both have a place in common; the same meridian may be written as -65 or 295."""
+    north, south = min(np.max(fields.lat), np.max(grid.lat)), max(np.min(fields.lat), np.min(grid.lat))
+    width = (np.ptp(fields.lon) + np.ptp(grid.lon)) / 2
+    middles = [(np.min(lon) + np.max(lon)) / 2 for lon in (fields.lon, grid.lon)]
+    apart = abs((middles[0] - middles[1] + 180) % 360 - 180)
+    return bool(south <= north and apart <= width)
 
 
 def _of_cells(velocity: np.ndarray, grid: Grid, sigma: float | np.ndarray, time: np.datetime64, name: str) -> Observed:

@@ -309,14 +309,20 @@ def analysis(gaussian: PrincipalGaussian, observation: Observation, correlation:
     excess = np.asarray(gaussian.variance) - rest
     leading = np.einsum("mk,rkc->rmc", seen, direction.reshape(len(direction), -1, components), optimize=True)
     covariance = with_rest(same, excess[:, None, None] * leading)
-    prior = np.einsum("r,ryxc->yxc", excess, direction**2) + rest * ocean
-    variance = prior - np.einsum("yxcmd,yxcmd->yxc", gains, covariance)
+    variance = prior_variance(gaussian) - np.einsum("yxcmd,yxcmd->yxc", gains, covariance)
     return Analysis(
         observation=observation,
         background=gaussian.mean,
         gain=jnp.asarray(gains),
         variance=jnp.asarray(np.maximum(variance, 0) * ocean, jnp.float32),
     )
+
+
+def prior_variance(gaussian: PrincipalGaussian) -> np.ndarray:
+    """diag(Sigma), the variance (y, x, c) without any observation, in the units of the prior; zero on land."""
+    rest = float(gaussian.rest)
+    excess = np.asarray(gaussian.variance) - rest
+    return np.einsum("r,ryxc->yxc", excess, np.asarray(gaussian.direction) ** 2) + rest * np.asarray(gaussian.ocean)
 
 
 def estimate(gaussian: PrincipalGaussian, observation: Observation, values: np.ndarray) -> np.ndarray:
