@@ -4,6 +4,7 @@ Commands stand in fenced or indented blocks and in the first column of tables. T
 in one folder, as a reader types them. Of all others, also in docstrings, the options are parsed.
 """
 
+import io
 import json
 import re
 import shlex
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 
@@ -344,6 +346,24 @@ def test_the_domain_of_the_model_in_the_package_is_the_one_that_its_page_says():
     south, north, west, east = (f(at) for at in (shipped.lat, shipped.lon) for f in (np.min, np.max))
     said = f"| domain | latitude {south:.4f} to {north:.4f}, longitude {west:.4f} to {east:.4f} |"
     assert said in (ROOT / "docs" / "models.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_track_of_the_tutorial_has_values_of_a_held_out_hour_of_the_twin():
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    (track,) = (pd.read_csv(io.StringIO(text)) for _, text in blocks(page) if text.startswith("lat,lon,"))
+    shipped = jax_repaint.load()
+    (hour,) = pd.to_datetime(track.time).dt.round("1h").unique()
+    select, parts = evaluate.held_out(shipped)
+    start = select(parts.test[:1]).time[0]
+    number = parts.test[0] + int((hour.to_datetime64() - start) / np.timedelta64(1, "h"))
+    assert number in parts.test
+    (velocity,) = select([number]).velocity
+    y, x = (
+        np.abs(axis[:, None] - track[name].to_numpy()).argmin(0)
+        for axis, name in ((shipped.lat, "lat"), (shipped.lon, "lon"))
+    )
+    np.testing.assert_allclose(velocity[y, x], track[["u", "v"]], atol=0.005)
 
 
 def test_a_block_that_is_neither_run_nor_listed_is_found():
