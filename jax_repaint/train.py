@@ -646,15 +646,18 @@ class Stop:
     """Remembers SIGTERM or a first Ctrl-C, which are taken up between two dispatches; a second Ctrl-C ends at once."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.interrupted = False
 
     def __enter__(self) -> "Stop":
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Of a job in the background of a shell Ctrl-C is ignored already.
+        heard = [signal.SIGTERM] + [signal.SIGINT] * callable(signal.getsignal(signal.SIGINT))
+        self.before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def _ask(self, number: int, _) -> None:
         self.asked = True
         if number == signal.SIGINT:
+            self.interrupted = True
             logging.info("stopping after these steps")
             signal.signal(number, self.before[number])
 
@@ -786,11 +789,12 @@ class Run:
 
 
 def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progress: bool = True) -> Model | None:
-    """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM or Ctrl-C stopped it (any process).
+    """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM stopped it (any process).
 
     Raises:
       InputError: configuration, data or workdir cannot be used.
       Diverged: the loss is not finite; the last good checkpoint stays.
+      KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     workdir = Path(workdir)
     check_config(config)
@@ -841,6 +845,8 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
         raise
     distributed.at_first(lambda: checkpoints.close())
     if int(state.step) < steps.total:
+        if stop.interrupted:
+            raise KeyboardInterrupt
         return None
     return trained or run.exported(state)
 
@@ -970,6 +976,9 @@ def main(_) -> None:
     """Trains, and says where the model is."""
     try:
         trained = train(FLAGS.config, Path(FLAGS.workdir))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last state that was saved")
+        sys.exit(130)
     except Diverged as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)

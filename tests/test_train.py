@@ -558,10 +558,12 @@ def test_sigterm_saves_and_says_so(finished, tmp_path, monkeypatch, capsys):
 
 
 def test_an_interrupted_run_saves_its_state_and_a_second_time_ends_at_once(finished, tmp_path, monkeypatch):
-    workdir, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    workdir, before = tmp_path / "run", signal.default_int_handler
+    outside = signal.signal(signal.SIGINT, before)
     with monkeypatch.context() as patch:
         hook(patch, lambda number, *_: signal.raise_signal(signal.SIGINT) if number == 4 else None)
-        assert run(workdir) is None
+        with pytest.raises(KeyboardInterrupt):
+            run(workdir)
     assert states(workdir)[0] == 15
 
     def twice(number, *_):
@@ -573,6 +575,14 @@ def test_an_interrupted_run_saves_its_state_and_a_second_time_ends_at_once(finis
         with pytest.raises(KeyboardInterrupt):
             run(workdir)
     assert signal.getsignal(signal.SIGINT) is before
+    # Nothing was saved of what the second time cut short.
+    assert states(workdir)[0] == 15
+    # As in the background of a shell.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with train.Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert not stop.asked
+    signal.signal(signal.SIGINT, outside)
     run(workdir)
     assert_same_run(workdir, finished)
 
