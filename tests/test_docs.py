@@ -97,7 +97,7 @@ warnings.simplefilter("ignore")
 tiny.compile_once(pathlib.Path(cache))
 for name in unet.NETWORKS:
     unet.NETWORKS[name] = tiny.NETWORK
-default_config = train.default_config
+default_config, smoke = train.default_config, train.smoke
 
 
 def brief():
@@ -106,7 +106,14 @@ def brief():
     return config
 
 
-train.default_config = brief
+def briefer(config, arg):
+    config = smoke(config, arg)
+    if arg:
+        config.train.update({"epochs": 1, "warmup_epochs": 0.5, "batch": 16})
+    return config
+
+
+train.default_config, train.smoke = brief, briefer
 for task in json.load(sys.stdin):
     child = os.fork()
     if not child:
@@ -349,6 +356,7 @@ def test_the_domain_of_the_model_in_the_package_is_the_one_that_its_page_says():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_the_track_of_the_tutorial_has_values_of_a_held_out_hour_of_the_twin():
     page = (ROOT / "docs" / "tutorial.md").read_text()
     (track,) = (pd.read_csv(io.StringIO(text)) for _, text in blocks(page) if text.startswith("lat,lon,"))
