@@ -965,6 +965,10 @@ class TestBadFiles:
             ("days since 2001-01-01 UTC", 6939),
             ("days since 2019-12-4", 28),
             ("days since 2019-12-04 00:00:00", 28),
+            ("days since 01-01-2019", 365),
+            ("days since 04/04/2019 00:00", 272),
+            ("days since 31/12/2018", 366),
+            ("days since 12.31.2018", 366),
         ],
     )
     def test_times_may_count_from_long_ago(self, tmp_path, units, days):

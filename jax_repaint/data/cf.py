@@ -556,8 +556,9 @@ def _decode_time(time: xr.DataArray, source: Source) -> np.ndarray:
     if zone and zone[0].upper() not in ("UTC", "GMT"):
         # cftime ignores it.
         raise source.error(undecodable)
-    date = re.match(r"\s*\d{1,2}([-/.])\d{1,2}\1\d{4}", attribute(time, "units").partition(" since ")[2])
-    if date:
+    date = re.match(r"\s*(\d{1,2})([-/.])(\d{1,2})\2\d{4}", attribute(time, "units").partition(" since ")[2])
+    # 01-01-1950 and 13/02/2020 are one date however they are read.
+    if date and (one := int(date[1])) != (other := int(date[3])) and max(one, other) <= 12:
         raise source.error(
             f"the times in {time.name} cannot be decoded from {attribute(time, 'units')!r}: which of {date[0].strip()} "
             "is the month nobody can tell; expected such as 'hours since 2020-01-04'"
