@@ -742,6 +742,20 @@ def test_a_track_of_a_netcdf_file_is_a_table(tmp_path, suffix):
         readers.read(path)
 
 
+def test_a_series_of_files_is_one_of_fields(tmp_path):
+    frames = tiny.fields().select([0, 1])
+    gappy = np.where(np.arange(12)[:, None] < 6, frames.velocity, np.nan)
+    for number, velocity in enumerate(gappy):
+        readers.write(
+            dataclasses.replace(frames.select([number]), velocity=velocity[None]), tmp_path / f"hour_{number}.nc"
+        )
+    series = collect(str(tmp_path / "hour_*.nc"), GRID)
+    assert [frame.time for frame in series] == list(frames.time)
+    assert_same_frames(series, [collect(tmp_path / f"hour_{number}.nc", GRID)[0] for number in (0, 1)])
+    with pytest.raises(InputError, match=r"none_\*\.nc"):
+        collect(str(tmp_path / "none_*.nc"), GRID)
+
+
 def test_names_and_units_of_a_track(tmp_path):
     points, dataset = track()
     mine = dataset.drop_attrs().rename(ewct="east", nsct="north", ewct_err="mine").drop_vars(["nsct_err"])

@@ -388,9 +388,11 @@ def _points(source: Any, columns: Mapping[str, str], name: str) -> pd.DataFrame 
     """The table of a file or data set whose u, v, lat and lon lie along one dimension; None of anything else."""
     if isinstance(source, xr.Dataset):
         return _from_track(source, columns, Source(name))
-    if not isinstance(source, str | Path) or readers.kind_of(Path(source)) not in ("netcdf", "zarr"):
+    paths = readers.files_of(source) if isinstance(source, str | Path) else []
+    # A series of files is one of fields.
+    if len(paths) != 1 or readers.kind_of(paths[0]) not in ("netcdf", "zarr"):
         return None
-    with opened(Path(source)) as dataset, door(Path(source)):
+    with opened(paths[0]) as dataset, door(paths[0]):
         return _from_track(dataset, columns, Source(name), from_file=True)
 
 
