@@ -71,10 +71,20 @@ def write_configs(folder: Path) -> None:
     (folder / "sweep.py").write_text(SWEEP)
 
 
+def xla_flags(devices: int = 1) -> str:
+    """Those of this process, for one with `devices` virtual devices."""
+    kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    return " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
+
+
 def environment(**changes: str) -> dict[str, str]:
     """Of a process on CPUs in which `python` is this one, and Slurm is not."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "XLA_FLAGS"))}
-    ours |= {"JAX_PLATFORMS": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    ours |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": xla_flags(),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     return ours | changes
 
 

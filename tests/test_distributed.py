@@ -133,7 +133,7 @@ print(json.dumps(results))
 def test_eight_devices_share_the_work_of_a_batch():
     done = subprocess.run(
         [sys.executable, "-c", STEPS, str(launching.TESTS)], capture_output=True, text=True,
-        env=launching.environment(XLA_FLAGS="--xla_force_host_platform_device_count=8"),
+        env=launching.environment(XLA_FLAGS=launching.xla_flags(8)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     eight, one = json.loads(done.stdout)
@@ -255,7 +255,7 @@ def check_same_curve(workdir, one):
 
 @pytest.mark.slow
 def test_eight_devices_have_the_curve_of_one(folder, one):
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    eight = {"XLA_FLAGS": launching.xla_flags(8)}
     done = launching.bash("python -m jax_repaint.train --config=train.py --workdir=eight", folder, **eight)
     assert done.returncode == 0, done.stderr
     check_same_curve(folder / "eight", one)
@@ -313,7 +313,7 @@ runpy.run_module("jax_repaint.demo", run_name="__main__", alter_sys=True)
 @pytest.mark.slow
 def test_the_demo_trains_on_any_number_of_devices(folder):
     text = DEMO.format(tests=str(launching.TESTS), cache=str(folder / "cache"))
-    three = launching.environment(XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    three = launching.environment(XLA_FLAGS=launching.xla_flags(3))
     done = subprocess.run([sys.executable, "-c", text], cwd=folder, env=three, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     trained = model.load(folder / "demo" / "run" / "model")

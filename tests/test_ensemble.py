@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import launching
 import numpy as np
 import pytest
 from flax import struct
@@ -344,7 +344,7 @@ def test_members_do_not_depend_on_devices():
     found = subprocess.run(
         [sys.executable, Path(__file__).with_name("virtual_devices.py")],
         capture_output=True, text=True, timeout=900, cwd=REPOSITORY,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=launching.environment(XLA_FLAGS=launching.xla_flags(8)),
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
     results = json.loads(found.stdout.splitlines()[-1])

@@ -293,8 +293,8 @@ def command(folder, workdir, *options):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 8])
 def test_rows_do_not_depend_on_the_devices(folder, first, tmp_path, devices):
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    done = subprocess.run(command(folder, tmp_path), env=os.environ | flags, capture_output=True, text=True)
+    environment = launching.environment(XLA_FLAGS=launching.xla_flags(devices))
+    done = subprocess.run(command(folder, tmp_path), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check_same(results.read_parts(tmp_path), first[1])
     assert f"wrote {', '.join(comparison.FILES)} in {tmp_path}" in done.stdout
