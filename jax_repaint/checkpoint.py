@@ -2,6 +2,7 @@
 
 WORKDIR/config.json         resolved configuration and fingerprint of the data; a run with others is refused
 WORKDIR/checkpoints/last    the latest states, to continue from
+WORKDIR/lock, lock.0        held by the training that writes there (locks.py)
 
     python -m jax_repaint.checkpoint import --torch=FILE.pt --network=standard_attn --out=MODEL
 
@@ -25,6 +26,7 @@ from absl import flags, logging
 from jax_repaint import command
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
+from jax_repaint.locks import LOCK
 
 CONFIG = "config.json"
 # What a continued run may change: where things lie, and what it keeps. The data are told by their fingerprint.
@@ -77,7 +79,7 @@ def holds_run(
         return any(state.name.isdigit() for state in workdir.glob("checkpoints/last/*"))
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir} is a file; choose another workdir")
-    if workdir.exists() and any(workdir.iterdir()):
+    if workdir.exists() and any(not path.name.startswith(LOCK) for path in workdir.iterdir()):
         raise InputError(f"{workdir} is not empty and holds no run; choose another workdir")
     return False
 

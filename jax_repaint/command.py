@@ -11,6 +11,8 @@ from absl import logging as absl_logging
 
 from jax_repaint.errors import InputError
 
+HELP = ("h", "help", "helpshort", "helpfull", "helpxml", "?")
+
 
 def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
     """Runs `main(argv)` under absl; an `InputError` becomes `error: ...` on stderr and exit code 2, Ctrl-C 130.
@@ -36,7 +38,7 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
-            rest = flags.FLAGS(list(argv))
+            rest = flags.FLAGS(["--help" if one == "-h" else one for one in argv])
             if "config" in flags.FLAGS:
                 # A file that could not be loaded says so only when it is used.
                 flags.FLAGS.config.items()
@@ -44,6 +46,9 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
         except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
             print(f"error: {_one_line(e)}", file=sys.stderr)
             sys.exit(2)
+        except SystemExit:
+            # After absl's help, which ends with 1.
+            sys.exit(0 if any(one.lstrip("-") in HELP for one in argv[1:]) else 1)
 
     # `python -m jax_repaint.train` loads the file as __main__; absl then shows its module flags in --help.
     app.run(guarded, flags_parser=parse)

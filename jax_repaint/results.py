@@ -1,23 +1,17 @@
 """What a sweep keeps on disk: rows in Parquet parts that are written whole and checked by their names.
 
     WORKDIR/config.json                     what the sweep is; a changed one is refused
-    WORKDIR/lock, lock.K                    held while a process writes here, free as soon as it is gone
+    WORKDIR/lock, lock.K                    see locks.py
     WORKDIR/parts/UNIT-CHECKSUM.parquet     rows of finished tasks
 
 A task is one point on one frame with one pattern and one seed; UNIT is the hash of the tasks that a part holds,
 CHECKSUM that of its bytes. Whatever is killed, a part is there and right, or its tasks are run again.
 """
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import io
 import json
-import os
-import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from jax_repaint import files
+from jax_repaint import files, locks
 from jax_repaint.checkpoint import flatten
 from jax_repaint.errors import InputError
 
-CONFIG, LOCK, PARTS = "config.json", "lock", "parts"
+CONFIG, PARTS = "config.json", "parts"
 BASELINES = ("climatology", "seed_gp", "gp", "linear")
 # Raised with every change of the code that makes other rows of the same settings; a workdir of older rows is refused.
 VERSION = 2
@@ -156,7 +150,7 @@ def claim(workdir: Path, sweep: Mapping[str, Any]) -> None:
     path = Path(workdir) / CONFIG
     ours = flatten(json.loads(json.dumps(sweep)))
     # Processes of one sweep that start together make this file, and the first parts, at the same time.
-    others = [p.name for p in Path(workdir).iterdir() if not p.name.startswith((LOCK, "."))]
+    others = [p.name for p in Path(workdir).iterdir() if not p.name.startswith((locks.LOCK, "."))]
     if not path.exists():
         if others:
             raise InputError(f"{workdir} is not empty and holds no sweep; choose another workdir")
@@ -172,83 +166,3 @@ def claim(workdir: Path, sweep: Mapping[str, Any]) -> None:
             shown = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:8])
             more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
             raise InputError(f"{workdir} holds another sweep ({shown}{more}); choose another workdir")
-
-
-@contextlib.contextmanager
-def locked(workdir: Path, index: int = 0, count: int = 1) -> Iterator[None]:
-    """Holds `workdir` for process `index` of the `count` that share one sweep.
-
-    The system takes a lock back from a process that is gone, so none is ever stale. Where the file system has no
-    locks, a warning says so and nothing is held.
-
-    Raises:
-      InputError: another sweep, or the same process of this one, is running there; or the folder cannot be written.
-    """
-    workdir = Path(workdir)
-    with contextlib.ExitStack() as stack:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            shared, own = (stack.enter_context(open(workdir / n, "a+")) for n in (LOCK, f"{LOCK}.{index}"))
-            _share(shared, count, workdir)
-            _take(own, workdir)
-        except OSError as e:
-            if e.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL):
-                raise InputError(f"cannot write {workdir}: {e.strerror or e}") from e
-            logging.warning("%s has no locks (%s): see to it that no other sweep runs there", workdir, e.strerror)
-        yield
-
-
-def _share(file: io.TextIOWrapper, count: int, workdir: Path) -> None:
-    """The lock of the folder, which the processes of one sweep share; the first one writes how many they are."""
-    for _ in range(20):
-        if _try(file, fcntl.LOCK_EX):
-            _sign(file, count)
-            # Another one may step in between, when this lock is given up for a shared one.
-            if count == 1 or _try(file, fcntl.LOCK_SH):
-                return
-        elif count > 1 and _try(file, fcntl.LOCK_SH):
-            holder = _signature(file)
-            if holder.get("processes") == count:
-                return
-            raise InputError(
-                f"a sweep of {holder.get('processes')} processes is running in {workdir}; this one is of {count}"
-            )
-        # The first process of a sweep holds it alone for a moment.
-        time.sleep(0.05)
-    raise _running(file, workdir)
-
-
-def _take(file: io.TextIOWrapper, workdir: Path) -> None:
-    if not _try(file, fcntl.LOCK_EX):
-        raise _running(file, workdir)
-    _sign(file, 1)
-
-
-def _try(file: io.TextIOWrapper, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _sign(file: io.TextIOWrapper, count: int) -> None:
-    file.truncate(0)
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "processes": count}, file)
-    file.flush()
-
-
-def _signature(file: io.TextIOWrapper) -> dict[str, Any]:
-    file.seek(0)
-    try:
-        return json.load(file)
-    except ValueError:
-        return {}
-
-
-def _running(file: io.TextIOWrapper, workdir: Path) -> InputError:
-    holder = _signature(file)
-    return InputError(
-        f"another sweep is running in {workdir} (process {holder.get('pid', '?')} on {holder.get('host', '?')}); "
-        "wait for it, stop it, or choose another workdir"
-    )

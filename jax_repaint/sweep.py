@@ -32,7 +32,7 @@ import tqdm
 from absl import flags, logging
 from ml_collections import config_flags
 
-from jax_repaint import command, comparison, distributed, guide, metrics, results
+from jax_repaint import command, comparison, distributed, guide, locks, metrics, results
 from jax_repaint.batches import Batch, Group, Sampler, Samples, left_of, make_batches, make_groups
 from jax_repaint.errors import InputError
 from jax_repaint.points import Point, calls_by_stage
@@ -116,7 +116,7 @@ def run(
     if not 0 <= index < count:
         raise InputError(f"process {index} is not one of {count}, which are numbered from 0")
     workdir = Path(workdir)
-    with results.locked(workdir, index, count):
+    with locks.locked(workdir, index, count):
         results.claim(workdir, study.identity)
         if count == 1:
             results.remove_unfinished(workdir)

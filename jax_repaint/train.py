@@ -18,6 +18,7 @@ Starting it again on the same workdir continues the run, bit for bit as if it ha
 batch, those of several processes too (distributed.py); the loss is that of one device but for rounding.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -50,6 +51,7 @@ from jax_repaint.data import readers, twin
 from jax_repaint.data.fields import Fields, Split, Standardiser
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
+from jax_repaint.locks import locked
 from jax_repaint.model import Model
 from jax_repaint.nets import unet
 from jax_repaint.prior import gp, linear
@@ -792,7 +794,7 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     """Runs or continues a run in `workdir`; returns the best model, None if SIGTERM stopped it (any process).
 
     Raises:
-      InputError: configuration, data or workdir cannot be used.
+      InputError: configuration, data or workdir cannot be used, or another training is writing there.
       Diverged: the loss is not finite; the last good checkpoint stays.
       KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
@@ -817,33 +819,36 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     held_out = make_held_out(config, loss, data.validation, mesh)
     linear_loss = float(make_held_out(config, make_loss(config, data.gaussian, None), data.validation, mesh)({}))
     logging.info("held-out loss of the exact Gaussian denoiser: %.5g", linear_loss)
-    # Only now: a run that is refused leaves a workdir that the corrected command can have.
-    if not resuming:
-        distributed.at_first(lambda: claim(*identity))
     # A copy: the state is donated, and two names must not share one buffer.
     ema = jax.tree.map(jnp.copy, params)
     state = State(params, ema, optimiser.init(params), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
-    checkpoints = distributed.at_first(lambda: Checkpoints.open(workdir, config.train.keep))
-    restored = distributed.at_first(lambda: checkpoints.restore(state))
-    if restored is not None:
-        state = jax.tree.map(jnp.asarray, restored)
-    state = distributed.replicate(distributed.same(state), mesh)
-    dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, fields.shape, mesh, data.standardiser)
-    # A bar is for terminals; what a batch job writes gets a line for each epoch.
-    words = progress and not sys.stderr.isatty()
-    done = int(state.step) // steps.epoch
-    log = distributed.at_first(lambda: Log(workdir, done, config.tensorboard, linear_loss, words))
-    run = Run(config, workdir, fields, network, data, steps, linear_loss, checkpoints, log)
-    hidden = None if progress and jax.process_index() == 0 else True
-    whole = {"total": steps.total, "initial": int(state.step), "unit": "step", "desc": "train"}
-    try:
-        with Stop() as stop, tqdm.tqdm(**whole, disable=hidden) as bar:
-            state, trained = _go_on(run, state, dispatch, held_out, rate, mesh, stop, bar)
-    except Diverged:
-        # Of a run without a state there is nothing to keep, and another learning rate may have its workdir.
-        distributed.at_first(lambda: checkpoints.last.latest_step() is None and release(workdir))
-        raise
-    distributed.at_first(lambda: checkpoints.close())
+    # Only now: a run that is refused leaves a workdir that the corrected command can have.
+    with contextlib.ExitStack() as held:
+        distributed.at_first(lambda: held.enter_context(locked(workdir, run="training")))
+        # Asked again, as another training may have been here in the meantime.
+        distributed.at_first(lambda: holds_run(*identity, usual) or claim(*identity))
+        checkpoints = distributed.at_first(lambda: Checkpoints.open(workdir, config.train.keep))
+        restored = distributed.at_first(lambda: checkpoints.restore(state))
+        if restored is not None:
+            state = jax.tree.map(jnp.asarray, restored)
+        state = distributed.replicate(distributed.same(state), mesh)
+        shape, standardiser = fields.shape, data.standardiser
+        dispatch = make_steps(config, loss, optimiser, steps, data.gaussian.ocean, shape, mesh, standardiser)
+        # A bar is for terminals; what a batch job writes gets a line for each epoch.
+        words = progress and not sys.stderr.isatty()
+        done = int(state.step) // steps.epoch
+        log = distributed.at_first(lambda: Log(workdir, done, config.tensorboard, linear_loss, words))
+        run = Run(config, workdir, fields, network, data, steps, linear_loss, checkpoints, log)
+        hidden = None if progress and jax.process_index() == 0 else True
+        whole = {"total": steps.total, "initial": int(state.step), "unit": "step", "desc": "train"}
+        try:
+            with Stop() as stop, tqdm.tqdm(**whole, disable=hidden) as bar:
+                state, trained = _go_on(run, state, dispatch, held_out, rate, mesh, stop, bar)
+        except Diverged:
+            # Of a run without a state there is nothing to keep, and another learning rate may have its workdir.
+            distributed.at_first(lambda: checkpoints.last.latest_step() is None and release(workdir))
+            raise
+        distributed.at_first(lambda: checkpoints.close())
     if int(state.step) < steps.total:
         if stop.interrupted:
             raise KeyboardInterrupt

@@ -174,8 +174,10 @@ def test_help_on_checkpoints_names_what_the_command_does(option):
     assert "--torch: Checkpoint of PyTorch (.pt) to import." in done.stdout
 
 
-def test_only_u_and_v_may_be_variables():
-    done = subprocess.run([sys.executable, "-m", "jax_repaint.inpaint", "--help"], capture_output=True, text=True)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_names_the_variables_of_currents_alone(option):
+    done = subprocess.run([sys.executable, "-m", "jax_repaint.inpaint", option], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     assert "--lat_name: Name of the column that is lat.\n" in done.stdout
     assert "--u_name: Name of the column or variable that is u.\n" in done.stdout
 

@@ -2,14 +2,10 @@
 
 import concurrent.futures
 import errno
-import fcntl
 import itertools
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -19,10 +15,6 @@ import pytest
 
 from jax_repaint import results
 from jax_repaint.errors import InputError
-
-HOLD = (
-    "import sys, time; from jax_repaint import results\nwith results.locked(sys.argv[1]): print('in'); time.sleep(60)"
-)
 
 
 def row(task="a", point=0, frame=3, stage=1, members=4, **changes):
@@ -153,48 +145,6 @@ def test_folders_of_something_else_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         results.claim(tmp_path, {})
-
-
-def test_unwritable_folders_are_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write .*file/sweep"), results.locked(tmp_path / "file" / "sweep"):
-        pass
-
-
-def test_two_sweeps_exclude_each_other(tmp_path):
-    with results.locked(tmp_path):
-        message = rf"another sweep is running in .* \(process {os.getpid()} on "
-        with pytest.raises(InputError, match=message), results.locked(tmp_path):
-            pass
-        with pytest.raises(InputError, match="another sweep is running"), results.locked(tmp_path, 0, 2):
-            pass
-    with results.locked(tmp_path, 1, 2), results.locked(tmp_path, 0, 2):
-        for index, count, message in ((1, 2, "another sweep"), (0, 1, "another sweep"), (0, 3, "of 2 processes")):
-            with pytest.raises(InputError, match=message), results.locked(tmp_path, index, count):
-                pass
-    with results.locked(tmp_path):
-        pass
-
-
-def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    with subprocess.Popen([sys.executable, "-uc", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "in\n"
-        with pytest.raises(InputError, match=f"process {holder.pid} on"), results.locked(tmp_path):
-            pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        with results.locked(tmp_path):
-            pass
-
-
-def test_file_systems_without_locks_are_named(tmp_path, monkeypatch, caplog):
-    def none(file, kind):
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-
-    monkeypatch.setattr(fcntl, "flock", none)
-    with results.locked(tmp_path):
-        results.write_part(tmp_path, [row("a")])
-    assert "has no locks" in caplog.text
 
 
 def test_digests_do_not_depend_on_order():

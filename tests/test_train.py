@@ -631,6 +631,23 @@ def test_another_run_in_the_same_workdir_is_refused(finished, settings, name, va
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
+def test_two_trainings_in_one_workdir_exclude_each_other(finished, tmp_path, monkeypatch):
+    """The second one is refused whether it knows of the first or began before it; the first one goes on untouched."""
+
+    def another(number, state, data):
+        if number == 1:
+            with pytest.raises(InputError, match=r"another training is running in .*run \(process \d+ on "):
+                run(tmp_path / "run")
+            with monkeypatch.context() as patch:
+                patch.setattr(train, "holds_run", lambda *_: False)
+                with pytest.raises(InputError, match="another training is running"):
+                    run(tmp_path / "run", learning_rate=2e-3)
+
+    hook(monkeypatch, another)
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished)
+
+
 def test_what_is_kept_may_change(finished):
     assert run(finished, keep=5, save_minutes=1.0) is not None
 
