@@ -277,6 +277,7 @@ def measure(
     made, mean, *_ = jax.block_until_ready(run(*inputs, jnp.int32(0)))
     done = time.monotonic()
     frame = Observed(UNKNOWN, int(observed.sum()), observation)
-    exact = inpaint.estimate(trained, [frame], members, 0, method, raw)[0].members
+    calibration = None if raw else inpaint.calibration_of(trained, method, members)
+    exact = inpaint.estimate(trained, [frame], members, 0, method, calibration)[0].members
     off = np.nanmax(np.abs(np.asarray(made) - exact)), np.nanmax(np.abs(np.asarray(mean) - exact.mean(0)))
     return compiled - began, done - compiled, float(off[0]), float(off[1])

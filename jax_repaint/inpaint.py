@@ -124,6 +124,7 @@ def inpaint(
     frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step, leave_out=leave_out)
     _check_units(trained, frames)
     _warn_of_times(frames)
+    calibration = None if raw else calibration_of(trained, method, members)
     made: dict[int, Estimate] = {}
     sizes = [frame.observation.size for frame in frames]
     hidden = None if progress and len(frames) > 1 else True
@@ -132,11 +133,11 @@ def inpaint(
             if progress:
                 _announce(trained, frames[batch[0]], len(batch), members, method)
             mine = [frames[i] for i in batch]
-            made |= zip(batch, estimate(trained, mine, members, seed, method, raw, chunk), strict=True)
+            made |= zip(batch, estimate(trained, mine, members, seed, method, calibration, chunk), strict=True)
             bar.update(len(made) - bar.n)
     estimates = [made[number] for number in range(len(frames))]
     _warn_of_misfit(estimates)
-    attributes = _attributes(trained, frames, members, seed, method, raw)
+    attributes = _attributes(trained, frames, members, seed, method, calibration)
     if isinstance(observations, str | Path):
         attributes["observations_file"] = Path(observations).name
     return to_dataset(trained, estimates, attributes)
@@ -217,12 +218,13 @@ def estimate(
     members: int,
     seed: int,
     method: str,
-    raw: bool = False,
+    calibration: Calibration | None = None,
     chunk: int | None = None,
 ) -> list[Estimate]:
     """The ensembles of some fields, sampled together where their observations have as many rows.
 
     Args:
+      calibration: for ensembles of this method and size; None leaves them as they are.
       chunk: members sampled at a time; what pays on the device by default.
 
     Raises:
@@ -239,7 +241,6 @@ def estimate(
                 f"{members - fine.sum()} of {members} members by {method}{where} are not finite; try another method, "
                 "or larger standard errors of the observations"
             )
-    calibration = None if raw else calibration_of(trained, method, members)
     weights = [1.0] * len(frames)
     if calibration is not None and calibration.gate is not None:
         weights = _weights(trained, calibration.gate, frames, cases, members, seed, method, chunk)
@@ -398,10 +399,8 @@ def _waits() -> str:
 
 
 def _attributes(
-    trained: Model, frames: Sequence[Observed], members: int, seed: int, method: str, raw: bool
+    trained: Model, frames: Sequence[Observed], members: int, seed: int, method: str, calibration: Calibration | None
 ) -> dict[str, Any]:
-    used = None if raw else trained.calibration
-    used = used if used is not None and (used.method, used.members) == (method, members) else None
     versions = {name: importlib.metadata.version(name) for name in ("jax_repaint", "jax", "flax", "numpy")}
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     fingerprint = models.fingerprint(trained)
@@ -420,7 +419,7 @@ def _attributes(
         "members": members,
         "observations": sum(frame.count for frame in frames),
         "observation_standard_error": f"{error} m s-1",
-        **words_on(used),
+        **words_on(calibration),
         "versions": words,
     } | ({"comment": "The time of the observations is not known; 1970-01-01 stands for it."} if unknown else {})
 

@@ -282,8 +282,10 @@ def test_the_calibration_of_the_model_is_applied(trained, caplog):
     assert fields.attrs["calibration"].endswith("10 held-out fields in 20 blocks of time")
     assert fields[f"{U}_low"].attrs["long_name"].endswith("of the calibrated 5 to 95 % interval")
     assert raw.attrs["calibration"].startswith("none")
-    other = quietly(calibrated, table(6), members=4)
-    assert "for 8 members of kalman, not for 4 of kalman" in caplog.text
+    days = np.repeat(np.array(["2020-01-01", "2020-01-02"], "datetime64[ns]"), 3)
+    other = quietly(calibrated, table(6, time=days), members=4, chunk=4)
+    said = "the calibration of this model is for 8 members of kalman, not for 4 of kalman, and is not used"
+    assert caplog.messages.count(said) == 1
     assert "not calibrated" in other.attrs["interval"]
 
 
