@@ -1165,8 +1165,8 @@ def test_an_exported_program_makes_the_same_members_without_this_package(trained
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "vehicle" / export.GRID) as grid, np.load(tmp_path / "made.npz") as made:
         np.testing.assert_array_equal(grid["ocean"], GRID.ocean)
-        exact = inpaint.estimate(calibrated, [frame], 4, 5, "kalman")[0]
-        raw = inpaint.estimate(calibrated, [frame], 4, 5, "kalman", raw=True)[0]
+        exact = inpaint.estimate(calibrated, [frame], 4, 5, "kalman", calibrated.calibration)[0]
+        raw = inpaint.estimate(calibrated, [frame], 4, 5, "kalman")[0]
         assert np.nanmax(np.abs(exact.members - raw.members)) > 0.01
         np.testing.assert_allclose(made["members"], exact.members, atol=5e-5)
         np.testing.assert_allclose(made["mean"], exact.members.mean(0), atol=1e-5)
