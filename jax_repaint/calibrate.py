@@ -159,7 +159,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02.")
     flags.DEFINE_integer("block", None, "Frames in a block of time; by default measured.", lower_bound=1)
     flags.DEFINE_bool("gate", False, "Also learn a weight for single frames; twice the work, here and in use.")
-    flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.mark_flag_as_required("model")
 

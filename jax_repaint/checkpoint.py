@@ -32,7 +32,7 @@ CONFIG = "config.json"
 # What a continued run may change: where things lie, and what it keeps. The data are told by their fingerprint.
 FREE = frozenset(
     f"config.{name}" for name in ("data.fields", "init_from", "tensorboard", "train.keep", "train.save_minutes")
-) | {"config.reset_best", "data.name"}
+) | {"config.reset_best", "data.name"}  # older runs have reset_best
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("patterns", [], "Observation patterns; by default a line, a walk and 2 % of the cells.")
     flags.DEFINE_list("methods", list(METHODS), f"Among {', '.join(evaluate.METHODS)}.")
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_string("out", "demo", "Folder for what is written.")
 
 

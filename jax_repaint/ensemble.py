@@ -25,7 +25,13 @@ from jax_repaint.schedule import Schedule
 
 
 def member_keys(seed: int, frames: Sequence[int], members: Sequence[int]) -> Key:
-    """Keys (frames, members), folded from the seed, the number of the frame and the number of the member."""
+    """Keys (frames, members), folded from the seed, the number of the frame and the number of the member.
+
+    Raises:
+      InputError: a seed of more than 32 bits, which would name the members of another one.
+    """
+    if isinstance(seed, int | np.integer) and not 0 <= seed < 2**32:
+        raise InputError(f"a seed is a whole number from 0 to {2**32 - 1}, got {seed}")
     return _member_keys(jax.random.key(seed), jnp.asarray(frames, jnp.int32), jnp.asarray(members, jnp.int32))
 
 

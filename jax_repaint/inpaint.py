@@ -539,6 +539,10 @@ def figure(fields: xr.Dataset, path: str | Path) -> None:
 
 
 FLAGS = flags.FLAGS
+NAMES = ("lat", "lon", "u", "v", "sigma", "time")  # of columns
+# Options that a program for a vehicle does not have, as its observations come later.
+OF_OBSERVATIONS = ("observations", "out", "figure", "seed", "time", "step", "sigma", "chunk", "leave_out")
+OF_OBSERVATIONS += tuple(f"{key}_name" for key in NAMES)
 
 
 def _define_flags() -> None:
@@ -555,7 +559,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.DEFINE_bool("raw", False, "Leave out the calibration that came with the model.")
     flags.DEFINE_bool("leave_out", False, "Leave out points that are on land, outside the grid or without values.")
-    for key in ("lat", "lon", "u", "v", "sigma", "time"):
+    for key in NAMES:
         what = "column or variable" if key in "uv" else "column"
         flags.DEFINE_string(f"{key}_name", "", f"Name of the {what} that is {key}.")
     flags.DEFINE_string("cache", None, "Private folder where compiled programs are kept for other runs.")
@@ -568,9 +572,9 @@ def main(_) -> None:
     if FLAGS.cache:
         jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if FLAGS.export and (FLAGS.observations or FLAGS.out or FLAGS.figure):
-        raise InputError("--export writes a program and takes no --observations, --out and --figure")
     if FLAGS.export:
+        if given := [f"--{name}" for name in OF_OBSERVATIONS if FLAGS[name].present]:
+            raise InputError(f"--export writes a program and takes no {', '.join(given)}")
         from jax_repaint import export
 
         trained, folder = jax_repaint.load(FLAGS.model), Path(FLAGS.export)
@@ -578,10 +582,12 @@ def main(_) -> None:
         return
     if not (FLAGS.observations and FLAGS.out):
         raise InputError("--observations=FILE and --out=FILE.nc are needed (or --export=FOLDER)")
+    if FLAGS["rows"].present:
+        raise InputError("--rows is of a program that --export=FOLDER writes; observations may have any number")
     files.check_writable(FLAGS.out, (".nc",), inputs=readers.files_of(FLAGS.observations))
     if FLAGS.figure:
         files.check_writable(FLAGS.figure, plots.FORMATS, inputs=readers.files_of(FLAGS.observations))
-    columns = {key: getattr(FLAGS, f"{key}_name") for key in ("lat", "lon", "u", "v", "sigma", "time")}
+    columns = {key: getattr(FLAGS, f"{key}_name") for key in NAMES}
     fields = inpaint(
         jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,
         columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw, chunk=FLAGS.chunk,

@@ -161,7 +161,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("part", "test", ("train", "validation", "test"), "Part of the split that they come from.")
     flags.DEFINE_integer("levels", 13, "Noise levels over the range of all models, evenly in log sigma.", lower_bound=2)
     flags.DEFINE_string("pattern", "", "Observations that both denoisers are given, such as line:22; none if empty.")
-    flags.DEFINE_integer("seed", 0, "Of frames, patterns and noise.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of frames, patterns and noise.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_string("out", "", "CSV file for the table; none if empty.")
     flags.mark_flag_as_required("model")
 

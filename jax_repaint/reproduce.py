@@ -29,7 +29,7 @@ from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
 from jax_repaint.findings import Evidence
 from jax_repaint.model import Model
-from jax_repaint.study import Cases, Study, open_study
+from jax_repaint.study import Study, open_study
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SCALES = ("cpu", "full")
@@ -304,7 +304,7 @@ def variance_facts(study: Study) -> tuple[float, int]:
     """Mean noise weight of `adaptive` on the first case, and the first stage at which its decayed variance is flat."""
     point = next(point for point in study.points if point.method == "adaptive")
     (stage,) = sample.method("adaptive")
-    cases = Cases(study, study.models[point.model], point.prior)
+    cases = study.maker(point)
     (case,) = cases.make(study.cases[point.consecutive][:1])
     missing = np.broadcast_to(case.known.missing, case.known.prior_variance.shape)
     doubt = sample.doubt(case.known.prior_variance, case.known.missing)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -26,6 +27,7 @@ from jax_repaint.sample import Known
 
 # What a picture can show beside settings of the points.
 DRAWN = frozenset({"label", "stage", "calls", "members", "coverage", "pattern", "distance"})
+KEPT_BYTES = 1 << 30  # of what the baselines make of the cases of one model and one prior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Estimates:
     scored: np.ndarray
     baselines: dict[str, np.ndarray]
     known: Known
+
+
+Made = tuple[np.ndarray, dict[str, np.ndarray], Known]  # all of Estimates but its case
 
 
 @dataclasses.dataclass
@@ -126,6 +131,21 @@ class Study:
             names.append(results.digest([common, own, self.identity["programs"][point.label]]))
         return names
 
+    @cached_property
+    def _makers(self) -> dict[tuple[str, str], "Cases"]:
+        return {}
+
+    def maker(self, point: Point) -> "Cases":
+        """Makes the cases of a point; points of one model and one prior share it, and what it has made.
+
+        Raises:
+          InputError: the point starts from a fitted GP that its model does not have.
+        """
+        key = point.model, point.prior
+        if key not in self._makers:
+            self._makers[key] = Cases(self, self.models[point.model], point.prior)
+        return self._makers[key]
+
     def task(self, point: Point, where: Where) -> str:
         """Name of a point on a case: the same wherever and whenever it is run, by code that makes the same rows."""
         name, sizes = self._named[point.number], list(point.sizes(self.config))
@@ -177,8 +197,8 @@ def _check(config: ConfigDict) -> None:
             raise InputError(f"{name} must be whole numbers, got {config[name]}")
     if config.part not in ("test", "validation"):
         raise InputError(f"part must be test or validation, got {config.part!r}")
-    if not config.seeds or any(seed < 0 for seed in config.seeds):
-        raise InputError(f"seeds must be whole numbers from 0, at least one, got {config.seeds}")
+    if not config.seeds or any(not 0 <= seed < 2**32 for seed in config.seeds):
+        raise InputError(f"seeds must be whole numbers from 0 to {2**32 - 1}, at least one, got {config.seeds}")
     if any(not 1 <= size < config.members for size in config.sizes) or len(set(config.sizes)) < len(config.sizes):
         raise InputError(f"sizes must be from 1 and below members ({config.members}), got {config.sizes}")
 
@@ -216,11 +236,22 @@ def _frames(split: Split, config: ConfigDict, consecutive: bool) -> np.ndarray:
 
 @dataclasses.dataclass
 class Cases:
-    """Makes the cases of a study for one model and one prior, a batch ahead of the device."""
+    """Makes the cases of a study for one model and one prior, a batch ahead of the device.
+
+    What the baselines make of a case is kept for other points, up to KEPT_BYTES; its analysis is too large for that.
+    """
 
     study: Study
     trained: Model
     prior: str
+
+    def __post_init__(self) -> None:
+        names = ("seed_gp", "gp") if self.trained.kernel is not None else ("seed_gp",)
+        if self.prior not in ("linear", *names):
+            raise InputError("this model was exported without a fitted GP to start from")
+        self._analyses = {name: evaluate.gp_analysis(self.trained, self.study.fields, name) for name in names}
+        self._made: dict[Where, Made] = {}
+        self._room = KEPT_BYTES
 
     def make(self, cases: Sequence[Where]) -> list[Estimates]:
         """Cases in the order asked for."""
@@ -232,18 +263,25 @@ class Cases:
             for where, case in zip(
                 group, evaluate.make_cases(self.trained, fields, numbers, [pattern], seed), strict=True
             ):
-                made[where] = self._estimate(case)
+                made[where] = Estimates(case, *self._made.get(where) or self._keep(where, self._estimate(case)))
         return [made[where] for where in cases]
 
-    def _estimate(self, case: Case) -> Estimates:
-        fields, ocean = self.study.fields, self.study.fields.ocean
+    def _keep(self, where: Where, made: Made) -> Made:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+        if size <= self._room:
+            self._made[where] = made
+            self._room -= size
+        return made
+
+    def _estimate(self, case: Case) -> Made:
+        ocean = self.study.fields.ocean
         known = evaluate.known_of(self.trained, case)
         baselines = {
             "climatology": self.trained.to_velocity(self.trained.gaussian.mean),
             "linear": self.trained.to_velocity(case.analysis.mean(case.observation.values)),
         }
-        for name in ("seed_gp", "gp") if self.trained.kernel is not None else ("seed_gp",):
-            analysis = evaluate.gp_analysis(self.trained, fields, name)(case)
+        for name, analyse in self._analyses.items():
+            analysis = analyse(case)
             mean = np.asarray(analysis.mean(analysis.observation.values))
             baselines[name] = np.where(ocean[..., None], mean, np.nan).astype(np.float32)
             if name == self.prior:
@@ -255,6 +293,4 @@ class Cases:
                     prior_mean=jnp.asarray(start, jnp.float32),
                     prior_variance=jnp.asarray(pad(variance, multiple), jnp.float32),
                 )
-        if self.prior not in ("linear", *baselines):
-            raise InputError("this model was exported without a fitted GP to start from")
-        return Estimates(case, metrics.scored_cells(case.truth, ocean, case.observed), baselines, known)
+        return metrics.scored_cells(case.truth, ocean, case.observed), baselines, known

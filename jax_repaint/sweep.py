@@ -36,7 +36,7 @@ from jax_repaint import command, comparison, distributed, guide, locks, metrics,
 from jax_repaint.batches import Batch, Group, Sampler, Samples, left_of, make_batches, make_groups
 from jax_repaint.errors import InputError
 from jax_repaint.points import Point, calls_by_stage
-from jax_repaint.study import Cases, Estimates, Study, Where, open_study
+from jax_repaint.study import Estimates, Study, Where, open_study
 
 EDGES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, math.inf)  # cells, of errors by distance
 
@@ -178,7 +178,7 @@ def run_group(study: Study, group: Group, done: set[str], index: int, count: int
     if not left:
         return
     point = study.points[group.points[0]]
-    cases = Cases(study, study.models[point.model], point.prior)
+    cases = study.maker(point)
     sampler = Sampler.plan(study, group, left, cases.make([next(iter(left))])[0])
     batches = make_batches(left, sampler.shape)
 
@@ -270,7 +270,7 @@ def describe(study: Study) -> str:
 def _describe_group(study: Study, group: Group) -> tuple[str, Sampler, float]:
     """Text, compiled sampler and estimated seconds of a group."""
     point = study.points[group.points[0]]
-    cases = Cases(study, study.models[point.model], point.prior)
+    cases = study.maker(point)
     (example,) = cases.make(group.cases[:1])
     began = time.perf_counter()
     cases.make(group.cases[-1:])
@@ -346,6 +346,8 @@ def main(_) -> None:
     if FLAGS.cache:
         jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if FLAGS.dry_run and FLAGS.so_far:
+        raise InputError("--dry_run says what would be done and --so_far what was; give one of them")
     study = open_study(FLAGS.config)
     if FLAGS.dry_run:
         print(describe(study))

@@ -170,6 +170,14 @@ def test_members_do_not_depend_on_other_frames_and_members(gaussian, known, memb
     np.testing.assert_allclose(again.x[0], members[2, :2], atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, np.int64(2**33)])
+def test_seeds_that_would_be_others_are_refused(seed):
+    """Keys are of 32 bits: -1 would be the last of them, 2^32 the first."""
+    with pytest.raises(InputError, match=rf"a seed is a whole number from 0 to 4294967295, got {seed}"):
+        member_keys(seed, [0], [0])
+    assert not (member_keys(2**32 - 1, [0], [0]) == member_keys(0, [0], [0])).all()
+
+
 def test_members_frames_and_seeds_differ(gaussian, known, members):
     missing = np.asarray(known.missing)[0, ..., 0]
     same = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 3), known)

@@ -1057,14 +1057,22 @@ def test_the_command_writes_a_file(trained, tmp_path, monkeypatch):
         np.testing.assert_allclose(both(fields), both(ours), atol=1e-5)
 
 
+class Given(SimpleNamespace):
+    """Flags, and which of them the command line gave."""
+
+    def __getitem__(self, name):
+        return SimpleNamespace(present=name in self.given)
+
+
 def options(**changes):
+    given = {name for name, value in ({"observations": "", "out": ""} | changes).items() if value is not None}
     names = {f"{key}_name": "" for key in ("lat", "lon", "u", "v", "sigma", "time")}
     usual = {
         "model": "model", "observations": "track.csv", "out": "fields.nc", "members": 4, "seed": 0, "time": None,
         "step": None, "sigma": 0.005, "method": None, "raw": False, "cache": None, "export": None, "rows": 4,
         "chunk": None, "figure": None, "leave_out": False,
     }  # fmt: skip
-    return SimpleNamespace(**(usual | names | changes))
+    return Given(given=given, **(usual | names | changes))
 
 
 @pytest.mark.parametrize(
@@ -1074,13 +1082,18 @@ def options(**changes):
         ({"out": None}, "are needed"),
         ({"figure": "fields.gif"}, r"suffix must be one of \.png"),
         ({"figure": "no/../track.csv"}, r"suffix must be one of \.png"),
-        ({"figure": "a.png", "export": "vehicle", "observations": None, "out": None}, "and --figure"),
+        ({"figure": "a.png", "export": "vehicle", "observations": None, "out": None}, "takes no --figure"),
+        ({"rows": 8}, "--rows is of a program that --export=FOLDER writes"),
         ({"observations": None}, "are needed"),
         ({"model": "nowhere"}, "no model in nowhere"),
         ({"observations": "nowhere.csv"}, "nowhere.csv"),
         ({"out": "link.nc"}, r"link.nc is a file that this command reads"),
         ({"out": "link.nc", "observations": "tr*.csv"}, r"link.nc is a file that this command reads"),
-        ({"export": "vehicle"}, "takes no --observations"),
+        ({"export": "vehicle"}, "takes no --observations, --out$"),
+        (
+            {"export": "vehicle", "observations": None, "out": None, "seed": 1, "time": "2020", "lat_name": "y"},
+            "takes no --seed, --time, --lat_name$",
+        ),
         ({"export": "vehicle", "members": 2, "observations": None, "out": None}, "antithetic pairs, two of them"),
     ],
 )

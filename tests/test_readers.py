@@ -618,6 +618,11 @@ class TestSeries:
         paths = [*self.parts(tmp_path), saved(tmp_path, other, "other.nc")]
         refused(paths, "part1.nc and other.nc both hold 2001-02-03T12:00:00, with other values; leave one out")
 
+    def test_what_another_frame_holds_contradicts_that_of_the_same_time_too(self, tmp_path):
+        """The last file is of the time of one frame and has the values of another."""
+        wrong = cf().isel(time=[0]).assign_coords(time=TIME[3:4])
+        refused([*self.parts(tmp_path), saved(tmp_path, wrong, "wrong.nc")], "wrong.nc both hold .*, with other values")
+
     def test_a_copy_under_another_date_is_left_out(self, tmp_path, caplog):
         copy = cf().isel(time=[0]).assign_coords(time=[np.datetime64("2002-02-03", "ns")])
         assert_equal(readers.read([*self.parts(tmp_path), saved(tmp_path, copy, "copy.nc")]), fields())

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import launching
@@ -29,7 +30,7 @@ from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
 from jax_repaint.points import default_config, read_points, smoke
 from jax_repaint.posterior import Posterior, evidence_for
-from jax_repaint.prior import linear
+from jax_repaint.prior import gp, linear
 from jax_repaint.study import Cases, open_study
 
 CONFIG = """
@@ -170,6 +171,31 @@ def test_the_prior_is_what_the_point_says(study):
     variance = np.asarray(seed_gp.known.prior_variance)
     np.testing.assert_allclose(variance[..., 0], variance[..., 1], rtol=1e-6)
     assert np.asarray(seed_gp.known.missing).sum() == linear.scored.sum()
+
+
+def test_baselines_are_found_once_for_all_groups(folder, study, monkeypatch):
+    """Those of a fixed pattern by one analysis; what is kept is what is made anew, and has a limit."""
+    cases, calls, analysis = study.cases[False], [], gp.analysis
+    point = study.points[0]
+    fresh = Cases(study, study.models[point.model], point.prior).make(cases)
+    monkeypatch.setattr(gp, "analysis", lambda *args: calls.append(args) or analysis(*args))
+    again = open_study(make_config(folder))
+    assert again.maker(again.points[0]) is again.maker(again.points[1]) is not again.maker(again.points[3])
+    first = again.maker(again.points[0]).make(cases)
+    processes = 2 if study.models[point.model].kernel is not None else 1
+    assert [one.pattern for one in cases] == ["line:3", "line:3", "cells:0.1", "cells:0.1"]
+    assert len(calls) == 3 * processes
+    second = again.maker(again.points[1]).make(cases[::-1])[::-1]
+    assert len(calls) == 3 * processes
+    for one, two, three in zip(fresh, first, second, strict=True):
+        parts = [(x.case.truth, x.scored, x.baselines, x.known) for x in (one, two, three)]
+        jax.tree.map(np.testing.assert_array_equal, parts[0], parts[1])
+        jax.tree.map(np.testing.assert_array_equal, parts[0], parts[2])
+    monkeypatch.setattr("jax_repaint.study.KEPT_BYTES", 0)
+    bounded = Cases(study, study.models[point.model], point.prior)
+    bounded.make(cases[:1])
+    bounded.make(cases[:1])
+    assert not bounded._made
 
 
 def test_a_point_that_diverges_is_marked_and_the_others_go_on(first):
@@ -554,6 +580,12 @@ def test_dry_run_counts_and_writes_nothing(folder, study, tmp_path):
     assert "4 compilations" in text
     assert "2 points x 4 cases x 4 members, 384 network calls" in text
     assert not any(tmp_path.iterdir())
+
+
+def test_what_will_be_done_and_what_was_are_not_said_at_once(monkeypatch):
+    monkeypatch.setattr(sweep, "FLAGS", SimpleNamespace(cache=None, dry_run=True, so_far=True))
+    with pytest.raises(InputError, match="give one of them"):
+        sweep.main([])
 
 
 def test_frames_of_a_part_random_and_consecutive(folder):

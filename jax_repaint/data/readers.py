@@ -177,11 +177,12 @@ def _once(u: np.ndarray, v: np.ndarray, time: np.ndarray, names: list[str], sour
     """Numbers of the frames that are no repetition: of the same time, or of another time value for value."""
     seen: dict[bytes, int] = {}
     keep, same, copied = [], [], []
+    kept = b""
     for i in range(len(time)):
         content = hashlib.blake2b(u[i].tobytes() + v[i].tobytes()).digest()
         first = seen.setdefault(content, i)
         if keep and time[i] == time[keep[-1]]:
-            if first == i:
+            if content != kept:
                 raise source.error(
                     f"{names[keep[-1]]} and {names[i]} both hold {time[i].astype('datetime64[s]')}, with other values; "
                     "leave one out"
@@ -191,6 +192,7 @@ def _once(u: np.ndarray, v: np.ndarray, time: np.ndarray, names: list[str], sour
             copied.append((i, first))
         else:
             keep.append(i)
+            kept = content
     if same:
         source.notice(f"{len(same)} frames of {names[same[0]]} and others are in several files and are read once")
     if copied:
