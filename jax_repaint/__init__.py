@@ -23,11 +23,6 @@ def load(folder: str | os.PathLike = SHIPPED) -> "Model":
       InputError: no model there, or one that cannot be read.
     """
     # JAX takes seconds to import; the name of the package alone should not.
-    from pathlib import Path
-
     from jax_repaint import model
 
-    path = Path(folder)
-    if str(folder) == SHIPPED and not path.exists():
-        path = Path(__file__).with_name("models") / SHIPPED
-    return model.load(path)
+    return model.load(folder)

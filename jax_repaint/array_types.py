@@ -3,10 +3,10 @@
 from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-Field = Float[Array, "y x c"]  # standardised velocity, zero on land and in the padding
+Field = Float[Array, "y x c"]  # standardised velocity; zero on land and in the padding but for imported networks
 Cells = Bool[Array, "y x"]
 Scalar = Float[Array, ""]
-Level = Float[Array, ""]  # noise level sigma, or a step number for the seed's networks
+Level = Float[Array, ""]  # noise level sigma or what belongs to one, such as alpha_bar
 Values = Float[Array, "m c"]
 Key = PRNGKeyArray  # one typed key
 

@@ -15,13 +15,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jax_repaint import command, evaluate, files, model, observe, train
+from jax_repaint import SHIPPED, command, evaluate, files, model, observe, train
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, carve
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 
-SHIPPED = Path(__file__).with_name("models") / "ram_head"
 METHODS = (*evaluate.BASELINES, "kalman")  # RePaint's hundreds of calls would be most of the demo's time
 
 

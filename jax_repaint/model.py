@@ -25,6 +25,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jax_repaint import SHIPPED
 from jax_repaint.calibration import Calibration
 from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data.fields import Fields, Standardiser, check_grid, crop, padded_shape
@@ -293,11 +294,16 @@ def store_calibration(folder: str | os.PathLike, calibration: Calibration | None
 def load(folder: str | os.PathLike) -> Model:
     """Reads what `save` wrote.
 
+    Args:
+      folder: path; "ram_head", where there is no such folder, names the model in the package.
+
     Raises:
       InputError: no model there, of a newer format, truncated, weights that do not fit its description, or numbers
         that no model has.
     """
-    folder = Path(folder)
+    name, folder = str(folder), Path(folder)
+    if name == SHIPPED and not folder.exists():
+        folder = Path(__file__).with_name("models") / SHIPPED
     if not (folder / DESCRIPTION).is_file():
         raise InputError(f"no model in {folder}: {DESCRIPTION} is missing")
     try:

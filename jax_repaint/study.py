@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_repaint import evaluate, metrics, model, observe, results
+from jax_repaint import SHIPPED, evaluate, metrics, model, observe, results
 from jax_repaint.data.fields import Fields, Split, pad
-from jax_repaint.demo import SHIPPED
 from jax_repaint.errors import InputError
 from jax_repaint.evaluate import Case
 from jax_repaint.model import Model

@@ -374,6 +374,16 @@ class TestStandardiser:
         np.testing.assert_array_equal(x[:, 0, 0], np.broadcast_to(np.float32([0.51, 0.364]), (50, 2)))
         np.testing.assert_allclose(z.restore(x)[:, fields.ocean], fields.velocity[:, fields.ocean], rtol=0, atol=1e-7)
 
+    def test_the_padding_holds_what_land_holds(self, fields):
+        """A network that was trained with land at 0 m/s sees 0 m/s in the padding too."""
+        z = Standardiser.from_fields(fields)
+        still = Standardiser.create(z.mean, z.std, -z.mean / z.std)
+        y, x = fields.ocean.shape
+        padded, ocean = data.prepare(fields, still, (y + 3, x + 2))
+        np.testing.assert_allclose(still.restore(padded)[:, ~ocean], 0, atol=1e-6)
+        inside = data.crop(padded, fields.ocean.shape)
+        np.testing.assert_array_equal(inside, still.standardise(fields.velocity, fields.ocean))
+
     def test_variances_scale_with_the_square(self, fields):
         z = Standardiser.from_fields(fields)
         x = noise(4000, seed=5)

@@ -681,7 +681,7 @@ def crop(x, shape: tuple[int, int]):
 def prepare(
     fields: Fields, standardiser: Standardiser, multiple: int | tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a network sees: standardised, padded fields (time, Y, X, 2) float32 and ocean (Y, X) bool.
+    """What a network sees: standardised fields (time, Y, X, 2) float32, padded with land, and ocean (Y, X) bool.
 
     Raises:
       InputError: ocean cells have gaps, for which no value would be true.
@@ -703,4 +703,5 @@ def prepare_with_gaps(
     x = standardiser.standardise(fields.velocity, fields.ocean)
     x = pad(np.where(np.isnan(x), np.float32(0), x), multiple)
     ocean, present = (pad(cells[..., None], multiple)[..., 0] for cells in (fields.ocean, fields.present))
-    return x, ocean, present
+    # The padding is land, in value too.
+    return np.where(ocean[..., None], x, _last(standardiser.land_value, x)), ocean, present
