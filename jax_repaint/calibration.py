@@ -384,7 +384,7 @@ def fit(
 
     Raises:
       InputError: no fields, lists of different length, fewer than two blocks, shapes that do not fit, members without
-        a spread, a scored value that is not finite.
+        a spread in a whole bin or in too many of its values, a scored value that is not finite.
 
     Sources: see above; Carlstein, "The use of subseries values for estimating the variance of a general statistic from
     a stationary sequence" (1986), blocks that do not overlap; Lee, Barber, Willett, "Distribution-free inference with
@@ -415,8 +415,15 @@ def fit(
         there = values.block == left_out
         residual[there] = errors[there]
         std[there] = (values.at(without) * np.sqrt(values.variance))[there]
-    scale = _scales(values, np.abs(residual), std)
+    with np.errstate(invalid="ignore"):
+        scale = _scales(values, np.abs(residual), std)
     promised = scale is not None
+    if promised and not np.isfinite(scale).all():
+        alike = 100 * np.mean((std == 0) & (residual != 0))
+        raise InputError(
+            f"the members of {method} agree in {alike:.0f} % of the values and differ from the truth there: no "
+            f"factor of their spread covers {100 * LEVEL:.0f} %"
+        )
     if scale is None:
         scale = np.full(spread.shape, metrics.half_width(count, antithetic, LEVEL))
     return Calibration.create(

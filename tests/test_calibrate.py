@@ -480,6 +480,17 @@ def hole(y, x):
     return field
 
 
+@pytest.mark.parametrize("blocks", [25, 45])
+def test_members_that_agree_where_they_are_wrong_are_refused(blocks):
+    """On 3 of 10 rows there is no spread, with one q for all bins and with one for each."""
+    fields = draw(blocks, 4)
+    for one in fields.members:
+        one[:, ::3] = one[:1, ::3]
+    alike = 100 * SCORED[::3].sum() / SCORED.sum()
+    with pytest.raises(InputError, match=rf"members of kalman agree in {alike:.0f} % of the values and differ"):
+        fit(fields)
+
+
 def test_fields_that_teach_nothing_are_refused():
     def refused(match, antithetic=False, evidence=None, **changes):
         fields = draw(3, 4)
