@@ -390,7 +390,7 @@ def repaint_stages(
     before, and the noise weight falls towards the floor. Under "flat" the map is not used.
 
     Args:
-      key: of this (seed, frame, member); stage s uses fold_in(key, s), s from 0.
+      key: of this (seed, frame, member); stage s, from 1, uses fold_in(key, s - 1).
       stages: hyperparameters; neighbours of the same program are scanned, so that ten stages compile two loops.
       var_decay: factor on the prior variance before every stage but the first.
 

@@ -1,4 +1,4 @@
-"""Noise schedules and the conversions between what a network predicts and the clean field.
+"""Noise schedules: variance-preserving steps and noise levels.
 
 Variance-preserving steps t = 0..T-1 (Ho et al. 2020, "Denoising Diffusion Probabilistic Models"):
     x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,     alpha_t = 1 - beta_t,   alpha_bar_t = prod alpha
@@ -94,18 +94,3 @@ def levels(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> 
         raise InputError(f"levels need count >= 2 and 0 < sigma_min < sigma_max, got {count}, {sigma_min}, {sigma_max}")
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return np.linspace(*ends, count) ** rho
-
-
-def x0_of_eps(x_t: Array, eps: Array, alpha_bar: Level) -> Array:
-    """x0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)."""
-    return (x_t - jnp.sqrt(1 - alpha_bar) * eps) / jnp.sqrt(alpha_bar)
-
-
-def eps_of_x0(x_t: Array, x0: Array, alpha_bar: Level) -> Array:
-    """eps = (x_t - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar)."""
-    return (x_t - jnp.sqrt(alpha_bar) * x0) / jnp.sqrt(1 - alpha_bar)
-
-
-def score_of_x0(x: Array, x0: Array, sigma: Level) -> Array:
-    """grad log p(x; sigma) = (x0 - x) / sigma^2 for x = x0 + sigma n (Tweedie)."""
-    return (x0 - x) / sigma**2

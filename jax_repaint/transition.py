@@ -30,7 +30,7 @@ def renoise(x_s: Array, noise: Array, beta: Level) -> Array:
 
 
 def ddim(x: Array, x0: Array, noise: Array, sigma: Level, sigma_next: Level, eta: Level) -> Array:
-    """From noise level sigma to sigma_next < sigma, in x = x0 + sigma n (Song et al. 2021, "DDIM", eq. 12).
+    """From noise level sigma to sigma_next < sigma, in x = x0 + sigma n (Song et al. 2021, "DDIM", eqs. 12, 16).
 
     x' = x0 + sqrt(sigma'^2 - v) (x - x0) / sigma + sqrt(v) n,   v = eta^2 sigma'^2 (1 - sigma'^2 / sigma^2);
     eta = 1 is ancestral sampling, eta = 0 the deterministic flow.
