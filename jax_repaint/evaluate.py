@@ -12,6 +12,7 @@ method that the model is calibrated for has two rows, as it is and calibrated; -
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -182,8 +183,10 @@ def gp_analysis(trained: Model, fields: Fields, name: str) -> Callable[[Case], A
     Raises:
       InputError: the model has no fitted GP.
     """
-    ocean = fields.ocean
+    ocean, error = fields.ocean, ERROR
     if name == "seed_gp":
+        # It took cells as exact: of its own error variance there is 1e-6 (m/s)^2.
+        error = math.sqrt(gp.JITTER)
         kernel, places, background = gp.seed_gp(), gp.pixels(fields.shape), np.zeros((*fields.shape, 2), np.float32)
     else:
         if trained.kernel is None:
@@ -194,7 +197,7 @@ def gp_analysis(trained: Model, fields: Fields, name: str) -> Callable[[Case], A
     known: dict[bytes, Analysis] = {}
 
     def analyse(case: Case) -> Analysis:
-        observation, cells = observe.from_cells(case.observed, case.truth, ERROR, ocean), case.observed.tobytes()
+        observation, cells = observe.from_cells(case.observed, case.truth, error, ocean), case.observed.tobytes()
         if cells not in known:
             known.clear()
             known[cells] = gp.analysis(kernel, observation, ocean, places, jnp.asarray(background))
@@ -208,8 +211,8 @@ def _gp_estimate(trained: Model, fields: Fields, name: str) -> Callable[[Case], 
     analyse = gp_analysis(trained, fields, name)
 
     def estimate(case: Case) -> np.ndarray:
-        values = observe.from_cells(case.observed, case.truth, ERROR, fields.ocean).values
-        return np.where(fields.ocean[..., None], np.asarray(analyse(case).mean(values)), np.nan)
+        analysis = analyse(case)
+        return np.where(fields.ocean[..., None], np.asarray(analysis.mean(analysis.observation.values)), np.nan)
 
     return estimate
 

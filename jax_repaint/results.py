@@ -27,7 +27,7 @@ from jax_repaint.errors import InputError
 CONFIG, PARTS = "config.json", "parts"
 BASELINES = ("climatology", "seed_gp", "gp", "linear")
 # Raised with every change of the code that makes other rows of the same settings; a workdir of older rows is refused.
-VERSION = 2
+VERSION = 3
 # One row is one point, pattern, frame, seed, stage and size of the ensemble.
 SCHEMA = pa.schema(
     {

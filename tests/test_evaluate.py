@@ -173,6 +173,18 @@ def test_climatology_is_the_mean_of_the_prior(results, gaussian):
         np.testing.assert_allclose(members[0][OCEAN], expected[OCEAN], atol=1e-6)
 
 
+def test_the_gp_of_the_notes_takes_cells_as_exact(cases, results):
+    """Its mean by the whole covariance of pixels, with the error variance of 1e-6 (m/s)^2 that it had itself."""
+    places = np.stack(np.indices(SHAPE), -1).reshape(-1, 2).astype(float)
+    distance = np.linalg.norm(places[:, None] - places, axis=-1)
+    covariance = 0.0103420345**2 * np.exp(-distance / (2 * 14.1**2))
+    for case, members in zip(cases, results["seed_gp"].members, strict=True):
+        seen = case.observed.ravel()
+        inverse = np.linalg.inv(covariance[np.ix_(seen, seen)] + 1e-6 * np.eye(seen.sum()))
+        mean = covariance[:, seen] @ inverse @ case.truth.reshape(-1, 2)[seen]
+        np.testing.assert_allclose(members[0][OCEAN], mean.reshape(*SHAPE, 2)[OCEAN], atol=1e-6)
+
+
 def test_linear_is_best_and_kalman_of_the_exact_denoiser_equals_it(cases, results):
     found = {name: errors(cases, result) for name, result in results.items()}
     best = found["linear"]
