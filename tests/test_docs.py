@@ -4,6 +4,7 @@ Commands stand in fenced or indented blocks and in the first column of tables. T
 in one folder, as a reader types them. Of all others, also in docstrings, the options are parsed.
 """
 
+import ast
 import io
 import json
 import re
@@ -387,3 +388,25 @@ def test_a_block_that_is_neither_run_nor_listed_is_found():
     assert commands(found[1][1]) == ["python -m x --a=1 --b", "pip install y"]
     with pytest.raises(AssertionError, match="'make all' is neither run nor listed"):
         argv(commands(found[0][1])[0])
+
+
+def test_modules_import_from_the_rows_above_theirs():
+    """As CONTRIBUTING.md draws the package; what a function imports when it is called does not count."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("imports only from")[1].split("\n## ")[0]
+    rows = [re.findall(r"`([\w/.]+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")]
+    row_of = {name: number for number, names in enumerate(rows) for name in names}
+
+    def row(path):
+        """Of a file, by its own name or that of its folder."""
+        return row_of.get(path, row_of.get(path.split("/")[0] + "/"))
+
+    package = ROOT / "jax_repaint"
+    files = {str(path.relative_to(package)) for path in package.rglob("*.py")} - {"__init__.py"}
+    assert {path for path in files if row(path) is None} == set()
+    for path in sorted(files):
+        for node in ast.parse((package / path).read_text()).body:
+            if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax_repaint")):
+                continue
+            parts = node.module.split(".")[1:]
+            for name in ["/".join([*parts, alias.name]) + ".py" for alias in node.names] + ["/".join(parts) + ".py"]:
+                assert name not in files or row(name) <= row(path), f"{path} imports {name}"
