@@ -810,7 +810,9 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     (resuming,) = distributed.any_of(bool(distributed.at_first(lambda: holds_run(*identity, usual))))
     network = network_config(config)
     graphdef, params = unet.create(network, config.train.seed)
-    if config.init_from and not resuming:
+    if config.init_from and resuming:
+        logging.info("%s goes on from its own state; init_from is for the start of a run", workdir)
+    elif config.init_from:
         params = distributed.at_first(lambda: _weights_of(config, network)) or params
     data = prepare(fields, config)
     steps = plan(len(data.split.train), config)

@@ -648,8 +648,14 @@ def test_two_trainings_in_one_workdir_exclude_each_other(finished, tmp_path, mon
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_what_is_kept_may_change(finished):
+def test_what_is_kept_may_change(finished, caplog):
     assert run(finished, keep=5, save_minutes=1.0) is not None
+
+
+def test_a_run_that_goes_on_says_that_its_start_is_not_used(finished, caplog):
+    caplog.set_level("INFO")
+    assert train.train(init_from(tiny.config(), "elsewhere"), finished, tiny.fields(), progress=False) is not None
+    assert f"{finished} goes on from its own state; init_from is for the start of a run" in caplog.messages
 
 
 def test_a_run_from_before_a_setting_goes_on_with_its_usual_value(finished, tmp_path):
