@@ -20,6 +20,7 @@ it has the same directions and c = v sigma^2 / (v + sigma^2) for each variance v
 `correction(denoise, x, sigma, sigma_next, evidence)` with `denoise` the denoiser at sigma; vmap outside.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -27,12 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from flax import struct
+from scipy import sparse
 
 from jax_repaint import memory
 from jax_repaint.array_types import Array, Field, Float, Key, Level, Scalar, Values
 from jax_repaint.denoise import PrincipalGaussian, Regimes
 from jax_repaint.errors import InputError
-from jax_repaint.observe import BUCKETS, Observation
+from jax_repaint.observe import BUCKETS, CORNERS, Observation
 
 # Rounded factors (TPU, TF32) would leave more misfit at the observations than their noise.
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -154,22 +156,18 @@ def exact_gains(
     """
     sigma = np.atleast_1d(np.asarray(sigma, np.float64))
     _check_memory(observation, gaussian, len(sigma))
-    variance, rest, direction, ocean, weights, noise = (
+    variance, rest, noise = (
         np.asarray(a, np.float64)
-        for a in (gaussian.variance, gaussian.rest, gaussian.direction, gaussian.ocean, observation.weights,
-                  noise_covariance(observation, correlation))
-    )  # fmt: skip
+        for a in (gaussian.variance, gaussian.rest, noise_covariance(observation, correlation))
+    )
     if not (sigma > 0).all():
         raise InputError(f"noise levels must be positive, got {sigma.min()}")
-    rows, components = observation.size, direction.shape[-1]
+    rows, components = observation.size, noise.shape[-1]
     size = rows * components
-    seen = np.zeros((rows, ocean.size))
-    np.add.at(seen, (np.arange(rows)[:, None], np.asarray(observation.cells)), weights)
-    seen *= ocean.reshape(1, -1)
-    leading = np.einsum("mk,rkc->mcr", seen, direction.reshape(variance.size, ocean.size, components), optimize=True)
+    seen, leading = seen_by(gaussian, observation)
     leading = leading.reshape(size, variance.size)
     same = np.eye(components)
-    overlap = np.einsum("mn,cd->mcnd", seen @ seen.T, same).reshape(size, size)
+    overlap = np.einsum("mn,cd->mcnd", (seen @ seen.T).toarray(), same).reshape(size, size)
     errors = np.einsum("mn,mcd->mcnd", np.eye(rows), noise).reshape(size, size)
 
     inverses, alongs = [], []
@@ -183,6 +181,21 @@ def exact_gains(
     return Gain(np.stack(inverses), np.stack(alongs))
 
 
+def seen_by(
+    gaussian: PrincipalGaussian, observation: Observation
+) -> tuple[sparse.csr_array, Float[np.ndarray, "m c r"]]:
+    """A of one component without corners on land (m, y x), and A e_i of every direction; float64."""
+    cells, direction = np.asarray(observation.cells), np.asarray(gaussian.direction)
+    rank, *grid, components = direction.shape
+    weights = np.asarray(observation.weights, np.float64) * np.asarray(gaussian.ocean).reshape(-1)[cells]
+    starts = cells.shape[1] * np.arange(len(cells) + 1)
+    size = math.prod(grid)
+    seen = sparse.csr_array((weights.reshape(-1), cells.reshape(-1), starts), shape=(len(cells), size))
+    # Four values a row and direction: as a product with A every cell of every direction would be cast and read.
+    corners = direction.reshape(rank, size, components)[:, cells]
+    return seen, np.einsum("mk,rmkc->mcr", weights, corners)
+
+
 def _check_memory(observation: Observation, gaussian: PrincipalGaussian, levels: int) -> None:
     """Before the work: whether the gains fit into half of what memory is free."""
     components, rank = gaussian.direction.shape[-1], gaussian.variance.size
@@ -190,8 +203,8 @@ def _check_memory(observation: Observation, gaussian: PrincipalGaussian, levels:
 
     def needed(rows: int) -> int:
         size = rows * components
-        # Gains of every level in float32, and the float64 matrices of one.
-        return size * (4 * levels * (size + rank) + 8 * (6 * size + 2 * rank) + 8 * gaussian.ocean.size)
+        # Gains of every level in float32, the float64 matrices of one, and the corners of every direction in float32.
+        return size * (4 * levels * (size + rank) + 8 * (6 * size + 2 * rank) + 4 * CORNERS * rank)
 
     if needed(observation.size) > free:
         fit = next((rows for rows in reversed(BUCKETS) if needed(rows) <= free), 0)

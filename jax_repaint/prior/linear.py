@@ -291,24 +291,21 @@ def analysis(gaussian: PrincipalGaussian, observation: Observation, correlation:
     direction, ocean = np.asarray(gaussian.direction), np.asarray(gaussian.ocean)
     grid, components = ocean.shape[:2], direction.shape[-1]
     rows, rest = observation.size, float(gaussian.rest)
-    seen = np.zeros((rows, ocean.size))
-    weights = np.asarray(observation.weights, np.float64)
-    np.add.at(seen, (np.arange(rows)[:, None], np.asarray(observation.cells)), weights)
-    seen *= ocean.reshape(1, -1)
-    used = np.flatnonzero(seen.any(0))
+    seen, leading = guide.seen_by(gaussian, observation)
+    used = np.unique(seen.indices[seen.data != 0])
+    weights = seen[:, used].toarray()
 
     def with_rest(of_rows: np.ndarray, of_directions: np.ndarray) -> np.ndarray:
         """rest A^T of_rows + E of_directions as (cells, c, m c)."""
         leading = np.tensordot(direction.reshape(len(direction), -1), of_directions.astype(np.float32), (0, 0))
         gains = leading.reshape(ocean.size, components, rows, components)
-        gains[used] += (rest * np.tensordot(seen[:, used], of_rows, (0, 0))).astype(np.float32)
+        gains[used] += (rest * np.tensordot(weights, of_rows, (0, 0))).astype(np.float32)
         return gains.reshape(*grid, components, rows, components)
 
     gains = with_rest(inverse, along)
     same = np.eye(rows * components).reshape((rows, components) * 2)
     excess = np.asarray(gaussian.variance) - rest
-    leading = np.einsum("mk,rkc->rmc", seen, direction.reshape(len(direction), -1, components), optimize=True)
-    covariance = with_rest(same, excess[:, None, None] * leading)
+    covariance = with_rest(same, excess[:, None, None] * np.moveaxis(leading, -1, 0))
     variance = prior_variance(gaussian) - np.einsum("yxcmd,yxcmd->yxc", gains, covariance)
     return Analysis(
         observation=observation,
