@@ -520,9 +520,9 @@ def energy_bands(field: np.ndarray, dx: float, dy: float) -> tuple[np.ndarray, n
     energy = (fft.dctn(field, axes=(-3, -2), norm="ortho") ** 2).sum(-1) / (2 * ny * nx)
     k = np.hypot(np.arange(ny)[:, None] / (2 * ny * dy), np.arange(nx) / (2 * nx * dx))
     width = 1 / (2 * min(ny * dy, nx * dx))
-    band = np.rint(k / width).astype(int)
-    indicator = np.eye(band.max() + 1)[band.reshape(-1)][:, 1:]
-    return width * np.arange(1, band.max() + 1), energy.reshape(*energy.shape[:-2], -1) @ indicator
+    band = np.rint(k / width).astype(int).reshape(-1)
+    totals = [np.bincount(band, one.reshape(-1))[1:] for one in energy.reshape(-1, ny, nx)]
+    return width * np.arange(1, band.max() + 1), np.reshape(totals, (*energy.shape[:-2], band.max()))
 
 
 def spectrum(truth: np.ndarray, members: np.ndarray, ocean: np.ndarray, dx: float, dy: float) -> Spectrum:
