@@ -24,6 +24,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -270,12 +271,11 @@ def _modes(
 
 def _red_noise(rng: np.random.Generator, count: int, hours: float, smooth: int) -> np.ndarray:
     """Ornstein-Uhlenbeck series of unit variance, one value an hour, averaged over `smooth` hours; (count,)."""
-    memory = np.exp(-1 / hours)
+    memory = float(np.exp(-1 / hours))
     kick = rng.standard_normal(count + smooth - 1)
     kick[1:] *= np.sqrt(1 - memory**2)
-    series = np.zeros(kick.size)
-    for i, value in enumerate(kick):
-        series[i] = value + (memory * series[i - 1] if i else 0)
+    # lfilter gives the same bits, but to import scipy.signal takes 0.4 s, and this 2 ms for a year of hours.
+    series = list(itertools.accumulate(kick.tolist(), lambda before, value: value + memory * before))
     return np.convolve(series, np.full(smooth, 1 / smooth), "valid")
 
 
