@@ -106,6 +106,43 @@ def test_a_gravity_step_is_the_one_of_two_dimensional_arrays():
     np.testing.assert_allclose(moved[g.ocean], relaxed[g.ocean], atol=1e-5)
 
 
+def test_accelerations_are_those_of_the_equations():
+    """In each face of open water by itself: upwind advection on four points, drag, viscosity, rotation, relaxation."""
+    parameters, h = Twin(eddies=4, friction=0.4, viscosity=40.0, f=0.02), 50.0
+    g, sea = twin.geometry(parameters), twin.sea(parameters)
+    shapes = (Y, X + 1), (Y + 1, X)
+    u, v, outer_u, outer_v, push_u, push_v = noise(1, *shapes, *shapes, *shapes)
+    state = State(*(jnp.asarray(twin.flatten(q)) for q in (u, v, np.zeros((Y, X)))))
+    forcing = Forcing(
+        *(tuple(jnp.asarray(twin.flatten(q)) for q in pair) for pair in ((outer_u, outer_v), (push_u, push_v)))
+    )
+    made = jax.jit(twin._slow, static_argnums=0)(parameters, sea, state, forcing)
+    made = [twin.unflatten(jnp.pad(part, twin.INNER), faces) for part, faces in zip(made, FACES, strict=True)]
+
+    def derivative(q, at, speed, axis):
+        step = np.eye(2, dtype=int)[axis] * (1 if speed > 0 else -1)
+        # Third order: two points upstream, one downstream.
+        far, near, here, ahead = (q[tuple(np.add(at, k * step))] for k in (-2, -1, 0, 1))
+        return (far - 6 * near + 3 * here + 2 * ahead) / (6 * h) * (1 if speed > 0 else -1)
+
+    components = ((u, outer_u, push_u, g.depth_u, g.sponge_u), (v, outer_v, push_v, g.depth_v, g.sponge_v))
+    rng = np.random.default_rng(2)
+    for k, (q, outer, push, depth, sponge) in enumerate(components):
+        for y, x in [(4, 4), (30, 3), *zip(rng.integers(2, Y - 2, 60), rng.integers(2, X - 2, 60), strict=True)]:
+            if k == 0:
+                east, north = u[y, x], v[y : y + 2, x - 1 : x + 1].mean()
+                rotation = 0.02 * north
+            else:
+                east, north = u[y - 1 : y + 1, x : x + 2].mean(), v[y, x]
+                rotation = -0.02 * east
+            advection = east * derivative(q, (y, x), east, 1) + north * derivative(q, (y, x), north, 0)
+            spread = 40 / h**2 * (q[y - 1, x] + q[y + 1, x] + q[y, x - 1] + q[y, x + 1] - 4 * q[y, x])
+            drag = 0.4 * np.hypot(east, north) * q[y, x] / depth[y, x]
+            relaxed = sponge[y, x] * (outer[y, x] - q[y, x])
+            expected = rotation + push[y, x] + relaxed + spread - advection - drag
+            np.testing.assert_allclose(made[k][y, x], expected, atol=2e-6)
+
+
 def test_a_closed_basin_keeps_its_volume():
     # Without a flow from outside the rim is a wall; only the sponge adds or takes water.
     sea = twin.sea(SMALL)
@@ -145,6 +182,84 @@ def test_a_longer_forcing_begins_with_the_shorter_one():
     np.testing.assert_array_equal(short, long[:50])
     other = twin.through_flow(Twin(seed=1), 50)
     assert (np.abs(other - short).mean(0) > 0.001).all()
+
+
+# Hours (Schureman 1958, table 2; Pugh, "Tides, Surges and Mean Sea-Level", 1987, table 4.1).
+PERIODS = {"M2": 12.4206, "S2": 12.0, "N2": 12.6583, "K1": 23.9345, "O1": 25.8193}
+
+
+@pytest.mark.parametrize("name", PERIODS)
+def test_a_tide_has_its_period_and_is_highest_at_its_phase(name):
+    calm = {"mean": (0.0,) * 3, "season": (0.0,) * 3, "slow": (0.0,) * 3, "fast": (0.0,) * 3}
+    parameters = Twin(tides=((name, (0.1, 0.2, -0.3), (0, 30, 90)),), **calm)
+    t = np.arange(-twin.SPIN_UP, 2000 - twin.SPIN_UP)
+    late = np.array([0, 30, 90]) / 360 * PERIODS[name]
+    expected = np.array([0.1, 0.2, -0.3]) * np.cos(2 * np.pi * (t[:, None] - late) / PERIODS[name])
+    np.testing.assert_allclose(twin.through_flow(parameters, 2000), expected, atol=3e-3)
+
+
+def test_the_season_comes_back_after_a_year():
+    calm = {"slow": (0.0,) * 3, "fast": (0.0,) * 3, "tides": ()}
+    a = twin.through_flow(Twin(mean=(0.1, 0.2, 0.3), season=(0.05, 0.0, -0.02), **calm), twin.SPIN_UP + 8767)
+    first, half, year = a[twin.SPIN_UP], a[twin.SPIN_UP + 4383], a[twin.SPIN_UP + 8766]
+    np.testing.assert_allclose(first, (0.15, 0.2, 0.28), rtol=1e-6)
+    np.testing.assert_allclose(half, (0.05, 0.2, 0.32), rtol=1e-6)
+    np.testing.assert_allclose(year, first, rtol=1e-6)
+
+
+def test_weather_has_the_deviation_and_the_memory_that_are_asked_for():
+    quiet = {"mean": (0.0,) * 3, "season": (0.0,) * 3, "tides": ()}
+    for k, name, hours, smooth in ((0, "slow", 60, 4), (2, "fast", 5, 1)):
+        others = dict.fromkeys(("slow", "fast"), (0.0,) * 3)
+        deviation = np.array([0.1, 0.2, 0.3])
+        a = twin.through_flow(Twin(**(quiet | others | {name: tuple(deviation)})), 60_000)
+        memory = np.exp(-1 / hours)
+        # Of the mean over `smooth` hours, whose correlations are sums of those of the hours themselves.
+        lags = np.abs(np.subtract.outer(np.arange(smooth), np.arange(smooth)))
+        variance, later = (np.mean(memory ** np.abs(lags + shift)) for shift in (0, 24))
+        np.testing.assert_allclose(a.std(0), deviation * np.sqrt(variance), rtol=0.05)
+        found = np.mean(a[24:] * a[:-24], 0) / np.mean(a**2, 0)
+        np.testing.assert_allclose(found[k], later / variance, atol=0.04)
+
+
+def test_eddies_have_the_speed_that_is_asked_for_and_no_divergence():
+    parameters = Twin(eddies=24, eddy_speed=0.3)
+    g = twin.geometry(parameters)
+    made = twin.eddies(parameters, 0, 264)
+    assert np.sqrt(np.mean(np.sum(made.strength**2, 1))) == pytest.approx(0.3, rel=0.1)
+    each = np.mean(made.strength[1:] * made.strength[:-1], 0).sum() / np.mean(made.strength**2, 0).sum()
+    assert each == pytest.approx(np.exp(-1 / 2.5), abs=0.05)
+    u, v = (jax.vmap(lambda q, f=faces: twin.unflatten(q, f))(q) for q, faces in zip(made[:2], FACES, strict=True))
+    # A wall that lies beside a cell stops part of what would go through it.
+    inside = ndimage.binary_erosion(g.ocean, border_value=1)
+    assert np.abs(divergence(np.asarray(u, float), np.asarray(v, float))[:, inside]).max() < 1e-5
+    speed = np.mean(np.asarray(u) ** 2, (1, 2)) + np.mean(np.asarray(v) ** 2, (1, 2))
+    assert (speed > 0.6).all()
+    assert (speed <= 1).all()
+
+
+def test_a_sea_without_forces_follows_its_through_flow(monkeypatch):
+    """Where a step does nothing but take accelerations and what is prescribed, an hour adds up to its ends."""
+
+    def add(parameters, sea, now, forcing):
+        u = now.u + parameters.dt * forcing.push[0]
+        return State(u, now.v + parameters.dt / 3600 * forcing.external[1], now.eta)
+
+    monkeypatch.setattr(twin, "step", add)
+    parameters = Twin(eddies=4, stir=0.0, seed=3)
+    g, hours = twin.geometry(parameters), 5
+    a = twin.through_flow(parameters, hours)
+    modes = [twin.flatten(part, "edge") for part in (g.modes_u, g.modes_v)]
+    swirl = twin.eddies(parameters, 0, hours)
+    made = np.asarray(twin._simulate(parameters, twin.sea(parameters), tuple(modes), np.float32(a), swirl))
+    south, north, west, east = twin.PAD
+    inner = np.s_[south : Y - north, west : X - east]
+    change = np.tensordot(a[1:] - a[0], g.modes_u, 1)
+    np.testing.assert_allclose(made[..., 0], ((change[..., 1:] + change[..., :-1]) / 2)[:, *inner], atol=1e-5)
+    outside = np.tensordot(a, g.modes_v, 1)
+    outside = outside + [twin.unflatten(q, FACES[1]) for q in swirl.strength @ swirl.v]
+    mean = np.cumsum((outside[1:] + outside[:-1]) / 2, 0)
+    np.testing.assert_allclose(made[..., 1], ((mean[:, 1:] + mean[:, :-1]) / 2)[:, *inner], atol=1e-5)
 
 
 def test_windows_and_seeds_differ_in_their_eddies():
