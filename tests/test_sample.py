@@ -240,6 +240,14 @@ def test_var_decay_acts_under_normalise_prior(known):
     np.testing.assert_allclose(decayed, run(known, flat, 1e-3).x, atol=1e-5)
 
 
+def test_the_doubt_is_relative_to_missing_cells_alone(known):
+    """Whatever variance observed cells have."""
+    settings = {"t_start": 5, "t_refine": 4, "resample_steps": 2, "normalise": "prior"}
+    stages = method("two_stage", 20, **settings)
+    other = known._replace(prior_variance=jnp.where(known.missing, known.prior_variance, 1.0))
+    np.testing.assert_array_equal(run(other, stages).x, run(known, stages).x)
+
+
 def test_annealing_ends_at_full_noise(known):
     """With floor 0 and no doubt the first steps have no noise at all, the last ones nearly all."""
     (stage,) = method("anneal", 20, t_start=10, noise_floor=0.0, normalise="flat", resample_steps=1)
@@ -267,6 +275,21 @@ def test_blend_adaptive_is_both(known):
     assert abs(float(x[1, 1, 0] - known.prior_mean[1, 1, 0])) > 1
     (adaptive,) = method("adaptive", 20, t_start=5)
     np.testing.assert_allclose(weights(sure, stage.replace(blend=jnp.float32(0))), weights(sure, adaptive), rtol=1e-5)
+
+
+def test_no_two_draws_share_a_key(known):
+    """Three of every pass and one to start from, in every stage."""
+    keys = []
+
+    def draw(key, shape, dtype):
+        jax.debug.callback(lambda data: keys.append(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
+        return jax.random.normal(key, shape, dtype)
+
+    stages = method("two_stage", 20, t_start=4, t_refine=3, resample_steps=2)
+    repaint_stages(jax.random.key(0), revealing, known, SCHEDULE, stages, draw=draw)
+    jax.effects_barrier()
+    assert len(keys) == sum(3 * stage.calls + 1 for stage in stages)
+    assert len(set(keys)) == len(keys)
 
 
 def test_stages_of_two_programs_are_their_own_runs(known):
