@@ -325,6 +325,28 @@ def test_second_order_steps_are_of_second_order(gaussian, dense):
     assert errors[True, 16] < errors[False, 16] / 4
 
 
+def test_second_order_steps_are_those_of_the_source_at_uneven_levels(gaussian):
+    """Lu et al. 2022, algorithm 2, in lambda = -log sigma: D = (1 + 1 / 2r) x0 - x0_before / 2r, r = h_before / h."""
+    sigma = np.array([20, 18, 6, 5.5, 2, 1.8, 0.6, 0.5, 0.1])
+    draws = guide.prior_draw(gaussian, jax.random.key(3)), jax.random.normal(jax.random.key(4), (*SHAPE, 2))
+    x = np.asarray(gaussian.ocean * (draws[0] + 20 * draws[1]))
+    denoise = jax.jit(lambda x, sigma: gaussian(x, sigma))
+    expected, before, steps = x.astype(float), None, -np.diff(np.log(sigma))
+    for number, level in enumerate(sigma[:-1]):
+        x0 = np.asarray(denoise(jnp.asarray(expected, jnp.float32), jnp.float32(level)), float)
+        share = 0 if before is None else steps[number] / (2 * steps[number - 1])
+        ahead = x0 if before is None else (1 + share) * x0 - share * before
+        expected = np.exp(-steps[number]) * expected + (1 - np.exp(-steps[number])) * ahead
+        before = x0
+    hyper = Posterior.create(20.0, 0.1, sigma.size, correction="none", eta=0.0, second_order=True)
+    hyper = hyper.replace(sigma=jnp.asarray(sigma, jnp.float32))
+    evidence = evidence_for(hyper, gaussian.ocean)
+    found = jax.jit(lambda x: posterior(jax.random.key(0), gaussian, evidence, hyper, x, 0.0))(x)
+    last = denoise(jnp.asarray(expected, jnp.float32), jnp.float32(sigma[-1]))
+    assert np.abs(np.asarray(last) - before).max() > 0.1
+    np.testing.assert_allclose(found, last, atol=1e-4)
+
+
 def test_land_keeps_the_start_and_pairs_mirror_every_draw(gaussian, observation, ocean):
     hyper = Posterior.create(3.4, count=4)
     evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
@@ -359,6 +381,15 @@ def test_gains_of_a_pattern_are_made_once(gaussian, observation, monkeypatch):
     evidence_for(hyper, gaussian.ocean, observation.replace(sigma=2 * observation.sigma), gaussian)
     evidence_for(hyper.replace(sigma=2 * hyper.sigma), gaussian.ocean, observation, gaussian)
     assert len(made) == 3
+
+
+def test_kept_gains_are_of_the_same_correlation(gaussian, observation):
+    hyper = Posterior.create(2.7, count=2)
+    for correlation in (0.0, 0.6, -0.3, 0.0):
+        found = evidence_for(hyper, gaussian.ocean, observation, gaussian, correlation)
+        exact = guide.kalman_gains(gaussian, observation, np.asarray(hyper.sigma), correlation)
+        np.testing.assert_array_equal(found.gain.inverse, exact.inverse)
+        np.testing.assert_array_equal(found.noise, guide.noise_covariance(observation, correlation))
 
 
 def test_mistakes_are_named(gaussian, observation):
