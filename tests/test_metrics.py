@@ -721,6 +721,14 @@ def test_bootstrap_interval_covers_the_ratio_of_correlated_frames():
     assert hits[1] / 250 < 0.75
 
 
+def test_interval_of_few_frames_is_as_wide_as_that_of_student():
+    """Against a baseline that is always 1 the ratio is a mean, of ten numbers that a normal distribution might give."""
+    method = 1 + 0.1 * stats.norm.ppf((np.arange(10) + 0.5) / 10)
+    found = metrics.ratio_of_means(method, np.ones(10), 1, 0, resamples=200_000)
+    half = stats.t.ppf(0.975, 9) * method.std(ddof=1) / math.sqrt(10)
+    np.testing.assert_allclose((found.lo - 1, found.hi - 1), (-half, half), rtol=0.025)
+
+
 def test_every_frame_can_be_drawn():
     baseline = np.ones(12)
     for last in (0, 11):
