@@ -72,6 +72,14 @@ def test_points_within_half_a_cell_of_the_grid_see_its_edge():
         points(lat + np.array([0, 0.02 * step]), LON[[2, 7]])
 
 
+def test_points_exactly_half_a_cell_outside_still_count():
+    ocean = np.ones((5, 4), bool)
+    lat, lon = np.array([-0.5, 4.5, 2.0, 2.0]), np.array([1.0, 1.0, -0.5, 3.5])
+    seen = observe.from_points(lat, lon, np.zeros((4, 2)), 0.1, np.arange(5.0), np.arange(4.0), ocean)
+    cells = np.take_along_axis(np.asarray(seen.cells), np.asarray(seen.weights).argmax(-1)[:, None], -1)[:4, 0]
+    np.testing.assert_array_equal(cells, [1, 17, 8, 11])
+
+
 def test_points_on_an_irregular_axis():
     lat = np.array([0.0, 1.0, 3.0, 3.5])
     observation = observe.from_points([2.0], [0.25], [[0, 0]], 0.1, lat, np.arange(3.0), np.ones((4, 3), bool))
@@ -253,6 +261,16 @@ def test_walk_stays_in_the_largest_piece_and_can_fill_it():
 def test_walk_keeps_its_heading():
     track = observe.walk(np.ones((200, 200), bool), 40, np.random.default_rng(4), turn=0.0)
     assert 1 in (track.any(0).sum(), track.any(1).sum())
+
+
+@pytest.mark.parametrize(("draw", "straight"), [(0.21, True), (0.19, False)])
+def test_walk_turns_at_every_fifth_step_unless_told_otherwise(draw, straight):
+    class Fixed(np.random.Generator):
+        def random(self):
+            return draw
+
+    track = observe.parse("walk:30", np.ones((200, 200), bool), Fixed(np.random.PCG64(4)))
+    assert (1 in (track.any(0).sum(), track.any(1).sum())) == straight
 
 
 @pytest.mark.parametrize(("fraction", "count"), [("0.02", 0.02), ("1", 1.0), ("1e-9", 0.0)])

@@ -215,6 +215,19 @@ def test_dps_is_the_variance_preserving_step(gaussian, observation):
     np.testing.assert_allclose(stepped, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
+def test_a_step_keeps_the_noise_level_and_refreshes_a_share_eta_of_it(eta):
+    """For x = x0 + sigma n: what is left of the noise and what is drawn anew have the variance of the next level."""
+    sigma, following = 2.0, 1.2
+    old, new = (
+        transition.ddim(*(jnp.float32(a) for a in (sigma * n, 0, m, sigma, following, eta)))
+        for n, m in ((1, 0), (0, 1))
+    )
+    ancestral = following * np.sqrt(1 - (following / sigma) ** 2)
+    np.testing.assert_allclose(new, eta * ancestral, rtol=1e-6)
+    np.testing.assert_allclose(old**2 + new**2, following**2, rtol=1e-6)
+
+
 def test_conjugate_gradients_halt_where_the_operator_is_not_positive():
     matrix = jnp.asarray(np.diag([2.0, 1.0, 0.5]), jnp.float32)
     right = jnp.asarray([1.0, 2.0, 3.0])
