@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import tiny
 import xarray as xr
-from scipy import optimize, signal, special
+from scipy import optimize, signal, special, stats
 
 from jax_repaint import calibrate, calibration, evaluate, guide, metrics, model, report
 from jax_repaint.calibration import Calibration, Gate
@@ -171,6 +171,16 @@ def test_the_guard_is_for_each_bin():
     np.testing.assert_allclose(weight, [0, 0, 0.9, 1, 0, 0])
 
 
+def test_the_guard_of_few_blocks_is_that_of_student():
+    """Of six blocks a bin whose mean is 1.9 standard errors above zero is not told from none, one at 2.8 is."""
+    scores = stats.norm.ppf((np.arange(6) + 0.5) / 6)
+    products = 0.1 * scores[:, None] + 0.1 * scores.std() / math.sqrt(6) * np.array([1.9, 2.8])
+    lower = products.mean(0) + stats.t.ppf(0.05, 5) * products.std(0, ddof=1) / math.sqrt(6)
+    np.testing.assert_array_equal(lower > 0, [False, True])
+    weight = calibration._weights(products, np.ones((6, 2)), False, calibration._resamples(6, 0))
+    np.testing.assert_allclose(weight, [0, products[:, 1].mean()], rtol=1e-6)
+
+
 # --- spread and interval ------------------------------------------------------------------------------------
 
 
@@ -260,6 +270,20 @@ def test_the_interval_holds_ninety_per_cent_of_fresh_fields(blocks, noise, uneve
     inside = np.mean(inside, -1)
     error = np.std(inside) / math.sqrt(len(inside))
     assert 0.9 - 3 * error < inside.mean() < 0.9 + 2 / (blocks + 1) + 3 * error
+
+
+def test_the_scale_is_that_of_blocks_corrected_without_themselves():
+    """By learning once more without each block; all maps of variance are alike, and so are the bins."""
+    fields = draw(21, noise=0.3, uneven=0.8)
+    scores, blocks = [], []
+    for block in range(21):
+        others = SimpleNamespace(**{name: part[:block] + part[block + 1 :] for name, part in vars(fields).items()})
+        members = fit(others).apply(fields.prior_mean[block], VARIANCE, fields.members[block].astype(float))
+        error, std = np.abs(fields.truth[block] - members.mean(0)), members.std(0, ddof=1)
+        scores.append((error / std)[SCORED].ravel())
+        blocks.append(np.full(scores[-1].size, block))
+    expected = calibration.conformal(np.concatenate(scores), np.concatenate(blocks))
+    np.testing.assert_allclose(fit(fields).scale, expected, rtol=1e-5)
 
 
 def test_bins_have_scales_of_their_own_where_blocks_allow():
@@ -385,6 +409,18 @@ def test_blocks_are_four_integral_times_of_an_autoregression(memory):
     assert length == pytest.approx(4 * (1 + memory) / (1 - memory), rel=0.15, abs=1)
     means = series[: 20_000 // length * length].reshape(-1, length).mean(1)
     assert np.corrcoef(means[1:], means[:-1])[0, 1] < 0.12
+
+
+@pytest.mark.parametrize(("frames", "seed"), [(8, 5), (24, 0), (60, 0)])
+def test_a_short_record_has_the_autocorrelations_of_its_zero_padded_series(frames, seed):
+    """What correlation by a transform gives, up to a quarter of the record or the first that is not positive."""
+    series = signal.lfilter([1.0], [1.0, -0.8], np.random.default_rng(seed).normal(size=frames))
+    anomaly = series - series.mean()
+    found = signal.correlate(anomaly, anomaly)[frames - 1 :] / np.sum(anomaly**2)
+    counted = found[1 : frames // 4 + 1]
+    counted = counted[: np.argmax(np.append(counted, 0) <= 0)]
+    assert counted.size
+    assert calibration.independent_length(series) == math.ceil(4 * (1 + 2 * counted.sum()))
 
 
 @pytest.mark.parametrize("memory", [0.6, 0.9])
