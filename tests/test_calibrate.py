@@ -668,6 +668,32 @@ def test_blocks_last_as_long_as_errors_do(trained, data):
     assert calibrate.block_length(trained, lasting(6), "line:4") >= 20
 
 
+def test_blocks_are_of_the_logarithm_of_errors(trained, data):
+    """So that days of large errors do not decide alone: the currents grow and fade by a factor of ten here."""
+    growth = np.exp(2.3 * np.sin(np.arange(len(data)) / 9))[:, None, None, None]
+    uneven = dataclasses.replace(data, velocity=(data.velocity * growth).astype(np.float32))
+    numbers = np.arange(len(data))
+    cases = evaluate.make_cases(trained, uneven, numbers, ["line:4"])
+    made = evaluate.run_method("linear", trained, uneven, cases, 1).members
+    errors = np.array(
+        [metrics.mse(x[0], case.truth, data.ocean & ~case.observed) for x, case in zip(made, cases, strict=True)]
+    )
+    expected = calibration.independent_length(np.log(errors))
+    assert expected != calibration.independent_length(errors)
+    assert calibrate.block_length(trained, uneven, "line:4") == expected
+
+
+def test_every_frame_has_observations_of_its_own_held_out():
+    places = np.arange(100, 300, 2)
+    held = [evaluate.hold_out_of(places, seed, frame) for seed in (0, 1) for frame in (4, 5)]
+    assert len({tuple(sorted(some)) for some in held}) == 4
+    for some in held:
+        assert len(set(some)) == 10
+        assert set(some) <= set(places)
+    assert len(evaluate.hold_out_of(places[:3], 0, 4)) == 1
+    np.testing.assert_array_equal(evaluate.hold_out_of(places, 1, 5), held[-1])
+
+
 def test_observations_are_held_out_of_the_second_run(trained, data):
     case, *_ = evaluate.make_cases(trained, data.select([5]), [5], ["cells:0.3"])
     less, held = evaluate.hold_out(trained, case)
