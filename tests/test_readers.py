@@ -416,6 +416,7 @@ class TestChoices:
             ((-0.5, -10.0, -30.0), {}, None, 1),
             ((0.5, 10.0, 30.0), {}, 0, 1),
             ((0.5, 10.0, 30.0), {}, 12, 2),
+            ((0.5, 10.0, 30.0), {}, 39.5, 3),
             ((-30.0, -10.0, -0.5), {"positive": "up"}, 35, 1),
             ((1.0, 10.0, 20.0), {"standard_name": "height"}, None, 3),
         ],
@@ -443,6 +444,8 @@ class TestChoices:
         [
             ({"depth": 100}, "file.nc: a depth of 100 m is outside uo, which has 0.5 to 30 m"),
             ({"depth": -1}, "a depth of -1 m is outside uo"),
+            # Half a layer below the last level, which is 20 m thick, is still its own.
+            ({"depth": 40.5}, "a depth of 40.5 m is outside uo"),
             ({"level": 1, "depth": 5}, "file.nc: give a depth or a level, not both"),
             ({"level": 3}, "level 3 of depth does not exist; uo has the levels 0 to 2"),
             ({"time": "2001-01-01"}, "the times in time have dates of their own; leave time=2001-01-01 out"),

@@ -94,6 +94,11 @@ class TestCentres:
         np.testing.assert_array_equal(np.isnan(staggered.to_centres(u, v, wet, wet)[0][0]).sum(), 2)
         assert not np.isnan(staggered.to_centres(u, v, dry, wet)[0]).any()
 
+    def test_cells_lie_half_way_between_faces_across_the_date_line(self):
+        faces = np.tile([179.4, 179.8, -179.8, -179.4], (3, 1))
+        middle = staggered.face_positions_to_cells(faces, (2, 4))
+        np.testing.assert_allclose(middle % 360, [[179.6, 180.0, 180.4]])
+
     def test_offsets_tell_the_conventions_apart(self):
         lat, lon = (a[2:-2:2, 2:-2:2] for a in polar(*mesh((20, 24), step=10.0)))
         whole = polar(*mesh((20, 24), step=10.0))
@@ -220,6 +225,15 @@ class TestSyntheticRoms:
         np.testing.assert_allclose(got.velocity[0][far], [[EAST, NORTH]] * far.sum(), atol=3e-4)
         assert not [m for m in caplog.messages if "angle differs" in m]
 
+    def test_a_dry_cell_between_open_faces_is_land(self, tmp_path):
+        """As banks are that fall dry: the masks of u and v know the coast only."""
+        dataset = roms()
+        expected = readers.read(saved(tmp_path, dataset)).ocean.copy()
+        dataset["mask_rho"][4, 6] = 0.0
+        got = readers.read(saved(tmp_path, dataset, "dry.nc")).ocean
+        expected[3, 5] = False
+        np.testing.assert_array_equal(got, expected)
+
     def test_masks_of_another_subset_are_refused(self, tmp_path):
         dataset = roms()
         dataset["mask_u"] = (dataset["mask_u"].dims, np.roll(dataset["mask_u"].values, 3, axis=1))
@@ -279,12 +293,23 @@ class TestDepth:
 
     def test_what_is_shallower_is_land(self, tmp_path):
         path, height = self.file(tmp_path, "g2")
-        got = readers.read(path, depth=100)
-        whole = readers.read(path).ocean
-        shallow = height[1:-1, 1:-1] < 100 - 10
-        assert not (got.ocean & shallow).any()
-        assert (got.ocean == whole)[height[1:-1, 1:-1] > 100 + 10].all()
+        got, whole = readers.read(path, depth=120), readers.read(path).ocean
+        height = height[1:-1, 1:-1]
+        shallow, deep = whole & (height < 120 - 10), whole & (height > 120 + 10)
+        assert shallow.any()
+        assert not got.ocean[shallow].any()
+        assert deep.any()
+        assert got.ocean[deep].all()
         assert not got.gaps
+
+    def test_above_the_uppermost_level_its_current_holds(self, tmp_path):
+        """It is half a layer, less than a metre, below the surface."""
+        path, _ = self.file(tmp_path, "g2")
+        surface, got = readers.read(saved(tmp_path, roms())), readers.read(path, depth=0.05)
+        np.testing.assert_array_equal(got.ocean, surface.ocean)
+        ratio = (got.velocity / surface.velocity)[:, surface.ocean & (surface.velocity != 0).all((0, -1))]
+        assert (ratio > 0.99).all()
+        assert (ratio < 0.9995).all()
 
     def test_above_levels_of_the_lower_half_nothing_is_known(self, tmp_path):
         path, _ = self.file(tmp_path, "g2")
@@ -343,6 +368,18 @@ class TestFaces:
         np.testing.assert_allclose(got.u, EAST, atol=3e-4)
         np.testing.assert_allclose(got.v, NORTH, atol=3e-4)
         np.testing.assert_allclose(readers.read(u, v_path=v, depth=18).u, EAST / 2, atol=3e-4)
+
+    def test_points_a_tenth_of_a_cell_apart_are_neither_common_nor_faces(self, tmp_path):
+        u, v = self.nemo(tmp_path, way=0.2)
+        with pytest.raises(InputError, match=r"0\.10 and -0\.10 cells apart along x and y, where a C-grid has halves"):
+            readers.read(u, v_path=v)
+
+    def test_points_apart_by_rounding_are_common(self, tmp_path):
+        u, v = self.nemo(tmp_path, way=0.002)
+        got = readers.read(u, v_path=v)
+        assert got.shape == (6, 8)
+        np.testing.assert_allclose(got.u, EAST, atol=3e-4)
+        np.testing.assert_allclose(got.v, NORTH, atol=3e-4)
 
     @pytest.mark.parametrize(("asked", "factor"), [({}, 1), ({"depth": 15}, 2), ({"level": 2}, 3)])
     def test_mitgcm_counts_its_heights_below_zero_as_positive_down(self, tmp_path, asked, factor):
