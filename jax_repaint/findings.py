@@ -29,8 +29,9 @@ from jax_repaint.files import whole_file
 from jax_repaint.resumption import Resumption
 
 HOLDS, NOT, OPEN, OTHER = "holds", "does not hold", "not decided", "holds for another reason"
-BELOW, ABOVE = (0.0, 1.0), (1.0, math.inf)
-SAME, NO_WORSE, MOST = (0.99, 1.01), (0.0, 1.01), (0.5, 1.0)
+# Ends belong to their range; next to one and to a half, so that what is equal is neither below nor above.
+BELOW, ABOVE = (0.0, math.nextafter(1, 0)), (math.nextafter(1, 2), math.inf)
+SAME, NO_WORSE, MOST = (0.99, 1.01), (0.0, 1.01), (math.nextafter(0.5, 1), 1.0)
 RANGES = {
     BELOW: "below 1", ABOVE: "above 1", SAME: "0.99 to 1.01", NO_WORSE: "not above 1.01", MOST: "more than half",
 }  # fmt: skip
@@ -68,7 +69,7 @@ class Check:
             return OPEN
         if low <= self.lo and self.hi <= high:
             return HOLDS
-        return NOT if self.hi <= low or self.lo >= high else OPEN
+        return NOT if self.hi < low or self.lo > high else OPEN
 
 
 def verdict(checks: Sequence[Check]) -> str:

@@ -41,6 +41,10 @@ FRAMES = 24
         ((0.995, 1.005), SAME, HOLDS), ((1.02, 1.1), SAME, NOT), ((0.9, 0.98), SAME, NOT), ((0.98, 1.005), SAME, OPEN),
         ((0.8, 1.005), NO_WORSE, HOLDS), ((1.02, 1.1), NO_WORSE, NOT), ((0.9, 1.1), NO_WORSE, OPEN),
         ((0.6, 0.9), MOST, HOLDS), ((0.1, 0.4), MOST, NOT), ((np.nan, np.nan), BELOW, OPEN),
+        # Of equal ones none is better, worse or in the majority.
+        ((1.0, 1.0), BELOW, NOT), ((1.0, 1.0), ABOVE, NOT), ((1.0, 1.0), SAME, HOLDS), ((1.0, 1.0), NO_WORSE, HOLDS),
+        ((1.0, 1.0), MOST, HOLDS), ((0.5, 0.5), MOST, NOT), ((0.9, 1.0), BELOW, OPEN), ((1.0, 1.1), BELOW, NOT),
+        ((1.0, 1.1), ABOVE, OPEN), ((0.9, 1.0), ABOVE, NOT), ((0.99, 1.01), SAME, HOLDS), ((0.9, 0.99), SAME, OPEN),
     ],
 )  # fmt: skip
 def test_a_claim_is_judged_by_its_whole_interval(ends, expected, judged):
