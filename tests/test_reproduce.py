@@ -247,6 +247,53 @@ def test_a_curve_that_turns_back_is_not_monotone():
         assert judge(title, shape) == NOT
 
 
+def test_the_numbers_of_the_notes_hold():
+    """Rows whose errors are exactly the notes' ratios to the GP, without noise."""
+    guided = dict(
+        zip((1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.5, 1.0), (0.895, 0.895, 0.896, 0.917, 0.959, 0.992, 0.995), strict=True)
+    )
+    rows = make_rows("guidance_scale", lambda label, stage: guided.get(float(label.split("=")[1]), 2.0), noise=0)
+    rows.loc[rows["label"].str.endswith(("=5", "=50", "=500")), "failed_members"] = 1
+    gammas = dict(zip((0.3, 0.5, 1.0, 2.0, 3.0, 5.0), (0.821, 0.800, 0.767, 0.741, 0.730, 0.730), strict=True))
+    steps = make_rows("gamma", lambda label, stage: gammas[float(label.split("=")[1])], noise=0)
+    none = make_evidence(names=())
+    for judge_, name, mine in ((findings.guidance_curve, "guidance_scale", rows), (findings.gamma, "gamma", steps)):
+        checks = judge_(dataclasses.replace(none, sweeps={name: mine})).checks
+        assert [check.verdict for check in checks] == [HOLDS] * len(checks)
+
+
+def test_seeds_of_a_frame_stay_in_one_block():
+    rows = make_rows("head_to_head", by_method(gp_init=0.8), noise=0.3)
+    again = make_rows("head_to_head", by_method(gp_init=0.8), noise=0.2).assign(seed=1)
+    both = pd.concat([rows, again])
+    over, under = (
+        findings.chosen(both, next(x for x in both["label"].unique() if x.startswith(m))) for m in ("gp_init", "plain")
+    )
+    errors = [one.sort_values(["frame", "seed"])["mse_member"].to_numpy() for one in (over, under)]
+    found = findings.paired(over, under)
+    assert found == metrics.ratio_of_means(*errors, block=4, seed=0)
+    assert found.lo != metrics.ratio_of_means(*errors, block=2, seed=0).lo
+
+
+def test_frames_on_which_either_failed_do_not_count():
+    rows = make_rows("head_to_head", by_method(gp_init=0.8))
+    over, under = (
+        findings.chosen(rows, next(x for x in rows["label"].unique() if x.startswith(m))) for m in ("gp_init", "plain")
+    )
+    for one, frame in ((over, 3), (under, 5)):
+        one.loc[one["frame"] == frame, ["failed_members", "mse_member"]] = 1, 1e6
+    found = findings.paired(over, under)
+    assert found.frames == FRAMES - 2
+    assert found.ratio == pytest.approx(0.8 / 0.9, rel=0.02)
+
+
+def test_the_ratio_of_two_ratios_spans_all_that_their_intervals_allow():
+    over, under = (metrics.Ratio(r, r - d, r + d, *[1.0] * 5, 20) for r, d in ((0.9, 0.3), (0.7, 0.1)))
+    found = findings.apart("", over, under, BELOW)
+    ratios = np.divide.outer(np.linspace(over.lo, over.hi, 9), np.linspace(under.lo, under.hi, 9))
+    np.testing.assert_allclose((found.value, found.lo, found.hi), (0.9 / 0.7, ratios.min(), ratios.max()))
+
+
 def test_no_claims_hold_nothing():
     assert findings.verdict([]) == OPEN
 
