@@ -105,6 +105,43 @@ def test_without_observations_it_is_the_network_it_grew_from(grown, prior, truth
         np.testing.assert_allclose(after, before, atol=1e-5)
 
 
+def at_level(prior, observation, sigma):
+    """The evidence of an observation at one level."""
+    noise = guide.noise_covariance(observation)
+    gain = jax.jit(guide.kalman_gain)(prior, observation, noise, jnp.float32(sigma))
+    return guide.Evidence(prior.ocean, observation, noise, prior, gain)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 20.0])
+def test_the_network_is_scaled_by_the_error_of_the_estimate(silent, prior, truth, observation, monkeypatch, sigma):
+    """A network that says one everywhere adds the root of the mean posterior variance, given x, and given x and y."""
+    monkeypatch.setattr(unet, "apply", lambda graphdef, params, x, *_: jnp.ones((*x.shape[:-1], 2)))
+    wet = np.flatnonzero(np.repeat(np.asarray(prior.ocean)[..., 0].reshape(-1) > 0, 2))
+    e = np.asarray(prior.direction, float).reshape(8, -1)[:, wet]
+    variance, rest = np.asarray(prior.variance, float), float(prior.rest)
+    precision = (e.T * (1 / variance - 1 / rest)) @ e + (1 / rest + 1 / sigma**2) * np.eye(wet.size)
+    cells = np.asarray(observation.cells)[np.asarray(observation.valid), 0]
+    seen = np.isin(wet // 2, cells) / 0.1**2
+    evidence = at_level(prior, observation, sigma)
+    estimate = guide.kalman(lambda x: prior(x, jnp.float32(sigma)), truth, sigma, sigma, evidence)
+    for found, without, known in (
+        (silent(truth, jnp.float32(sigma)), prior(truth, jnp.float32(sigma)), 0 * seen),
+        (silent.given(truth, jnp.float32(sigma), evidence), estimate, seen),
+    ):
+        added = np.asarray(found - without).reshape(-1)
+        error = np.mean(np.diag(np.linalg.inv(precision + np.diag(known))))
+        np.testing.assert_allclose(added[wet], np.sqrt(error), rtol=5e-3)
+        assert not np.delete(added, wet).any()
+
+
+def test_what_lies_on_land_is_not_seen(grown, prior, truth, observation):
+    land = jnp.where(prior.ocean > 0, 0.0, 7.0)
+    evidence = at_level(prior, observation, 1.0)
+    for denoiser in grown:
+        np.testing.assert_array_equal(*(CALL(denoiser, x, jnp.float32(1)) for x in (truth, truth + land)))
+    np.testing.assert_array_equal(*(GIVEN(grown[1], x, jnp.float32(1), evidence) for x in (truth, truth + land)))
+
+
 def test_the_network_sees_what_is_observed(grown, prior, truth, observation):
     conditional = grown[1]
     evidence = evidence_for(Posterior.create(1.0, count=2, correction="given"), prior.ocean, observation, prior)
@@ -115,6 +152,12 @@ def test_the_network_sees_what_is_observed(grown, prior, truth, observation):
     shifted = observation.replace(values=observation.values + jnp.where(observation.valid, 0.5, 0.0)[:, None])
     second = np.asarray(GIVEN(conditional, truth, jnp.float32(1.0), evidence.replace(observation=shifted)))
     assert np.abs(second - first).max() > 0.05
+
+
+def test_a_cell_that_is_seen_twice_is_no_more_than_seen(prior, observation):
+    twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), observation)
+    shares = [share_observed(guide.Evidence(prior.ocean, one)) for one in (observation, twice)]
+    np.testing.assert_array_equal(*shares)
 
 
 def test_the_loss_without_a_network_is_one_on_its_own_gaussian(prior):
@@ -170,6 +213,7 @@ def test_a_row_of_the_table_is_an_observation_of_cells(truth, prior):
     spread = jnp.broadcast_to(found.valid.astype(jnp.float32)[:, None], (16, 2))
     np.testing.assert_array_equal(found.adjoint(spread, wet.shape), expected.adjoint(spread, wet.shape))
     np.testing.assert_array_equal(found.valid, expected.valid)
+    np.testing.assert_array_equal(found.sigma, expected.sigma)
 
 
 def test_a_denoiser_without_observations_is_refused(prior, observation):
