@@ -280,6 +280,18 @@ def test_linear_samples_have_the_posterior_covariance(gaussian, observation, lin
     np.testing.assert_allclose((anomaly @ directions[:, -20:]).var(0), values[-20:], rtol=0.15)
 
 
+def test_errors_of_a_linear_sample_are_correlated_as_told():
+    """With a gain that takes over what is observed, members are off by the errors alone."""
+    ocean, sigma = np.ones((4, 4), bool), np.array([0.3, 1.1])
+    seen = observe.from_cells(ocean, np.zeros((4, 4, 2)), sigma, ocean)
+    gain = jnp.einsum("km,cd->kcmd", jnp.eye(16), jnp.eye(2)).reshape(4, 4, 2, 16, 2)
+    analysis = Analysis(seen, jnp.zeros((4, 4, 2)), gain, jnp.zeros((4, 4, 2)))
+    evidence = guide.Evidence(jnp.ones((4, 4, 1)), seen, guide.noise_covariance(seen, 0.8))
+    draws = jax.vmap(lambda key: linear_sample(key, analysis, jnp.zeros((4, 4, 2)), evidence))
+    samples = np.asarray(jax.jit(draws)(jax.random.split(jax.random.key(0), 3000)), float)
+    np.testing.assert_allclose(np.cov(samples.reshape(-1, 2).T), [[0.09, 0.264], [0.264, 1.21]], rtol=0.03)
+
+
 def test_prior_draws_and_unguided_samples_have_the_prior_covariance(gaussian, dense):
     variance, rest = np.asarray(gaussian.variance), float(gaussian.rest)
     draws = jax.jit(jax.vmap(lambda key: guide.prior_draw(gaussian, key)))(jax.random.split(jax.random.key(1), 1500))
