@@ -158,8 +158,12 @@ def test_cells_that_are_hardly_seen_keep_to_the_mean(frames, present):
         linear.fit_with_gaps(frames[:24], present & (np.arange(24) != 3)[:, None, None], OCEAN, 4)
 
 
-def test_draws_have_the_conditional_mean_and_covariance(likeliest, frames, present):
+@pytest.mark.parametrize("kept", [None, 3])
+def test_draws_have_the_conditional_mean_and_covariance(likeliest, frames, present, kept):
+    """Of a frame with gaps, and of one with next to nothing, whose directions the gaps mix."""
     count = 3000
+    if kept:
+        present = present & (np.cumsum(present[0]).reshape(SHAPE) <= kept)
     same, known = (np.broadcast_to(a[:1], (count, *a.shape[1:])) for a in (frames, present))
     filled = on_sea(linear.fill(likeliest, same, known))
     mean, covariance = conditional(
