@@ -219,6 +219,39 @@ def test_mistakes_of_methods(trained, fields, cases):
         evaluate.run_method("kalman", trained, fields, cases, 3)
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "levels"), [((0.01, 130.0), (0.01, 3.4)), ((0.05, 2.0), (0.05, 2.0)), ((1e-4, 20.0), (0.01, 3.4))]
+)
+def test_samplers_keep_to_the_levels_of_training(trained, trained_on, levels):
+    hyper = evaluate.levels_of(dataclasses.replace(trained, sigma=trained_on), "kalman", 5)
+    np.testing.assert_allclose(np.asarray(hyper.sigma)[[-1, 0]], levels, rtol=1e-5)
+    assert hyper.calls == 5
+
+
+@pytest.mark.parametrize(
+    ("members", "antithetic", "known"), [(1, False, False), (2, False, True), (2, True, False), (4, True, True)]
+)
+def test_a_spread_takes_two_independent_members(members, antithetic, known):
+    made = np.random.default_rng(0).normal(size=(members, 3, 4, 2))
+    if antithetic:
+        made[1::2] = 1 - made[::2]
+    spread = evaluate.Result([made], 0.0, 0, antithetic).spread(0)
+    assert spread.shape == (3, 4, 2)
+    assert np.isfinite(spread).all() == known
+    if known:
+        # Of pairs, one number each about the mean that is known: sum over pairs of what lies between strangers.
+        pairs = [(i, j) for i in range(members) for j in range(i) if not antithetic or i // 2 != j // 2]
+        np.testing.assert_allclose(spread**2, np.mean([(made[i] - made[j]) ** 2 / 2 for i, j in pairs], axis=0))
+
+
+def test_samples_are_no_baseline(cases, results):
+    """However good their mean is."""
+    best = dataclasses.replace(results["linear"], antithetic=False)
+    table = evaluate.compare(cases, {"climatology": results["climatology"], "linear_samples": best}, OCEAN, 1)
+    assert {row["baseline"] for row in table} == {"climatology"}
+    assert all(row["ratio"] < 0.9 for row in table if row["method"] == "linear_samples")
+
+
 def test_frames_with_failed_members_are_scored_by_as_many_as_all_have(cases, results, caplog):
     """The table of ensembles of 7, 5 and 6 members is that of the first five of each."""
     whole = results["linear_samples"]

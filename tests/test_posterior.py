@@ -152,6 +152,25 @@ def test_correlated_errors_weigh_as_in_dense_algebra(gaussian, observation, dens
         np.testing.assert_allclose(mine, exact, atol=1e-4 * np.abs(exact).max())
 
 
+def test_corners_on_land_have_no_part_in_gains(gaussian, ocean):
+    """A point that sees a cell of the ocean and one of land is told from less of the current, not from another."""
+    wet, dry = np.flatnonzero(ocean)[[40, 200]], np.flatnonzero(~ocean)[[3, 20]]
+    cells, ones = np.stack([wet, dry], 1), np.ones((2, 1))
+    seen, less = (
+        observe.from_weights(cells, np.concatenate([0.6 * ones, share * ones], 1), np.zeros((2, 2)), NOISE, 2)
+        for share in (0.4, 0.0)
+    )
+    noise = guide.noise_covariance(seen)
+    for make in (
+        lambda one: guide.kalman_gains(gaussian, one, np.array([0.5])),
+        lambda one: guide.kalman_gain(gaussian, one, noise, jnp.float32(0.5)),
+    ):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), make(seen), make(less))
+    gain = guide.kalman_gain(gaussian, seen, noise, jnp.float32(0.5))
+    left = [float(guide.remaining_variance(gaussian, one, gain, jnp.float32(0.5))) for one in (seen, less)]
+    assert left[0] == pytest.approx(left[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("sigma", [0.02, 1.0, 80.0, np.inf])
 def test_gains_on_the_device_are_those_of_the_host(gaussian, observation, sigma):
     host = jax.tree.map(lambda g: g[0], guide.kalman_gains(gaussian, observation, np.array([sigma]), correlation=0.4))
