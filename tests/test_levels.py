@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from flax import struct
 
-from jax_repaint import evaluate, guide, levels, model
+from jax_repaint import evaluate, guide, levels, metrics, model
 from jax_repaint.data.fields import Fields, Split, crop
+from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
 from tests import tiny
@@ -55,6 +57,41 @@ def test_errors_are_those_of_theory(trained, drawn, pattern):
     rows = levels.table(errors, SIGMAS)
     np.testing.assert_allclose(rows["ratio"], 1, rtol=1e-4)
     np.testing.assert_allclose(rows["gaussian"], found, rtol=1e-5)
+
+
+def test_every_level_has_noise_of_its_own(trained, drawn):
+    errors = levels.denoising_errors(trained, drawn.select(np.arange(4)), np.arange(4), np.array([1.0, 1.0]))
+    assert (np.abs(errors[:, 0] - errors[:, 1]) > 1e-4).all()
+
+
+def test_intervals_are_of_blocks_of_frames(trained, drawn):
+    errors = levels.denoising_errors(trained, drawn, np.arange(120), SIGMAS)
+    errors[..., 0] *= np.random.default_rng(0).uniform(0.5, 2, (120, 1))
+    rows = levels.table(errors, SIGMAS, block=10)
+    for level, row in rows.iterrows():
+        found = metrics.ratio_of_means(*errors[:, level].T, block=10, seed=0)
+        np.testing.assert_array_equal(row[["ratio", "lo", "hi"]], [found.ratio, found.lo, found.hi])
+
+
+@struct.dataclass
+class Told:
+    """Knows nothing by itself; of what it is given it makes the exact estimate."""
+
+    gaussian: PrincipalGaussian
+
+    def __call__(self, x, sigma):
+        return jnp.zeros_like(x)
+
+    def given(self, x, sigma, evidence):
+        return guide.kalman(lambda x: self.gaussian(x, sigma), x, sigma, sigma, evidence)
+
+
+def test_a_network_that_takes_observations_is_given_them(trained, drawn, monkeypatch):
+    monkeypatch.setattr(model.Model, "denoiser", Told(trained.gaussian))
+    errors = levels.denoising_errors(trained, drawn.select([0, 1]), np.arange(2), SIGMAS, "cells:0.1")
+    np.testing.assert_allclose(errors[..., 0], errors[..., 1], rtol=1e-5)
+    without = levels.denoising_errors(trained, drawn.select([0, 1]), np.arange(2), SIGMAS)
+    assert (without[:, 0, 0] > 2 * without[:, 0, 1]).all()
 
 
 def test_levels_beyond_training_are_refused(trained, drawn):

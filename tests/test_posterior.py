@@ -311,6 +311,13 @@ def test_errors_of_a_linear_sample_are_correlated_as_told():
     np.testing.assert_allclose(np.cov(samples.reshape(-1, 2).T), [[0.09, 0.264], [0.264, 1.21]], rtol=0.03)
 
 
+def test_prior_draws_are_the_mean_on_land(gaussian, ocean):
+    shifted = gaussian.replace(mean=gaussian.mean + 0.4)
+    draw = np.asarray(guide.prior_draw(shifted, jax.random.key(0)))
+    np.testing.assert_array_equal(draw[~ocean], np.asarray(shifted.mean)[~ocean])
+    assert np.abs(draw - np.asarray(shifted.mean))[ocean].min() > 0
+
+
 def test_prior_draws_and_unguided_samples_have_the_prior_covariance(gaussian, dense):
     variance, rest = np.asarray(gaussian.variance), float(gaussian.rest)
     draws = jax.jit(jax.vmap(lambda key: guide.prior_draw(gaussian, key)))(jax.random.split(jax.random.key(1), 1500))
