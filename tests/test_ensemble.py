@@ -394,6 +394,25 @@ def test_pairs_of_an_exact_denoiser_have_the_linear_mean(gaussian, observation, 
     assert not x[:, ~OCEAN].any()
 
 
+def test_start_errors_and_steps_of_a_member_have_keys_of_their_own(gaussian, observation, analysis, monkeypatch):
+    seen = []
+
+    def watched(function, place):
+        def run(*arguments):
+            seen.append(tuple(jax.random.key_data(arguments[place]).tolist()))
+            return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(guide, "prior_draw", watched(guide.prior_draw, 1))
+    monkeypatch.setattr(ensemble, "linear_sample", watched(ensemble.linear_sample, 0))
+    monkeypatch.setattr(ensemble, "posterior", watched(ensemble.posterior, 0))
+    evidence = evidence_for(HYPER, gaussian.ocean, observation, gaussian)
+    for seed in range(2):
+        ensemble._member(jax.random.key(seed), jnp.float32(1), gaussian, evidence, gaussian, analysis, HYPER)
+    assert len(set(seen)) == len(seen) == 6
+
+
 def test_pairs_spread_like_the_posterior(gaussian, observation, analysis):
     # Steps of finite length lose variance: with 16 levels a third of it.
     x = pairs(gaussian, gaussian, observation, analysis, Posterior.create(10.0, 0.02, 160), members=600, chunk=600)
