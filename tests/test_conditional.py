@@ -160,8 +160,10 @@ def test_a_cell_that_is_seen_twice_is_no_more_than_seen(prior, observation):
     np.testing.assert_array_equal(*shares)
 
 
-def test_the_loss_without_a_network_is_one_on_its_own_gaussian(prior):
+@pytest.mark.parametrize("error", [0.05, 1.0])
+def test_the_loss_without_a_network_is_one_on_its_own_gaussian(prior, error):
     settings = tiny.config("conditional")
+    settings.observed.error = error
     settings.observed.patterns, settings.observed.rows = 64, 16
     loss = train.make_loss(settings, prior, None)
     draws = jax.vmap(lambda key: guide.prior_draw(prior, key) * prior.ocean)(jax.random.split(jax.random.key(0), 1500))

@@ -123,6 +123,42 @@ def test_anchored_loss_of_an_untrained_network_is_one_on_its_own_gaussian(standa
     np.testing.assert_allclose(losses(None), got, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["eps", "edm", "anchored", "conditional"])
+def test_a_loss_uses_no_key_twice(standardised, gaussian, monkeypatch, form):
+    used = []
+
+    def watched(function):
+        def run(key, *arguments, **options):
+            used.append(tuple(jax.random.key_data(key).tolist()))
+            return function(key, *arguments, **options)
+
+        return run
+
+    config = tiny.config(form)
+    config.observed.patterns, config.observed.rows = 8, 4
+    loss = train.make_loss(config, gaussian, None)
+    for name in ("normal", "uniform", "randint", "split"):
+        monkeypatch.setattr(jax.random, name, watched(getattr(jax.random, name)))
+    loss({}, jnp.asarray(standardised[0][0]), jax.random.key(0), jnp.float32(0.5), True)
+    assert len(used) == len(set(used)) == (5 if form == "conditional" else 2)
+
+
+def test_a_prior_says_how_much_of_it_is_from_training_frames():
+    """Where six frames are all there is, a blend with the fitted kernel is best."""
+    data = tiny.fields(40)
+    standardiser = fields_lib.Standardiser.from_fields(data)
+    x, ocean = fields_lib.prepare(data, standardiser, tiny.NETWORK.multiple)
+    few = data.select(np.arange(6))
+    gaussian, kernel, choice = train.fit_priors(few, x[:6], x[10:], ocean, 8, 100, standardiser)
+    assert choice.share < 1
+    root = train.gp.prior_root(kernel, data.ocean, data.places()).rows(standardiser.std)
+    expected = linear.truncate(
+        linear.fit(x[:6], ocean, 8, share=choice.share, kernel_root=root), choice.rank, choice.rest
+    )
+    for ours, theirs in zip(jax.tree.leaves(gaussian), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
 def test_places_are_stratified_or_uniform():
     places = np.sort(train.make_places(jax.random.key(0), 64, True))
     assert (np.floor(places * 64) == np.arange(64)).all()
