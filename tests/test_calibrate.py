@@ -309,6 +309,12 @@ def test_too_few_blocks_promise_nothing():
     np.testing.assert_allclose(pairs.scale, 2.353363, rtol=1e-6)
 
 
+def test_nineteen_blocks_promise_one_scale_for_all_bins():
+    made = fit(draw(19, members=6))
+    assert made.promised
+    assert len(set(made.scale)) == 1
+
+
 # --- on a map -----------------------------------------------------------------------------------------------
 
 

@@ -219,6 +219,15 @@ def test_distances_are_averages_over_cells(rows):
     assert made["p1, line:3"].counts.tolist() == [2 * 2 * 5, 4 * 2 * 5]
 
 
+def test_text_has_the_length_of_the_error_vector_by_distance(rows, tmp_path):
+    """sqrt(2 MSE) of components: 0.175 and 0.2 m2/s2 of the mean, 0.3 of the linear estimate."""
+    text = comparison.write(rows, tmp_path, "distance")
+    lines = text[text.index("RMS error") :].splitlines()
+    where = next(n for n, line in enumerate(lines) if line.startswith("p0, line:3"))
+    assert lines[where].split()[-2:] == ["0.5916", "0.6325"]
+    assert lines[where + 1].split()[-2] == "0.7746"
+
+
 @pytest.mark.parametrize(("x", "curve"), [("gamma", ""), ("stage", "label"), ("distance", "")])
 def test_files_are_written(rows, tmp_path, x, curve):
     text = comparison.write(rows, tmp_path, x, curve, "title")

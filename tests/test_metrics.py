@@ -462,6 +462,15 @@ def test_energy_bands_keep_all_energy_and_find_a_wave():
     assert energy.max() == pytest.approx(0.25)
 
 
+def test_spectra_of_frames_are_averaged_before_their_ratio():
+    parts = np.random.default_rng(0).lognormal(size=(2, 5, 7))
+    found = metrics.Spectrum.average([metrics.Spectrum(np.arange(7.0), *one) for one in parts.swapaxes(0, 1)])
+    truth, members = parts.sum(1) / 5
+    np.testing.assert_allclose(found.truth, truth)
+    np.testing.assert_allclose(found.members, members)
+    np.testing.assert_allclose(found.ratio, members / truth)
+
+
 def test_spectrum_ratio_of_a_smoothed_member_falls_with_wavenumber():
     from scipy.ndimage import gaussian_filter
 
@@ -727,6 +736,13 @@ def test_interval_of_few_frames_is_as_wide_as_that_of_student():
     found = metrics.ratio_of_means(method, np.ones(10), 1, 0, resamples=200_000)
     half = stats.t.ppf(0.975, 9) * method.std(ddof=1) / math.sqrt(10)
     np.testing.assert_allclose((found.lo - 1, found.hi - 1), (-half, half), rtol=0.025)
+
+
+@pytest.mark.parametrize(("frames", "known"), [(19, False), (20, True)])
+def test_an_interval_takes_two_whole_blocks(frames, known):
+    errors = np.random.default_rng(0).uniform(1, 2, (2, frames))
+    found = metrics.ratio_of_means(*errors, block=10, seed=0)
+    assert np.isfinite([found.lo, found.hi]).all() == known
 
 
 def test_every_frame_can_be_drawn():
