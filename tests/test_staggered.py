@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from jax_repaint.data import readers, staggered
+from jax_repaint.data import readers, staggered, vertical
 from jax_repaint.errors import InputError
 
 EARTH = 6371.0
@@ -320,6 +320,17 @@ class TestDepth:
         whole, got = readers.read(path, depth=40), readers.read(lower, depth=40)
         assert got.ocean.any()
         np.testing.assert_allclose(got.velocity[:, got.ocean], whole.velocity[:, got.ocean], rtol=1e-5)
+
+    @pytest.mark.parametrize("along", [0, 1])
+    def test_faces_are_as_deep_as_their_cells_on_average(self, along):
+        """The last face, of which one cell is in the file, as deep as that."""
+        height = np.array([[1.0, 3.0, 7.0], [2.0, 6.0, 20.0]])
+        expected = {0: [[1.5, 4.5, 13.5], [2, 6, 20]], 1: [[2, 5, 7], [4, 13, 20]]}[along]
+        np.testing.assert_array_equal(vertical._between(height, along, 2, 3), expected)
+        rows, columns = (1, 3) if along == 0 else (2, 2)
+        np.testing.assert_array_equal(
+            vertical._between(height, along, rows, columns), np.array(expected)[:rows, :columns]
+        )
 
     def test_a_missing_term_is_named(self, tmp_path):
         path, _ = self.file(tmp_path, "g2", without=["h"])
