@@ -188,6 +188,17 @@ def test_failures_are_counted_and_left_out_of_ratios():
     assert f"| 500 | NaN | – | – | – | – | {FRAMES}/{FRAMES} |" in judged.table
 
 
+def test_means_of_members_stand_in_their_table():
+    """Over the linear estimate, with a third of the error of a member, of which a mean of M has (1 + 1 / M) / 2."""
+    table = findings.averaging(make_evidence(names=("ensemble_size",))).table.splitlines()
+    sizes = [int(cell) for cell in table[0].split("|")[2:-1]]
+    assert len(sizes) > 3
+    for line in table[2:]:
+        for size, cell in zip(sizes, line.split("|")[2:-1], strict=True):
+            if cell.strip() != metrics.DASH:
+                assert float(cell) == pytest.approx(3 * (0.5 + 0.5 / size), rel=0.01)
+
+
 def test_a_few_frames_decide_nothing_of_shares_and_of_two_ratios():
     for frames, judged in ((4, OPEN), (20, HOLDS)):
         assert findings.of_frames("wins", frames, frames, findings.MOST).verdict == judged
