@@ -77,20 +77,6 @@ def test_levels_have_the_root_of_their_source_by_default():
     np.testing.assert_allclose(schedule.levels(3, 1.0, 128.0)[1], 1.5**7, rtol=1e-10)
 
 
-def test_what_a_network_may_predict_is_the_same_field():
-    """eps, x0 and the score of one x_t; the score is the gradient of the density of x given x0."""
-    rng = np.random.default_rng(0)
-    x0, eps = (jnp.asarray(rng.normal(size=(3, 4, 2)), jnp.float32) for _ in range(2))
-    bar = jnp.float32(0.3)
-    x_t = transition.diffuse(x0, eps, bar)
-    np.testing.assert_allclose(schedule.x0_of_eps(x_t, eps, bar), x0, atol=1e-5)
-    np.testing.assert_allclose(schedule.eps_of_x0(x_t, x0, bar), eps, atol=1e-5)
-    sigma = jnp.float32(0.6)
-    x = x0 + sigma * eps
-    slope = jax.grad(lambda x: jax.scipy.stats.norm.logpdf(x, x0, sigma).sum())(x)
-    np.testing.assert_allclose(schedule.score_of_x0(x, x0, sigma), slope, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
