@@ -266,7 +266,7 @@ def _half(dataset: xr.Dataset) -> str:
     found = _candidates(dataset)
     known = {name for pair in PAIRS for name in pair}
     one = [n for standard, group in found.items() for n in group if n.lower() in known or _is_current(standard)]
-    return f"; if the other component of {one[0]} is in another file, give that by --v_file (v_path)" if one else ""
+    return f"; if the other component of {one[0]} is in another file, give that by v_path (--v_file)" if one else ""
 
 
 def _is_current(standard_name: str) -> bool:
