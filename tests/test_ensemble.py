@@ -246,6 +246,19 @@ def test_points_are_those_of_their_own_runs(gaussian, known, chunk):
     assert np.abs(together.x[0] - together.x[1]).max() > 0.01
 
 
+def test_points_have_their_own_decay_of_the_variance(gaussian, known):
+    stages = [stage.replace(normalise="prior") for stage in STAGES]
+    options = {"frames": [5, 6, 9], "members": 1}
+    decays = [0.01, 0.1, 1.0]
+    together = repaint_sweep(gaussian, known, SCHEDULE, [stages] * 3, var_decay=decays, **options).x
+    for x, decay in zip(together, decays, strict=True):
+        alone = repaint_ensemble(gaussian, known, SCHEDULE, stages, var_decay=decay, **options).x
+        np.testing.assert_allclose(x, alone, atol=1e-5)
+    assert np.abs(together[0] - together[2])[:, :, 1].max() > 0.01
+    usual = repaint_ensemble(gaussian, known, SCHEDULE, stages, **options).x
+    np.testing.assert_allclose(usual, together[1], atol=1e-5)
+
+
 def test_points_share_their_noise(gaussian, known):
     """A point that is repeated is not another sample."""
     together = sweep(gaussian, known, [STAGES, STAGES])
