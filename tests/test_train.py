@@ -376,6 +376,17 @@ def test_no_two_frames_parts_or_steps_share_a_draw(noise_frames):
     assert np.std(drawn) * 6 == pytest.approx(1, abs=0.5)
 
 
+def test_a_gradient_that_is_not_finite_shows_in_the_loss_of_its_own_step(noise_frames):
+    """The root of zero is a number, its slope is none."""
+    config = tiny.config(batch=3, dispatch=2)
+    steps, ocean = train.plan(12, config), jnp.ones((*noise_frames.shape[1:3], 1))
+    dispatch = train.make_steps(config, lambda params, *_: jnp.sqrt(0 * params.sum()), optax.sgd(1.0), steps, ocean)
+    one = jnp.ones(2)
+    state = train.State(one, one + 0, optax.sgd(1.0).init(one), jnp.int32(0), jnp.zeros(2), jnp.float32(0))
+    _, losses = dispatch(state, noise_frames[:12])
+    assert not np.isfinite(losses).any()
+
+
 def test_held_out_noise_and_levels_have_nothing_to_do_with_each_other(noise_frames):
     heard = []
 
