@@ -1,0 +1,253 @@
+"""A regression for one pattern beside the samplers: what a simple nonlinear estimate makes of the same observations.
+
+    python -m benchmarks.ridge --patterns=line:22,walk:90,cells:0.02 --frames=128 --members=16 --methods=kalman
+
+The pattern is fixed: a random one is drawn once, and all frames observe the same cells. `linear` is the best linear
+estimate x_lin(y) from the observed values y, `ridge` adds a kernel ridge regression of what it leaves on n training
+frames,
+
+    x(y) = x_lin(y) + k(y) (K + lambda I)^-1 R,   k(y)_j = exp(-|z(y) - z(y_j)|^2 / (2 l^2)),   K_ij = k(y_i)_j
+
+with rows R_j = x_j - x_lin(y_j) on the cells not observed and z the leading principal components of the observed
+values, each scaled to variance 1 on the training frames. Their number, l and lambda are those with the smallest error
+on validation frames of the same pattern. Of other methods the ensemble mean is compared.
+
+Columns: mean square error of the cells not observed over the test frames that jax_repaint.evaluate draws, (m/s)^2, and
+its ratio to that of `linear` and of `ridge` on the same frames, with 95 % intervals of a paired block bootstrap.
+
+Source: Saunders, Gammerman, Vovk, "Ridge regression learning algorithm in dual variables" (1998), eq. 11.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.linalg
+import tqdm
+from absl import flags
+from scipy.spatial.distance import cdist
+
+from benchmarks import measure
+from jax_repaint import SHIPPED, command, evaluate, metrics, model
+from jax_repaint.data.fields import Fields, Split
+from jax_repaint.errors import InputError
+from jax_repaint.evaluate import Case
+from jax_repaint.model import Model
+from jax_repaint.prior import linear
+
+COMPONENTS = (15, 20, 30, 45, 60)
+LENGTHS = (2.0, 2.8, 4.0, 5.7, 8.0, 16.0)  # thirty components lie 8 apart
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+VALIDATION = 600  # frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `select` found: components, length and penalty; `error` is the sum of squares left over that of R."""
+
+    components: int
+    length: float
+    penalty: float
+    error: float
+
+
+def whitened(train: np.ndarray, others: Sequence[np.ndarray], components: int) -> list[np.ndarray]:
+    """Leading principal components of the rows of `train` (n, d), variance 1 there, and those of each of `others`."""
+    mean = train.mean(0)
+    _, singular, directions = np.linalg.svd(train - mean, full_matrices=False)
+    # What is constant on the training frames has no scale.
+    count = min(components, int((singular > 1e-6 * singular[0]).sum()))
+    scale = np.sqrt(len(train)) / singular[:count]
+    return [(rows - mean) @ directions[:count].T * scale for rows in (train, *others)]
+
+
+def weights(train: np.ndarray, at: np.ndarray, length: float, penalty: float) -> np.ndarray:
+    """k(at) (K + penalty I)^-1, (m, n): what the regression makes of training targets R is weights @ R.
+
+    Args:
+      train, at: (n, d) and (m, d) predictors.
+    """
+    kernel, between = (np.exp(-cdist(a, train, "sqeuclidean") / (2 * length**2)) for a in (train, at))
+    kernel[np.diag_indices_from(kernel)] += penalty
+    factor = scipy.linalg.cho_factor(kernel, overwrite_a=True, check_finite=False)
+    return scipy.linalg.cho_solve(factor, between.T, check_finite=False).T
+
+
+def select(
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    components: Sequence[int] = COMPONENTS,
+    lengths: Sequence[float] = LENGTHS,
+    penalties: Sequence[float] = PENALTIES,
+) -> Choice:
+    """The regression whose error on validation frames is smallest.
+
+        |R' - W R|^2 = |R'|^2 - 2 <W, R' R^T> + <W, W R R^T>
+
+    Args:
+      train, validation: predictors (n, d) and targets R (n, values), R' of the validation frames.
+    """
+    (y, r), (y_val, r_val) = train, validation
+    products, across, total = r @ r.T, r_val @ r.T, float(np.sum(r_val**2))
+    best = None
+    for count in components:
+        z, z_val = whitened(y, [y_val], count)
+        for length, penalty in itertools.product(lengths, penalties):
+            w = weights(z, z_val, length, penalty)
+            error = 1 + float(np.sum(w * (w @ products - 2 * across))) / total
+            if best is None or error < best.error:
+                best = Choice(z.shape[1], length, penalty, error)
+    return best
+
+
+def make_cases(trained: Model, fields: Fields, numbers: Sequence[int], pattern: str, seed: int = 0) -> list[Case]:
+    """The cases of a pattern, all with the cells that it draws of frame 0.
+
+    Raises:
+      InputError: a pattern that cannot be drawn, no cell left to observe or to score.
+    """
+    observed = evaluate.observed_cells(fields, fields.velocity[0], pattern, 0, seed)
+    cases, analysis = [], None
+    for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
+        observation = evaluate.observation_of(trained, velocity, observed)
+        analysis = analysis or linear.analysis(trained.gaussian, observation)
+        cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis))
+    return cases
+
+
+def seen_and_left(trained: Model, case: Case, velocity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of frames (n, y, x, 2) that observe the cells of a case: values (n, d), and R (n, values) in m/s; float64."""
+    values = trained.standardiser.standardise(velocity, trained.ocean)[:, case.observed]
+    padding = ((0, 0), (0, case.observation.size - values.shape[1]), (0, 0))
+    mean = linear.estimate(trained.gaussian, case.observation, np.pad(values, padding))
+    scored = trained.ocean & ~case.observed
+    left = (velocity - trained.to_velocity(mean))[:, scored]
+    return values.reshape(len(values), -1).astype(np.float64), left.reshape(len(left), -1).astype(np.float64)
+
+
+def spaced(numbers: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the numbers, evenly spaced."""
+    return numbers[np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int))]
+
+
+def ridge(
+    trained: Model, cases: Sequence[Case], base: np.ndarray, train: np.ndarray, validation: np.ndarray
+) -> tuple[np.ndarray, Choice]:
+    """`ridge` of cases that observe the same cells, (cases, y, x, 2) m/s, from their linear estimates `base`.
+
+    Args:
+      train, validation: frames (n, y, x, 2) m/s.
+    """
+    case = cases[0]
+    y, r = seen_and_left(trained, case, train)
+    choice = select((y, r), seen_and_left(trained, case, validation))
+    y_test, _ = seen_and_left(trained, case, np.stack([case.truth for case in cases]))
+    z, z_test = whitened(y, [y_test], choice.components)
+    found = weights(z, z_test, choice.length, choice.penalty) @ r
+    made = base.copy()
+    made[:, trained.ocean & ~case.observed] += found.reshape(len(cases), -1, 2).astype(np.float32)
+    return made, choice
+
+
+def measure_pattern(
+    trained: Model,
+    select: Callable[[np.ndarray], Fields],
+    split: Split,
+    pattern: str,
+    frames: int,
+    train: int,
+    methods: Sequence[str],
+    members: int,
+    seed: int = 0,
+) -> dict:
+    """The rows of a pattern and what was chosen for it.
+
+    Args:
+      select, split: see `evaluate.held_out`.
+      train: number of training frames.
+
+    Raises:
+      InputError: frames with gaps, whose observed cells would differ.
+    """
+    numbers = evaluate.pick(split, frames, seed)
+    test, *others = (select(n) for n in (numbers, spaced(split.train, train), spaced(split.validation, VALIDATION)))
+    for part in (test, *others):
+        if part.gaps:
+            raise InputError(f"{part.name}: {100 * part.gaps:.2g} % of the values on ocean cells are missing")
+    cases = make_cases(trained, test, numbers, pattern, seed)
+    means = {"linear": np.concatenate(evaluate.run_method("linear", trained, test, cases, 1).members)}
+    means["ridge"], choice = ridge(trained, cases, means["linear"], *(part.velocity for part in others))
+    for name in (bar := tqdm.tqdm(methods, unit="method", disable=None)):
+        bar.set_description(f"{pattern}, {name}")
+        result = evaluate.run_method(name, trained, test, cases, members, seed)
+        means[name] = np.stack([made.mean(0) for made in result.members])
+    scored = test.ocean & ~cases[0].observed
+    errors = {
+        name: np.array([metrics.mse(one, case.truth, scored) for one, case in zip(made, cases, strict=True)])
+        for name, made in means.items()
+    }
+    block = evaluate.block_length(split, len(numbers))
+
+    def over(name: str, base: str) -> dict[str, float]:
+        ratio = metrics.ratio_of_means(errors[name], errors[base], block, seed)
+        return {key: getattr(ratio, key) for key in ("ratio", "lo", "hi", "wins")}
+
+    rows = [
+        {"method": name, "mse": float(error.mean()), "linear": over(name, "linear"), "ridge": over(name, "ridge")}
+        for name, error in errors.items()
+    ]
+    return {"pattern": pattern, "observed": int(cases[0].observed.sum()), "train": len(others[0]),
+            "validation": len(others[1]), "frames": len(numbers), "block": block,
+            "choice": dataclasses.asdict(choice), "rows": rows}  # fmt: skip
+
+
+def report(results: dict) -> str:
+    """The results as tables."""
+
+    def text(over: dict[str, float]) -> str:
+        return "{ratio:.3f} [{lo:.3f}, {hi:.3f}]".format(**over)
+
+    parts = [measure.banner(results)]
+    for p in results["patterns"]:
+        c = p["choice"]
+        parts.append(
+            f"{p['pattern']}, {p['observed']} cells observed in all of {p['frames']} frames; ridge of {p['train']} "
+            f"frames: {c['components']} components, length {c['length']:g}, penalty {c['penalty']:g}"
+        )
+        rows = [[r["method"], f"{r['mse']:.3g}", text(r["linear"]), text(r["ridge"])] for r in p["rows"]]
+        parts.append(measure.table(["method", "MSE", "over linear [95 %]", "over ridge [95 %]"], rows))
+    return "\n".join(parts)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; `--help` lists its options."""
+    f = flags.FLAGS
+    frames, train, members = (2, 40, 4) if f.smoke else (f.frames, f.train, f.members)
+    if not f.patterns:
+        raise InputError("at least one pattern is needed")
+    methods = [name for name in dict.fromkeys(f.methods) if name != "linear"]
+    evaluate.check_methods(methods or ["linear"], members)
+    trained = model.load(f.model)
+    select, split = evaluate.held_out(trained, f.fields)
+    results = {"machine": measure.machine(), "dtype": "float32", "members": members, "seed": f.seed, "patterns": []}
+    for pattern in dict.fromkeys(f.patterns):
+        found = measure_pattern(trained, select, split, pattern, frames, train, methods, members, f.seed)
+        results["patterns"].append(found)
+    print(report(results))
+    if f.out:
+        measure.write(f.out, results)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", SHIPPED, "Folder of a model; by default the one that comes with the package.")
+    flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
+    flags.DEFINE_list("patterns", ["line:22", "walk:90", "cells:0.02"], "Observation patterns, each drawn once.")
+    flags.DEFINE_integer("frames", 128, "Test frames.", lower_bound=1)
+    flags.DEFINE_integer("train", 3000, "Training frames of the regression.", lower_bound=2)
+    flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
+    flags.DEFINE_list("methods", ["kalman"], "Of jax_repaint.evaluate, beside linear and ridge.")
+    flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_string("out", None, "JSON file to write.")
+    flags.DEFINE_boolean("smoke", False, "Two test and forty training frames, four members, whatever else is asked.")
+    command.run(main)
