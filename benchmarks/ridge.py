@@ -36,9 +36,9 @@ from jax_repaint.evaluate import Case
 from jax_repaint.model import Model
 from jax_repaint.prior import linear
 
-COMPONENTS = (15, 20, 30, 45, 60)
-LENGTHS = (2.0, 2.8, 4.0, 5.7, 8.0, 16.0)  # thirty components lie 8 apart
-PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+COMPONENTS = (15, 30, 60)
+LENGTHS = (2.8, 4.0, 5.7, 8.0, 16.0)  # thirty components lie 8 apart
+PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)
 VALIDATION = 600  # frames
 
 
