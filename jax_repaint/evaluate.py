@@ -44,7 +44,7 @@ from jax_repaint.model import Model
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.prior import gp, linear
 from jax_repaint.prior.analysis import Analysis
-from jax_repaint.sample import Known, method
+from jax_repaint.sample import Known, Repaint, method
 
 BASELINES = ("climatology", "seed_gp", "gp", "linear", "linear_samples")
 REPAINT = tuple(sample.METHODS)
@@ -228,6 +228,38 @@ def levels_of(trained: Model, name: str, count: int = LEVELS) -> Posterior:
     return Posterior.create(min(START, trained.sigma[1]), max(trained.sigma[0], 0.01), count, correction=name)
 
 
+def stages_of(trained: Model, name: str) -> tuple[Repaint, ...]:
+    """Hyperparameters of the stages of a method of the RePaint family.
+
+    Raises:
+      InputError: the network was not trained for the noise of their steps.
+    """
+    stages = method(name, trained.steps.steps)
+    check_levels(trained, stages)
+    return stages
+
+
+def check_levels(trained: Model, program: Sequence[Repaint] | Posterior) -> None:
+    """Raises InputError, with the setting to change, if a sampler asks the network about noise it was not trained for.
+
+    Args:
+      program: stages of the RePaint family, whose steps are those of the model's schedule, or a posterior sampler.
+    """
+    if isinstance(program, Posterior):
+        trained.check_levels(np.asarray(program.sigma), "sigma_max and sigma_min must lie in that range")
+        return
+    sigma = np.asarray(trained.steps.sigma)
+    known = np.flatnonzero(trained.knows(sigma))
+    # Every stage goes down to step 0.
+    trained.check_levels(
+        sigma[:1],
+        "the RePaint family ends at step 0 of the model's schedule and needs a network that was trained for its noise "
+        f"(noise.sigma_min of at most {sigma[0]:.4g})",
+    )
+    for stage in program:
+        trained.check_levels(sigma[[stage.t_start]], f"t_start must be a step up to {known[-1]}, not {stage.t_start}")
+
+
 def run_method(
     name: str,
     trained: Model,
@@ -247,7 +279,8 @@ def run_method(
       count: noise levels of posterior samplers.
 
     Raises:
-      InputError: an unknown method, an odd number of antithetic members.
+      InputError: an unknown method, an odd number of antithetic members, a method that asks the network about noise
+        it was not trained for.
     """
     began = time.monotonic()
     chunk = chunk or device.usual_batch()
@@ -263,8 +296,8 @@ def run_method(
     elif name == "linear_samples":
         made = [trained.to_velocity(linear_samples(trained, case, members, seed, chunk)) for case in cases]
     elif name in REPAINT:
+        stages = stages_of(trained, name)
         known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[known_of(trained, case) for case in cases])
-        stages = method(name, trained.steps.steps)
         outcome = repaint_ensemble(
             trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk
         )
@@ -594,6 +627,8 @@ def run(
         # What a method asks of the model, before the first one runs.
         if name in POSTERIOR:
             levels_of(trained, name)
+        if name in REPAINT:
+            stages_of(trained, name)
         if name == "gp" and trained.kernel is None:
             raise InputError("this model was exported without a fitted GP")
     for name in ("table.csv", "details.csv", *written.values(), "figure.png"):

@@ -83,10 +83,7 @@ def denoising_errors(
     Raises:
       InputError: a level outside of the network's training, another grid.
     """
-    known = within(trained, sigmas)
-    if not known.all():
-        low, high = trained.sigma
-        raise InputError(f"the network was trained for noise from {low:g} to {high:g}, not for {sigmas[~known][0]:g}")
+    trained.check_levels(sigmas)
     trained.check_grid(fields)
     cases = evaluate.make_cases(trained, fields, numbers, [pattern], seed) if pattern else [None] * len(fields)
     keys = member_keys(seed, numbers, [DENOISING])[:, 0]
@@ -102,12 +99,6 @@ def denoising_errors(
         parts = jnp.asarray(x0), jnp.asarray(scored, jnp.float32), evidence, key
         rows.append(np.asarray(_errors(trained.denoiser, trained.gaussian, levels, *parts)))
     return np.stack(rows)
-
-
-def within(trained: Model, sigmas: np.ndarray) -> np.ndarray:
-    """(n,) bool: which levels are in the range of the network's training."""
-    low, high = trained.sigma
-    return (np.asarray(sigmas) >= 0.999 * low) & (np.asarray(sigmas) <= 1.001 * high)
 
 
 def table(errors: np.ndarray, sigmas: np.ndarray, block: int = 1) -> pd.DataFrame:

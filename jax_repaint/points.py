@@ -193,20 +193,24 @@ def make_program(point: Point, trained: Model) -> Program:
     """Stages of the RePaint family, levels of a posterior sampler, or None for samples of the linear prior.
 
     Raises:
-      InputError: a number is outside its range, with the name of the point.
+      InputError: a number is outside its range, or a noise level outside that of the network's training; with the
+        name of the point.
     """
+    program: Program = None
     try:
         if point.repaint:
             stages = {key: value for key, value in point.hyper.items() if key != "var_decay"}
-            return sample.method(point.method, trained.steps.steps, **stages)
-        if point.method in evaluate.POSTERIOR:
+            program = sample.method(point.method, trained.steps.steps, **stages)
+        elif point.method in evaluate.POSTERIOR:
             hyper = {_LEVELS[key]: value for key, value in point.hyper.items()}
             usual = evaluate.levels_of(trained, point.method).sigma
             ends = {"sigma_max": float(usual[0]), "sigma_min": float(usual[-1])}
-            return Posterior.create(**(ends | hyper), correction=point.method)
+            program = Posterior.create(**(ends | hyper), correction=point.method)
+        if program is not None:
+            evaluate.check_levels(trained, program)
     except InputError as e:
         raise InputError(f"{point.label}: {e}") from e
-    return None
+    return program
 
 
 def describe(point: Point, program: Program) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def errors_by_level(
     sigmas = np.unique([*np.geomspace(*ends, count), last])
     made = {}
     for name, one in models.items():
-        own = sigmas[levels.within(one, sigmas)]
+        own = sigmas[one.knows(sigmas)]
         errors = levels.denoising_errors(one, fields.select(numbers), numbers, own)
         made[name] = levels.table(errors, own, evaluate.block_length(split, len(numbers)))
     return made

@@ -212,6 +212,31 @@ def test_the_gp_starts_from_climatology(trained, fields, cases, results):
         evaluate.run_method("gp", dataclasses.replace(trained, kernel=None), fields, cases, 1)
 
 
+def test_no_network_is_asked_about_noise_beyond_its_training(trained, fields, cases, monkeypatch, tmp_path):
+    sigma = np.sqrt(1 / np.cumprod(1 - np.linspace(1e-3, 0.06, 76)) - 1)
+
+    def never(*_, **__):
+        raise AssertionError("a method was run")
+
+    monkeypatch.setattr(evaluate, "repaint_ensemble", never)
+    narrow = dataclasses.replace(trained, sigma=(0.01, 1.1))
+    last = np.flatnonzero(sigma <= 1.1)[-1]
+    for name in ("plain", "gp_init"):
+        asked = rf"from 0.01 to 1.1, not for {sigma[-1]:.2g}\d*; t_start must be a step up to {last}, not 75"
+        with pytest.raises(InputError, match=asked):
+            evaluate.run_method(name, narrow, fields, cases, 1)
+        with pytest.raises(InputError, match=asked):
+            evaluate.run(narrow, fields, NUMBERS, PATTERNS, ["linear", name], tmp_path)
+    coarse = dataclasses.replace(trained, sigma=(0.5, 20.0))
+    with pytest.raises(InputError, match=r"from 0.5 to 20, not for 0.0316\d*; .*noise.sigma_min of at most"):
+        evaluate.run_method("gp_init", coarse, fields, cases, 1)
+    # Posterior samplers keep to what the network knows, and the linear prior asks none.
+    for one in (narrow, coarse):
+        assert one.knows(np.asarray(evaluate.levels_of(one, "kalman").sigma)).all()
+        evaluate.run_method("kalman", one, fields, cases[:1], 2, count=3)
+        evaluate.run_method("linear_samples", one, fields, cases[:1], 2)
+
+
 def test_mistakes_of_methods(trained, fields, cases):
     with pytest.raises(InputError, match="method 'magic' is not one of climatology"):
         evaluate.run_method("magic", trained, fields, cases, 4)

@@ -230,6 +230,16 @@ def test_a_missing_tensor_is_named(folder, name):
         model.load(folder)
 
 
+def test_levels_beyond_training_are_not_known_but_for_rounding():
+    eps = tiny.model()
+    # The schedule of the notes ends at 3.398, which everybody writes as 3.4.
+    assert eps.knows([0.0099, 0.01, 0.7, 3.398, 3.4, 3.41]).tolist() == [False, True, True, True, True, False]
+    assert eps.knows(np.asarray(eps.steps.sigma)).all()
+    for sigmas, wrong in (([5000.0, 1.0, 1e-4], "5000"), ([1.0, 1e-4], "0.0001"), ([1.0, np.nan], "nan")):
+        with pytest.raises(InputError, match=rf"noise from 0.010\d* to 3.398\d*, not for {wrong}; take others$"):
+            eps.check_levels(np.array(sigmas), "take others")
+
+
 def test_fields_on_another_grid_are_refused(trained):
     data = tiny.fields()
     velocity = data.velocity.copy()

@@ -28,7 +28,7 @@ from jax_repaint.batches import chunk_of, make_groups
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
-from jax_repaint.points import default_config, read_points, smoke
+from jax_repaint.points import default_config, make_program, read_points, smoke
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.prior import gp, linear
 from jax_repaint.study import Cases, open_study
@@ -624,6 +624,12 @@ def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
         ([{"method": "adaptive", "stages": 3}], {}, "method adaptive has no setting 'stages'"),
         ([{"method": "kalman", "gamma": 3.0}], {}, "method kalman has no setting 'gamma'"),
         ([{"gamma": 0.0}], {}, "adaptive gamma=0: gamma must be positive"),
+        (
+            [{"method": "kalman", "sigma_max": 5000.0}],
+            {},
+            r"kalman sigma_max=5000: .* from 0.010\d* to 3.398\d*, not for 5000; sigma_max and sigma_min",
+        ),
+        ([{"method": "dps", "sigma_min": 1e-4}], {}, "dps sigma_min=0.0001: .*, not for 0.0001; sigma_max and"),
         ([{"prior": "oracle"}], {}, "prior 'oracle' is not one of"),
         ([{}, {}], {}, "two points of the sweep are called 'adaptive'"),
         ([{}, {"label": "again"}], {}, "again and adaptive are the same point"),
@@ -650,6 +656,26 @@ def test_mistakes_are_named(folder, points, changes, message):
     config.points = default_config(lambda add: [add(**point) for point in points]).points
     with pytest.raises(InputError, match=message):
         open_study(config)
+
+
+def test_points_keep_to_the_noise_of_the_training(folder):
+    """Of a network that knows the first 101 steps, whose noise is what the betas of the notes make."""
+    beta = np.linspace(1e-4, 0.02, 250)
+    sigma = np.sqrt(1 / np.cumprod(1 - beta) - 1)
+    trained = dataclasses.replace(tiny.model("anchored"), sigma=(0.01, sigma[100]))
+    settings = (
+        [{"method": "multistage", "t_start": 100, "t_refine": 100}, {"method": "multistage", "t_refine": 101},
+         {"method": "kalman"}, {"method": "kalman", "sigma_max": 2.0}, {"method": "linear_samples"}]
+    )  # fmt: skip
+    points = default_config(lambda add: [add(**one, label=f"{n}") for n, one in enumerate(settings)])
+    first, beyond, usual, above, linear_samples = read_points(points)
+    assert [stage.t_start for stage in make_program(first, trained)] == [100] * 6
+    with pytest.raises(InputError, match=r"1: .* not for 0.725\d*; t_start must be a step up to 100, not 101"):
+        make_program(beyond, trained)
+    np.testing.assert_allclose(make_program(usual, trained).sigma[0], sigma[100], rtol=1e-5)
+    with pytest.raises(InputError, match=r"3: .* not for 2; sigma_max and sigma_min must lie in that range"):
+        make_program(above, trained)
+    assert make_program(linear_samples, trained) is None
 
 
 def test_models_of_other_frames_are_not_compared(folder, tmp_path):
@@ -698,6 +724,10 @@ def test_configurations_are_sweeps(folder, path):
                 config.points[name].model = str(folder / "model")
             else:
                 del config.points[name]
+        if path.stem == "start_level":
+            # It starts above the last step of a schedule, which is all that a network of steps knows.
+            model.save(tiny.model("anchored", readers.read(folder / "tiny.nc")), folder / "anchored")
+            config.model = str(folder / "anchored")
         made = open_study(config)
         assert make_groups(made)
         names = {name for point in made.points for name in point.settings}
