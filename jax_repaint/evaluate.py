@@ -44,7 +44,7 @@ from jax_repaint.model import Model
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.prior import gp, linear
 from jax_repaint.prior.analysis import Analysis
-from jax_repaint.sample import Known, Repaint, method
+from jax_repaint.sample import Known, Outcome, Repaint, method
 
 BASELINES = ("climatology", "seed_gp", "gp", "linear", "linear_samples")
 REPAINT = tuple(sample.METHODS)
@@ -280,7 +280,7 @@ def run_method(
 
     Raises:
       InputError: an unknown method, an odd number of antithetic members, a method that asks the network about noise
-        it was not trained for.
+        it was not trained for, too little memory for one member.
     """
     began = time.monotonic()
     chunk = chunk or device.usual_batch()
@@ -294,13 +294,25 @@ def run_method(
     elif name == "linear":
         made = [trained.to_velocity(case.analysis.mean(case.observation.values))[None] for case in cases]
     elif name == "linear_samples":
-        made = [trained.to_velocity(linear_samples(trained, case, members, seed, chunk)) for case in cases]
+        made, chunk = [], min(chunk, members)
+        for case in cases:
+
+            def drawn(chunk: int, case: Case = case) -> np.ndarray:
+                return linear_samples(trained, case, members, seed, chunk)
+
+            x, chunk = device.with_less_memory(drawn, chunk)
+            made.append(trained.to_velocity(x))
     elif name in REPAINT:
         stages = stages_of(trained, name)
         known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[known_of(trained, case) for case in cases])
-        outcome = repaint_ensemble(
-            trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk
-        )
+
+        def repainted(chunk: int) -> Outcome:
+            return repaint_ensemble(
+                trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk
+            )
+
+        # Half of a chunk that is never filled would be the same call again.
+        outcome, _ = device.with_less_memory(repainted, min(chunk, members * len(cases)))
         made = [trained.to_velocity(x[:, -1]) for x in survivors(name, stages, frames, outcome)]
         calls = sum(stage.calls for stage in stages)
     elif name in POSTERIOR:

@@ -212,6 +212,49 @@ def test_the_gp_starts_from_climatology(trained, fields, cases, results):
         evaluate.run_method("gp", dataclasses.replace(trained, kernel=None), fields, cases, 1)
 
 
+@pytest.mark.parametrize(
+    ("method", "sampler", "calls"),
+    [
+        ("adaptive", "repaint_ensemble", [8, 4, 2, 1]),
+        ("linear_samples", "linear_samples", [4, 2, 1, 1]),
+        ("kalman", "posterior_ensemble", [256, 128, 64, 32, 16, 8, 4, 2, 1]),
+    ],
+)
+def test_out_of_memory_halves_the_chunk(trained, fields, cases, monkeypatch, caplog, method, sampler, calls):
+    whole = evaluate.run_method(method, trained, fields, cases[:2], 4, 1)
+    sampled, sizes = getattr(evaluate, sampler), []
+
+    # Linear samples take their arguments by place.
+    def small(*arguments, **options):
+        sizes.append(options.get("chunk") or arguments[-1])
+        if sizes[-1] > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return sampled(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, sampler, small)
+    halved = evaluate.run_method(method, trained, fields, cases[:2], 4, 1, chunk=256)
+    assert sizes == calls
+    assert f"out of memory with {calls[0]} members a call; going on with {calls[0] // 2}" in caplog.text
+    np.testing.assert_allclose(halved.members, whole.members, atol=1e-5)
+
+    def none(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(evaluate, sampler, none)
+    with pytest.raises(InputError, match="not enough memory for one member"):
+        evaluate.run_method(method, trained, fields, cases, 4)
+
+
+@pytest.mark.parametrize("sampler", ["repaint_ensemble", "linear_samples"])
+def test_other_errors_of_the_device_are_not_hidden(trained, fields, cases, monkeypatch, sampler):
+    def broken(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(evaluate, sampler, broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        evaluate.run_method("adaptive" if sampler == "repaint_ensemble" else sampler, trained, fields, cases[:1], 2)
+
+
 def test_no_network_is_asked_about_noise_beyond_its_training(trained, fields, cases, monkeypatch, tmp_path):
     sigma = np.sqrt(1 / np.cumprod(1 - np.linspace(1e-3, 0.06, 76)) - 1)
 
