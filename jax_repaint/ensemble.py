@@ -129,6 +129,7 @@ def repaint_ensemble(
     var_decay: float = sample.VAR_DECAY,
     chunk: int = 64,
     devices: Sequence[jax.Device] | None = None,
+    last: bool = False,
 ) -> Outcome:
     """Members of n fields by the stages of the RePaint family (sample.repaint_stages).
 
@@ -143,9 +144,11 @@ def repaint_ensemble(
       var_decay: factor on the prior variance before every later stage.
       chunk: members sampled at a time; what memory allows.
       devices: that share the members of a chunk; all local ones by default.
+      last: whether to keep what the last stage gave alone, so that memory does not grow with the stages.
 
     Returns:
-      Stage by stage, numpy: x (n, members, s, y, x, c) float32, standardised, and failed (n, members, s).
+      Stage by stage, numpy: x (n, members, s, y, x, c) float32, standardised, and failed (n, members, s). With `last`
+      x has one stage, and failed all of them.
 
     Raises:
       InputError: no members, another number of frames than of fields, arrays of different grids, values that are not
@@ -153,7 +156,7 @@ def repaint_ensemble(
     """
     outcome = repaint_sweep(
         denoiser, known, schedule, [stages], frames=frames, members=members, seed=seed, var_decay=[var_decay],
-        chunk=chunk, devices=devices,
+        chunk=chunk, devices=devices, last=last,
     )  # fmt: skip
     return jax.tree.map(lambda leaf: leaf[0], outcome)
 
@@ -170,6 +173,7 @@ def repaint_sweep(
     var_decay: Sequence[float] | None = None,
     chunk: int = 64,
     devices: Sequence[jax.Device] | None = None,
+    last: bool = False,
 ) -> Outcome:
     """`repaint_ensemble` at p points of the hyperparameters in one batch and one program, with the same noise at each.
 
@@ -191,7 +195,13 @@ def repaint_sweep(
     point, row, member = (i.reshape(-1) for i in np.indices(shape))
     keys = member_keys(seed, frames, range(members))[row, member]
     per_row = keys, jax.tree.map(lambda leaf: leaf[point], stacked), np.float32(var_decay)[point]
-    outcome = in_chunks(repaint_rows, row, per_row, chunk, (denoiser, known, schedule), devices)
+
+    def run(*arguments: Any) -> Outcome:
+        # The program is the same, and with it every digit.
+        outcome = repaint_rows(*arguments)
+        return outcome._replace(x=outcome.x[:, -1:]) if last else outcome
+
+    outcome = in_chunks(run, row, per_row, chunk, (denoiser, known, schedule), devices)
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), outcome)
 
 

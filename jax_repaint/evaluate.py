@@ -308,8 +308,9 @@ def run_method(
 
         def repainted(chunk: int) -> Outcome:
             return repaint_ensemble(
-                trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk
-            )
+                trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk,
+                last=True,
+            )  # fmt: skip
 
         # Half of a chunk that is never filled would be the same call again.
         outcome, _ = device.with_less_memory(repainted, min(chunk, members * len(cases)))

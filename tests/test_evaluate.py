@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 from matplotlib import image
 
-from jax_repaint import evaluate, guide, metrics
+from jax_repaint import evaluate, guide, metrics, sample
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, Standardiser
 from jax_repaint.denoise import PrincipalGaussian
@@ -210,6 +210,32 @@ def test_the_gp_starts_from_climatology(trained, fields, cases, results):
     assert np.abs(observed - truth).max() < 0.05
     with pytest.raises(InputError, match="without a fitted GP"):
         evaluate.run_method("gp", dataclasses.replace(trained, kernel=None), fields, cases, 1)
+
+
+def test_of_many_stages_the_last_is_kept_to_the_digit(trained, fields, cases, monkeypatch):
+    gentle = {"resample_steps": 1, "t_start": 6, "t_refine": 4, "stages": 3}
+    monkeypatch.setattr(evaluate, "method", lambda name, steps: sample.method(name, steps, **gentle))
+    some, kept, run = [cases[0], cases[7], cases[4]], [], evaluate.repaint_ensemble
+
+    def watched(*arguments, **options):
+        kept.append(run(*arguments, **options))
+        return kept[-1]
+
+    monkeypatch.setattr(evaluate, "repaint_ensemble", watched)
+    made = evaluate.run_method("multistage", trained, fields, some, 3, seed=2, chunk=4).members
+    (outcome,) = kept
+    assert outcome.x.shape == (3, 3, 1, *PADDED, 2)
+    # Nor is it a view of all stages; the last chunk is filled up, to twelve members.
+    assert np.size(outcome.x.base) * 9 == outcome.x.size * 12
+    known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[evaluate.known_of(trained, case) for case in some])
+    frames = [case.frame for case in some]
+    stages = sample.method("multistage", 76, **gentle)
+    every = run(trained.denoiser, known, trained.steps, stages, frames=frames, members=3, seed=2, chunk=4)
+    assert every.x.shape[2] == 3
+    np.testing.assert_array_equal(outcome.failed, every.failed)
+    np.testing.assert_array_equal(made, trained.to_velocity(every.x[:, :, -1]))
+    (alone,) = evaluate.run_method("multistage", trained, fields, some[1:2], 3, seed=2, chunk=4).members
+    np.testing.assert_allclose(made[1], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(
