@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from jax_repaint import command, details, device, files, metrics, model, observe, plots, sample, train
 from jax_repaint.calibration import Gate
+from jax_repaint.checks import whole_number
 from jax_repaint.data import readers, twin
 from jax_repaint.data.fields import Fields, Split, crop
 from jax_repaint.ensemble import (
@@ -591,7 +592,8 @@ def block_length(split: Split, frames: int) -> int:
 
 
 def check_methods(methods: Sequence[str], members: int) -> None:
-    """Raises InputError at no method, an unknown one, or members that do not come in the pairs of a method."""
+    """Raises InputError at no method, an unknown one, or members that are no number or not the pairs of a method."""
+    whole_number("members", members, 1)
     if not methods:
         raise InputError("at least one method is needed")
     for name in methods:
@@ -628,6 +630,7 @@ def run(
       inputs: files that are read, which `out` must not replace.
     """
     check_methods(methods, members)
+    members = int(members)
     patterns = list(dict.fromkeys(patterns))
     added = None if raw else calibrated_name(trained, methods, members)
     shown = shown or (added if added and methods[-1] == trained.calibration.method else methods[-1])

@@ -28,6 +28,7 @@ import jax_repaint
 from jax_repaint import command, device, evaluate, files, metrics, observe, plots
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
+from jax_repaint.checks import whole_number
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, crop
 from jax_repaint.data.observations import Grid, Observed, collect
@@ -117,9 +118,10 @@ def inpaint(
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
     evaluate.check_methods([method], members)
+    members = int(members)
     if members < (least := 4 if method in evaluate.PAIRED else 2):
         raise InputError(f"for a spread {method} needs {least} members at least, got {members}")
-    chunk = chunk or device.usual_batch()
+    chunk = device.usual_batch() if chunk is None else whole_number("chunk", chunk, 1)
     grid = Grid(trained.ocean, trained.lat, trained.lon)
     frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step, leave_out=leave_out)
     _check_units(trained, frames)

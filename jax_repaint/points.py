@@ -25,6 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jax_repaint import evaluate, sample
+from jax_repaint.checks import whole_number
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 from jax_repaint.posterior import Posterior
@@ -164,11 +165,10 @@ def read_points(config: ConfigDict) -> list[Point]:
             if len(alike) == 1 or any(one.get(key) != value for one in alike)
         ]
         common = {key: own.get(key, config[key]) for key in ("model", "prior", "consecutive", MEMBERS)}
+        common[MEMBERS] = whole_number(f"{name}: members", common[MEMBERS], 1)
         point = Point(number, own.get("label", " ".join([method, *said])), method, hyper=defaults | hyper, **common)
         if point.prior not in PRIORS:
             raise InputError(f"{name}: prior {point.prior!r} is not one of {', '.join(PRIORS)}")
-        if point.members < 1:
-            raise InputError(f"{name}: members must be at least 1, got {point.members}")
         if point.paired and point.members % 2:
             raise InputError(f"{name}: the members of {method} come in antithetic pairs: {point.members} is odd")
         points.append(point)

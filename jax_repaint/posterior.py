@@ -11,6 +11,7 @@ variance exceeds sigma_1^2 are lost; from the linear mean, their spread is.
 """
 
 import hashlib
+import math
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from flax import struct
 
 from jax_repaint import guide, transition
 from jax_repaint.array_types import Array, Field, Float, Key, Level
+from jax_repaint.checks import check_number, whole_number
 from jax_repaint.denoise import Denoiser, PrincipalGaussian, Regimes
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
@@ -73,21 +75,22 @@ class Posterior:
         """
         if correction not in guide.CORRECTIONS:
             raise InputError(f"correction {correction!r} is not one of {', '.join(guide.CORRECTIONS)}")
+        for name, value in (("eta", eta), ("dps_step", dps_step), ("stop_sigma", stop_sigma), ("sigma_max", sigma_max)):
+            check_number(name, value)
         if not 0 <= eta <= 1:
             raise InputError(f"eta must be in [0, 1], got {eta}")
         if second_order and eta > 0:
             raise InputError(f"second order steps are deterministic: eta must be 0, got {eta}")
-        if not dps_step > 0:
-            raise InputError(f"dps_step must be positive, got {dps_step}")
-        if int(cg_steps) != cg_steps or cg_steps < 1:
-            raise InputError(f"cg_steps must be a whole number, at least 1, got {cg_steps}")
+        if not 0 < dps_step < math.inf:
+            raise InputError(f"dps_step must be positive and finite, got {dps_step}")
+        cg_steps = whole_number("cg_steps", cg_steps, 1)
         if not stop_sigma <= sigma_max:
             raise InputError(f"stop_sigma {stop_sigma} is above the first level {sigma_max}")
         sigma = levels(count, sigma_min, sigma_max)
         # The first level always runs: rounding may leave it a little below sigma_max.
         run = np.append(True, sigma[1:] >= stop_sigma)
         numbers = (jnp.asarray(v, jnp.float32) for v in (sigma[run], eta, dps_step))
-        return cls(*numbers, correction, int(cg_steps), bool(second_order))
+        return cls(*numbers, correction, cg_steps, bool(second_order))
 
     @property
     def calls(self) -> int:

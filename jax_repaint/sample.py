@@ -29,6 +29,7 @@ from flax import struct
 
 from jax_repaint import transition
 from jax_repaint.array_types import Array, Bool, Field, Int, Key, Level
+from jax_repaint.checks import check_number, whole_number
 from jax_repaint.denoise import Denoiser
 from jax_repaint.errors import InputError
 from jax_repaint.schedule import Schedule
@@ -127,17 +128,19 @@ class Repaint:
         Raises:
           InputError: a number is outside its range.
         """
+        for name, value in (("gamma", gamma), ("guidance_scale", guidance_scale)):
+            check_number(name, value)
         for name, value in (("noise_floor", noise_floor), ("blend", blend), ("confidence_floor", confidence_floor)):
+            check_number(name, value)
             if not 0 <= value <= 1:
                 raise InputError(f"{name} must be in [0, 1], got {value}")
         if not 0 < gamma < math.inf:
             raise InputError(f"gamma must be positive, got {gamma}")
         if not 0 <= guidance_scale < math.inf:
             raise InputError(f"guidance_scale must be a number, not negative, got {guidance_scale}")
-        if int(resample_steps) != resample_steps or resample_steps < 1:
-            raise InputError(f"resample_steps must be a whole number, at least 1, got {resample_steps}")
-        if int(t_start) != t_start or t_start < 0:
-            raise InputError(f"t_start must be a step 0..T-1, got {t_start}")
+        if anneal not in (0, 1):
+            raise InputError(f"anneal must be 0 or 1, got {anneal!r}")
+        resample_steps, t_start = whole_number("resample_steps", resample_steps, 1), whole_number("t_start", t_start, 0)
         if start not in ("prior", "noise"):
             raise InputError(f"start must be prior or noise, got {start!r}")
         if normalise not in ("minmax", "prior", "flat"):
@@ -145,7 +148,7 @@ class Repaint:
         numbers = (noise_floor, gamma, float(anneal), blend, guidance_scale, confidence_floor)
         return cls(
             *(jnp.asarray(v, jnp.float32) for v in numbers),
-            int(t_start), int(resample_steps), start, bool(guidance_scale > 0), normalise,
+            t_start, resample_steps, start, bool(guidance_scale > 0), normalise,
         )  # fmt: skip
 
     @property
@@ -203,17 +206,16 @@ def method(name: str, steps: int = 250, **changes: float | str | bool) -> tuple[
     if unknown:
         raise InputError(f"method {name} has no setting {unknown[0]!r}")
     check_start(first["t_start"], steps)
-    stages = several.get("stages", 1)
-    if int(stages) != stages or stages < 1:
-        raise InputError(f"stages must be a whole number, at least 1, got {stages}")
+    stages = whole_number("stages", several.get("stages", 1), 1)
     if stages > 1:
         check_start(several["t_refine"], steps)
     later = first | {"t_start": several.get("t_refine"), "noise_floor": several.get("refine_floor")}
-    return (Repaint.create(**first), *(Repaint.create(**later) for _ in range(int(stages) - 1)))
+    return (Repaint.create(**first), *(Repaint.create(**later) for _ in range(stages - 1)))
 
 
 def check_start(t_start: int, steps: int) -> None:
     """Raises InputError unless t_start is a step of the schedule."""
+    check_number("t_start", t_start)
     if not 0 <= t_start < steps:
         raise InputError(f"t_start {t_start} is not a step of the schedule, which has steps 0..{steps - 1}")
 

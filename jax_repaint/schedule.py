@@ -6,11 +6,14 @@ Noise levels (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Bas
     x = x0 + sigma n,     sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t),     x = x_t / sqrt(alpha_bar_t)
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from jax_repaint.array_types import Array, Float, Level
+from jax_repaint.checks import check_number, whole_number
 from jax_repaint.errors import InputError
 
 
@@ -89,8 +92,14 @@ def levels(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> 
 
     Returns:
       (count,) float64, decreasing.
+
+    Raises:
+      InputError: no whole number of levels, or ends that are no such numbers.
     """
-    if count < 2 or not 0 < sigma_min < sigma_max:
-        raise InputError(f"levels need count >= 2 and 0 < sigma_min < sigma_max, got {count}, {sigma_min}, {sigma_max}")
+    count = whole_number("the number of levels", count, 2)
+    check_number("sigma_min", sigma_min)
+    check_number("sigma_max", sigma_max)
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise InputError(f"levels need finite 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return np.linspace(*ends, count) ** rho

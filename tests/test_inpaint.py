@@ -5,6 +5,7 @@ import datetime
 import inspect
 import json
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -313,6 +314,13 @@ def test_a_gate_weighs_each_field_as_it_was_learnt(trained):
         quietly(calibrated_with(trained, gate=gate), one, members=8)
     with pytest.raises(InputError, match="which a program of one run cannot do"):
         export.export(calibrated_with(trained, gate=gate), None, members=8, method="kalman")
+
+
+@pytest.mark.parametrize("value", [2.5, math.nan, math.inf, "8", 0, -4])
+@pytest.mark.parametrize("name", ["members", "chunk"])
+def test_members_and_chunks_are_whole_numbers(trained, name, value):
+    with pytest.raises(InputError, match=rf"^{name} must be a whole number, at least 1, got {value!r}$"):
+        inpaint.inpaint(trained, table(3), **{name: value}, method="linear_samples")
 
 
 def test_two_paired_members_have_no_spread_and_are_refused(trained):

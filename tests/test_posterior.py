@@ -1,5 +1,7 @@
 """Corrections and posterior samplers against dense algebra, where prior and posterior are Gaussian and known."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -452,9 +454,23 @@ def test_mistakes_are_named(gaussian, observation):
         {"cg_steps": 0},
         {"stop_sigma": 9.0},
         {"sigma_min": 5.0},
+        {"sigma_max": math.inf},
+        {"sigma_max": math.nan},
+        {"sigma_max": "3.4"},
+        {"sigma_min": None},
+        {"count": 2.5},
+        {"count": 1},
+        {"count": math.nan},
+        {"dps_step": math.inf},
+        {"dps_step": math.nan},
+        {"eta": "1"},
+        {"cg_steps": math.inf},
+        {"stop_sigma": "0"},
     ):
-        with pytest.raises(InputError):
-            Posterior.create(3.4, **options)
+        # Each message says which it was.
+        named = "levels" if "count" in options else next(iter(options)).split("_")[0]
+        with pytest.raises(InputError, match=named):
+            Posterior.create(**({"sigma_max": 3.4} | options))
     hyper = Posterior.create(3.4)
     with pytest.raises(InputError, match="needs an observation"):
         evidence_for(hyper, gaussian.ocean)
