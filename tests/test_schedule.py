@@ -85,7 +85,7 @@ def test_levels_have_the_root_of_their_source_by_default():
         (lambda: Schedule.create(np.full(100, 0.5)), "the signal of the last one"),
         (lambda: Schedule.linear(1), "steps >= 2"),
         (lambda: Schedule.linear(10, 0.2, 0.1), "min_beta <= max_beta"),
-        (lambda: schedule.levels(1, 0.1, 1.0), "count >= 2"),
+        (lambda: schedule.levels(1, 0.1, 1.0), "at least 2, got 1"),
         (lambda: schedule.levels(4, 1.0, 1.0), "sigma_min < sigma_max"),
     ],
 )
