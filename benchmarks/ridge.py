@@ -29,10 +29,11 @@ from absl import flags
 from scipy.spatial.distance import cdist
 
 from benchmarks import measure
-from jax_repaint import SHIPPED, command, evaluate, metrics, model
+from jax_repaint import SHIPPED, command, metrics, model
+from jax_repaint.cases import Case, block_length, held_out, observation_of, observed_cells, pick
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
-from jax_repaint.evaluate import Case
+from jax_repaint.methods import check_methods, run_method
 from jax_repaint.model import Model
 from jax_repaint.prior import linear
 
@@ -107,10 +108,10 @@ def make_cases(trained: Model, fields: Fields, numbers: Sequence[int], pattern: 
     Raises:
       InputError: a pattern that cannot be drawn, no cell left to observe or to score.
     """
-    observed = evaluate.observed_cells(fields, fields.velocity[0], pattern, 0, seed)
+    observed = observed_cells(fields, fields.velocity[0], pattern, 0, seed)
     cases, analysis = [], None
     for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
-        observation = evaluate.observation_of(trained, velocity, observed)
+        observation = observation_of(trained, velocity, observed)
         analysis = analysis or linear.analysis(trained.gaussian, observation)
         cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis))
     return cases
@@ -164,30 +165,30 @@ def measure_pattern(
     """The rows of a pattern and what was chosen for it.
 
     Args:
-      select, split: see `evaluate.held_out`.
+      select, split: see `held_out`.
       train: number of training frames.
 
     Raises:
       InputError: frames with gaps, whose observed cells would differ.
     """
-    numbers = evaluate.pick(split, frames, seed)
+    numbers = pick(split, frames, seed)
     test, *others = (select(n) for n in (numbers, spaced(split.train, train), spaced(split.validation, VALIDATION)))
     for part in (test, *others):
         if part.gaps:
             raise InputError(f"{part.name}: {100 * part.gaps:.2g} % of the values on ocean cells are missing")
     cases = make_cases(trained, test, numbers, pattern, seed)
-    means = {"linear": np.concatenate(evaluate.run_method("linear", trained, test, cases, 1).members)}
+    means = {"linear": np.concatenate(run_method("linear", trained, test, cases, 1).members)}
     means["ridge"], choice = ridge(trained, cases, means["linear"], *(part.velocity for part in others))
     for name in (bar := tqdm.tqdm(methods, unit="method", disable=None)):
         bar.set_description(f"{pattern}, {name}")
-        result = evaluate.run_method(name, trained, test, cases, members, seed)
+        result = run_method(name, trained, test, cases, members, seed)
         means[name] = np.stack([made.mean(0) for made in result.members])
     scored = test.ocean & ~cases[0].observed
     errors = {
         name: np.array([metrics.mse(one, case.truth, scored) for one, case in zip(made, cases, strict=True)])
         for name, made in means.items()
     }
-    block = evaluate.block_length(split, len(numbers))
+    block = block_length(split, len(numbers))
 
     def over(name: str, base: str) -> dict[str, float]:
         ratio = metrics.ratio_of_means(errors[name], errors[base], block, seed)
@@ -227,9 +228,9 @@ def main(argv: Sequence[str]) -> None:
     if not f.patterns:
         raise InputError("at least one pattern is needed")
     methods = [name for name in dict.fromkeys(f.methods) if name != "linear"]
-    evaluate.check_methods(methods or ["linear"], members)
+    check_methods(methods or ["linear"], members)
     trained = model.load(f.model)
-    select, split = evaluate.held_out(trained, f.fields)
+    select, split = held_out(trained, f.fields)
     results = {"machine": measure.machine(), "dtype": "float32", "members": members, "seed": f.seed, "patterns": []}
     for pattern in dict.fromkeys(f.patterns):
         found = measure_pattern(trained, select, split, pattern, frames, train, methods, members, f.seed)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from jax_repaint import device, ensemble, evaluate, guide
-from jax_repaint.evaluate import Case
+from jax_repaint import device, ensemble, guide
+from jax_repaint.cases import Case
+from jax_repaint.methods import linear_samples
 from jax_repaint.model import Model
 from jax_repaint.points import Program, same_program
 from jax_repaint.posterior import evidence_for
@@ -292,7 +293,7 @@ class Sampler:
         for case, one in enumerate(estimates):
 
             def call(chunk: int, one: Case = one.case) -> np.ndarray:
-                return evaluate.linear_samples(self.trained, one, self.members, batch.cases[0].seed, chunk)
+                return linear_samples(self.trained, one, self.members, batch.cases[0].seed, chunk)
 
             began = time.perf_counter()
             x, _ = device.with_less_memory(call, min(self.chunk, self.members))

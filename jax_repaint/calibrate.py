@@ -17,14 +17,15 @@ import numpy as np
 import tqdm
 from absl import flags, logging
 
-from jax_repaint import calibration, command, device, evaluate, files, metrics, model, observe
+from jax_repaint import calibration, command, device, files, methods, metrics, model, observe
 from jax_repaint.calibration import Calibration
+from jax_repaint.cases import data_of, make_cases, observation_of, prior_of
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.ensemble import frame_batches
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 
-METHODS = tuple(name for name in evaluate.METHODS if name not in ("climatology", "seed_gp", "gp", "linear"))
+METHODS = tuple(name for name in methods.METHODS if name not in ("climatology", "seed_gp", "gp", "linear"))
 RECORD = 1024  # frames at most whose linear estimate is made, to see how long its errors last
 
 
@@ -47,7 +48,7 @@ def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0) ->
     observed = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, 0))
     errors, gappy = [], fields.gaps > 0
     if not gappy:
-        (case,) = evaluate.make_cases(trained, fields.select([0]), [0], [pattern], seed)
+        (case,) = make_cases(trained, fields.select([0]), [0], [pattern], seed)
     for frame, velocity in enumerate(fields.velocity):
         if gappy:
             present = fields.ocean & np.isfinite(velocity).all(-1)
@@ -55,11 +56,11 @@ def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0) ->
                 errors.append(np.nan)
                 continue
             # Gaps make a pattern of its own, and an analysis, of every frame.
-            (case,) = evaluate.make_cases(trained, fields.select([frame]), [0], [pattern], seed)
+            (case,) = make_cases(trained, fields.select([frame]), [0], [pattern], seed)
         else:
-            case = dataclasses.replace(case, observation=evaluate.observation_of(trained, velocity, observed))
+            case = dataclasses.replace(case, observation=observation_of(trained, velocity, observed))
         scored = metrics.scored_cells(velocity, fields.ocean, observed)
-        errors.append(metrics.mse(evaluate.prior_of(trained, case)[0], velocity, scored))
+        errors.append(metrics.mse(prior_of(trained, case)[0], velocity, scored))
     if (count := np.isfinite(errors).sum()) < 2:
         raise InputError(f"{fields.name}: {pattern} meets cells with values in {count} frames; two are needed")
     return calibration.independent_length(np.log(errors))
@@ -99,14 +100,14 @@ def learn(
             "%d blocks of time: intervals will be those of Gaussian members; %d blocks allow a promise",
             blocks, calibration.BLOCKS_TO_PROMISE,
         )  # fmt: skip
-    cases = evaluate.make_cases(trained, fields, numbers, patterns, seed)
+    cases = make_cases(trained, fields, numbers, patterns, seed)
     whole, made, evidence = [], [], []
     chunk = chunk or device.usual_batch()
     sizes = [case.observation.size for case in cases]
-    batches = frame_batches(sizes, members, chunk, trained.gaussian, evaluate.LEVELS)
+    batches = frame_batches(sizes, members, chunk, trained.gaussian, methods.LEVELS)
     for batch in tqdm.tqdm(batches, unit="batch", disable=None):
         mine = [cases[i] for i in batch]
-        ensembles = evaluate.run_method(name, trained, fields, mine, members, seed, chunk).members
+        ensembles = methods.run_method(name, trained, fields, mine, members, seed, chunk).members
         # A batch that is filled up has its last case more than once.
         found = list(zip(mine, ensembles, strict=True))[: len(set(batch))]
         for case, ensemble in found:
@@ -116,10 +117,10 @@ def learn(
         whole += [case for case, _ in kept]
         made += [ensemble for _, ensemble in kept]
         if gate and kept:
-            evidence += evaluate.gate_evidence(name, trained, fields, [case for case, _ in kept], members, seed, chunk)
+            evidence += methods.gate_evidence(name, trained, fields, [case for case, _ in kept], members, seed, chunk)
     if len({case.frame // block for case in whole}) < 2:
         raise InputError(f"members of {name} failed in all fields but those of one block of time; two are needed")
-    priors = [evaluate.prior_of(trained, case) for case in whole]
+    priors = [prior_of(trained, case) for case in whole]
     return calibration.fit(
         [case.truth for case in whole],
         [mean for mean, _ in priors],
@@ -128,7 +129,7 @@ def learn(
         [metrics.scored_cells(case.truth, fields.ocean, case.observed) for case in whole],
         [case.frame // block for case in whole],
         method=name,
-        antithetic=name in evaluate.PAIRED,
+        antithetic=name in methods.PAIRED,
         patterns=list(dict.fromkeys(patterns)),
         seed=seed,
         evidence=evidence if gate else None,
@@ -139,8 +140,8 @@ def check(name: str, members: int, block: int) -> None:
     """Raises InputError at a method without an ensemble, too few members for a spread, an empty block."""
     if name not in METHODS:
         raise InputError(f"method {name!r} cannot be calibrated; those with an ensemble are {', '.join(METHODS)}")
-    evaluate.check_methods([name], members)
-    least = 4 if name in evaluate.PAIRED else 2
+    methods.check_methods([name], members)
+    least = metrics.least_members(name in methods.PAIRED)
     if members < least:
         raise InputError(f"the spread of {name} needs {least} members or more, got {members}")
     if block < 1:
@@ -169,7 +170,7 @@ def main(_) -> None:
     check(FLAGS.method, FLAGS.members, FLAGS.block or 1)
     trained = model.load(FLAGS.model)
     files.check_writable(f"{FLAGS.model}/{model.DESCRIPTION}")
-    fields, split = evaluate.data_of(trained, FLAGS.fields)
+    fields, split = data_of(trained, FLAGS.fields)
     patterns = FLAGS.patterns or observe.usual(fields.ocean)
     block = FLAGS.block or block_length(trained, fields.select(split.validation), patterns[0], FLAGS.seed)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)

@@ -284,7 +284,7 @@ def _check(made: Calibration) -> None:
 def _require_spread(members: int, antithetic: bool) -> None:
     if antithetic and members % 2:
         raise InputError(f"antithetic members come in pairs, got {members} members")
-    least = 4 if antithetic else 2
+    least = metrics.least_members(antithetic)
     if members < least:
         raise InputError(f"a calibration needs ensembles with a spread, {least} members or more, got {members}")
 

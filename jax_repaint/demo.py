@@ -15,13 +15,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jax_repaint import SHIPPED, command, evaluate, files, model, observe, train
+from jax_repaint import SHIPPED, command, evaluate, files, methods, model, observe, train
+from jax_repaint.cases import block_length, files_of, held_out, pick
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, carve
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 
-METHODS = (*evaluate.BASELINES, "kalman")  # RePaint's hundreds of calls would be most of the demo's time
+METHODS = (*methods.BASELINES, "kalman")  # RePaint's hundreds of calls would be most of the demo's time
 
 
 def brief_config(path: str, train_range: str, validation_range: str, test_range: str) -> ConfigDict:
@@ -69,7 +70,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("steps", 150, "Steps of training on your file.", lower_bound=1)
     flags.DEFINE_integer("frames", 1, "Held-out frames to inpaint, drawn at random.", lower_bound=1)
     flags.DEFINE_list("patterns", [], "Observation patterns; by default a line, a walk and 2 % of the cells.")
-    flags.DEFINE_list("methods", list(METHODS), f"Among {', '.join(evaluate.METHODS)}.")
+    flags.DEFINE_list("methods", list(METHODS), f"Among {', '.join(methods.METHODS)}.")
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_string("out", "demo", "Folder for what is written.")
@@ -77,7 +78,7 @@ def _define_flags() -> None:
 
 def main(_) -> None:
     """Inpaints and says where the results are."""
-    evaluate.check_methods(FLAGS.methods, FLAGS.members)
+    methods.check_methods(FLAGS.methods, FLAGS.members)
     out = Path(FLAGS.out)
     if FLAGS.fields:
         if "given" in FLAGS.methods:
@@ -93,19 +94,19 @@ def main(_) -> None:
             observe.parse(pattern, series.ocean, observe.pattern_rng(FLAGS.seed, 0))
         ranges = FLAGS.train_range, FLAGS.test_range
         trained, parts = fit(FLAGS.fields, series, *ranges, FLAGS.steps, out / "run")
-        numbers = evaluate.pick(parts, FLAGS.frames, FLAGS.seed)
-        fields, block = series.select(numbers), evaluate.block_length(parts, len(numbers))
+        numbers = pick(parts, FLAGS.frames, FLAGS.seed)
+        fields, block = series.select(numbers), block_length(parts, len(numbers))
     else:
         if FLAGS.train_range or FLAGS.test_range:
             raise InputError("--train_range and --test_range go with --fields")
         trained = model.load(FLAGS.model or SHIPPED)
-        select, parts = evaluate.held_out(trained)
-        numbers = evaluate.pick(parts, FLAGS.frames, FLAGS.seed)
-        fields, block = select(numbers), evaluate.block_length(parts, len(numbers))
+        select, parts = held_out(trained)
+        numbers = pick(parts, FLAGS.frames, FLAGS.seed)
+        fields, block = select(numbers), block_length(parts, len(numbers))
     patterns = FLAGS.patterns or list(observe.usual(fields.ocean))
     text = evaluate.run(
         trained, fields, numbers, patterns, FLAGS.methods, out,
-        members=FLAGS.members, seed=FLAGS.seed, block=block, inputs=evaluate.files_of(trained, FLAGS.fields or None),
+        members=FLAGS.members, seed=FLAGS.seed, block=block, inputs=files_of(trained, FLAGS.fields or None),
     )  # fmt: skip
     print(text)
     if len(numbers) < 16:

@@ -40,7 +40,7 @@ def of_frame(
     dx, dy = cell_sizes(fields)
     fast = math.sqrt(np.mean(np.sum(truth[scored] ** 2, -1))) / 3
     row = {"direction_error": metrics.direction_error(members.mean(0), truth, scored, fast)}
-    if len(members) >= (4 if antithetic else 2):
+    if len(members) >= metrics.least_members(antithetic):
         row["energy_score"] = metrics.energy_score(truth, members, scored, antithetic)
     # Among coasts no cell may have four ocean neighbours, and no rectangle of 8 by 8 cells be without land.
     with contextlib.suppress(InputError):

@@ -37,14 +37,16 @@ import numpy as np
 from flax import struct
 from jax import export as jax_export
 
-from jax_repaint import ensemble, evaluate, guide, inpaint, metrics, observe
+from jax_repaint import ensemble, guide, inpaint, metrics, observe
 from jax_repaint import model as models
 from jax_repaint.array_types import Array, Field, Float, Values
 from jax_repaint.calibration import Calibration, correct
+from jax_repaint.cases import OBSERVATION_ERROR
 from jax_repaint.data.fields import crop
 from jax_repaint.data.observations import UNKNOWN, Observed
 from jax_repaint.errors import InputError
 from jax_repaint.files import check_writable, whole_file
+from jax_repaint.methods import levels_of
 from jax_repaint.model import Model
 from jax_repaint.observe import Observation
 
@@ -101,12 +103,12 @@ def program(
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} cannot be exported; {' and '.join(METHODS)} can")
-    if members < 4 or members % 2:
+    if members < metrics.least_members(antithetic=True) or members % 2:
         raise InputError(f"the program makes antithetic pairs, two of them at least; got {members} members")
     # Kernels of one platform cannot be part of a program for several.
     network = dataclasses.replace(trained.network, attention_implementation="xla")
     trained = dataclasses.replace(trained, network=network)
-    hyper = evaluate.levels_of(trained, method)
+    hyper = levels_of(trained, method)
     gaussian, denoiser, standardiser = trained.gaussian, trained.denoiser, trained.standardiser
     mean, std = jnp.asarray(standardiser.mean)[None], jnp.asarray(standardiser.std)[None]
     ocean = jnp.asarray(trained.ocean)[..., None]
@@ -268,7 +270,9 @@ def measure(
     observed[rng.choice(wet, min(rows, wet.size), replace=False)] = True
     draw = np.asarray(crop(guide.prior_draw(trained.gaussian, jax.random.key(0)), trained.ocean.shape))
     field = trained.standardiser.restore(draw)
-    observation = observe.from_cells(observed.reshape(trained.ocean.shape), field, evaluate.ERROR, trained.ocean, rows)
+    observation = observe.from_cells(
+        observed.reshape(trained.ocean.shape), field, OBSERVATION_ERROR, trained.ocean, rows
+    )
     inputs = (observation.cells, observation.weights, observation.values, observation.sigma, observation.valid)
     began = time.monotonic()
     run = load(path)

@@ -25,9 +25,10 @@ import xarray as xr
 from absl import flags, logging
 
 import jax_repaint
-from jax_repaint import command, device, evaluate, files, metrics, observe, plots
+from jax_repaint import command, device, files, methods, metrics, observe, plots
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
+from jax_repaint.cases import OBSERVATION_ERROR, Case, hold_out_of, prior_of
 from jax_repaint.checks import whole_number
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, crop
@@ -37,7 +38,7 @@ from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 from jax_repaint.prior import linear
 
-METHODS = ("linear_samples", *evaluate.REPAINT, *evaluate.POSTERIOR)
+METHODS = ("linear_samples", *methods.REPAINT, *methods.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE = 20  # standard deviations from the mean
 DRAWN = 3  # fields in a picture
@@ -83,7 +84,7 @@ def inpaint(
     time: str | np.datetime64 | None = None,
     *,
     columns: Mapping[str, str] | None = None,
-    sigma: float = evaluate.ERROR,
+    sigma: float = OBSERVATION_ERROR,
     step: str | None = None,
     method: str | None = None,
     raw: bool = False,
@@ -117,9 +118,9 @@ def inpaint(
     method = method or default_method(trained)
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    evaluate.check_methods([method], members)
+    methods.check_methods([method], members)
     members = int(members)
-    if members < (least := 4 if method in evaluate.PAIRED else 2):
+    if members < (least := metrics.least_members(method in methods.PAIRED)):
         raise InputError(f"for a spread {method} needs {least} members at least, got {members}")
     chunk = device.usual_batch() if chunk is None else whole_number("chunk", chunk, 1)
     grid = Grid(trained.ocean, trained.lat, trained.lon)
@@ -131,7 +132,7 @@ def inpaint(
     sizes = [frame.observation.size for frame in frames]
     hidden = None if progress and len(frames) > 1 else True
     with tqdm.tqdm(total=len(frames), unit="field", disable=hidden) as bar:
-        for batch in frame_batches(sizes, members, chunk, trained.gaussian, evaluate.LEVELS):
+        for batch in frame_batches(sizes, members, chunk, trained.gaussian, methods.LEVELS):
             if progress:
                 _announce(trained, frames[batch[0]], len(batch), members, method)
             mine = [frames[i] for i in batch]
@@ -234,7 +235,7 @@ def estimate(
     """
     chunk = chunk or device.usual_batch()
     cases = [_case(trained, frame) for frame in frames]
-    ensembles = evaluate.run_method(method, trained, None, cases, members, seed, chunk).members
+    ensembles = methods.run_method(method, trained, None, cases, members, seed, chunk).members
     for case, made in zip(cases, ensembles, strict=True):
         fine = np.isfinite(made[:, trained.ocean]).all((1, 2))
         if fine.sum() < members:
@@ -247,7 +248,7 @@ def estimate(
     if calibration is not None and calibration.gate is not None:
         weights = _weights(trained, calibration.gate, frames, cases, members, seed, method, chunk)
     return [
-        _estimate(trained, frame, case, made, calibration, weight, method in evaluate.PAIRED)
+        _estimate(trained, frame, case, made, calibration, weight, method in methods.PAIRED)
         for frame, case, made, weight in zip(frames, cases, ensembles, weights, strict=True)
     ]
 
@@ -255,17 +256,17 @@ def estimate(
 def _estimate(
     trained: Model,
     frame: Observed,
-    case: evaluate.Case,
+    case: Case,
     made: np.ndarray,
     calibration: Calibration | None,
     weight: float,
     antithetic: bool,
 ) -> Estimate:
     """What members (M, y, x, 2) in m/s say of a field, corrected by the calibration."""
-    prior_mean, prior_variance = evaluate.prior_of(trained, case)
+    prior_mean, prior_variance = prior_of(trained, case)
     if calibration is not None:
         made = calibration.apply(prior_mean, prior_variance, made, weight)
-    if len(made) < (4 if antithetic else 2):
+    if len(made) < metrics.least_members(antithetic):
         std = np.full(made.shape[1:], np.nan, np.float32)
     else:
         std = np.sqrt(np.maximum(metrics.ensemble_variance(made, antithetic), 0)).astype(np.float32)
@@ -290,7 +291,7 @@ def _weights(
     trained: Model,
     gate: Gate,
     frames: Sequence[Observed],
-    cases: Sequence[evaluate.Case],
+    cases: Sequence[Case],
     members: int,
     seed: int,
     method: str,
@@ -312,17 +313,17 @@ def _weights(
                 "observation is too few; raw leaves the calibration out"
             )
         out = np.zeros(given.size, bool)
-        out[evaluate.hold_out_of(places, seed, case.frame)] = True
+        out[hold_out_of(places, seed, case.frame)] = True
         held.append(out)
         less.append(_case(trained, frame._replace(observation=given.rows(jnp.asarray(~out)))))
-    ensembles = evaluate.run_method(method, trained, None, less, members, seed, chunk).members
+    ensembles = methods.run_method(method, trained, None, less, members, seed, chunk).members
     weights = []
     for frame, case, out, made in zip(frames, less, held, ensembles, strict=True):
         given = frame.observation
         at_held = given.rows(jnp.asarray(out))
         mean, variance, ensemble = (
             np.asarray(at_held.apply(jnp.asarray(np.nan_to_num(field))))[out]
-            for field in (*evaluate.prior_of(trained, case), made.mean(0))
+            for field in (*prior_of(trained, case), made.mean(0))
         )
         values, sigma = np.asarray(given.values)[out], np.asarray(given.sigma)[out]
         misfit = (values - mean) ** 2
@@ -343,7 +344,7 @@ def calibration_of(trained: Model, method: str, members: int) -> Calibration | N
     return None
 
 
-def _case(trained: Model, frame: Observed) -> evaluate.Case:
+def _case(trained: Model, frame: Observed) -> Case:
     """The observations of one field in the units and on the grid of the network, and the linear analysis of them."""
     mean, std = (jnp.asarray(part)[None] for part in (trained.standardiser.mean, trained.standardiser.std))
     given = frame.observation
@@ -365,7 +366,7 @@ def _case(trained: Model, frame: Observed) -> evaluate.Case:
     observed = np.asarray(given.on_grid(trained.ocean.shape)[0])
     seconds = 0 if np.isnat(frame.time) else int(frame.time.astype("datetime64[s]").astype(np.int64))
     # Keys take 31 bits; two times share them if they are 68 years apart.
-    return evaluate.Case(
+    return Case(
         pattern="observations",
         frame=seconds % 2**31,
         time=frame.time,
@@ -556,7 +557,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Of the members.", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_string("time", None, "The one time that all observations count for.")
     flags.DEFINE_string("step", None, "Times of points are rounded to multiples of this, such as 1h.")
-    flags.DEFINE_float("sigma", evaluate.ERROR, "Standard error in m/s of observations that bring none.")
+    flags.DEFINE_float("sigma", OBSERVATION_ERROR, "Standard error in m/s of observations that bring none.")
     flags.DEFINE_enum("method", None, METHODS, "Sampler; by default the one that the model is calibrated for.")
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.DEFINE_bool("raw", False, "Leave out the calibration that came with the model.")

@@ -23,8 +23,9 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from jax_repaint import command, evaluate, files, guide, metrics, model
+from jax_repaint import command, files, guide, metrics, model
 from jax_repaint.array_types import Array, Field, Float, Key, Level
+from jax_repaint.cases import block_length, data_of, make_cases, pick
 from jax_repaint.data.fields import Fields, prepare_with_gaps
 from jax_repaint.denoise import Denoiser, PrincipalGaussian
 from jax_repaint.ensemble import member_keys
@@ -85,7 +86,7 @@ def denoising_errors(
     """
     trained.check_levels(sigmas)
     trained.check_grid(fields)
-    cases = evaluate.make_cases(trained, fields, numbers, [pattern], seed) if pattern else [None] * len(fields)
+    cases = make_cases(trained, fields, numbers, [pattern], seed) if pattern else [None] * len(fields)
     keys = member_keys(seed, numbers, [DENOISING])[:, 0]
     frames, _, present = prepare_with_gaps(fields, trained.standardiser, trained.padded)
     frames = linear.fill(trained.gaussian, frames, present, seed, numbers)
@@ -163,10 +164,10 @@ def main(_) -> None:
         files.check_writable(FLAGS.out, (".csv",))
     models = load_together(FLAGS.model)
     first = models[FLAGS.model[0]]
-    fields, split = evaluate.data_of(first, FLAGS.fields)
+    fields, split = data_of(first, FLAGS.fields)
     split = dataclasses.replace(split, test=getattr(split, FLAGS.part))
-    numbers = evaluate.pick(split, FLAGS.frames, FLAGS.seed)
-    chosen, block = fields.select(numbers), evaluate.block_length(split, len(numbers))
+    numbers = pick(split, FLAGS.frames, FLAGS.seed)
+    chosen, block = fields.select(numbers), block_length(split, len(numbers))
     low, high = max(one.sigma[0] for one in models.values()), min(one.sigma[1] for one in models.values())
     sigmas = np.geomspace(low, high, FLAGS.levels)
     errors = {

@@ -78,6 +78,11 @@ def _known(truth: np.ndarray, ocean: np.ndarray) -> np.ndarray:
     return ocean & np.isfinite(truth).all(-1)
 
 
+def least_members(antithetic: bool) -> int:
+    """Fewest members that have a spread: two, or two antithetic pairs."""
+    return 4 if antithetic else 2
+
+
 def _require_pairs(count: int, antithetic: bool) -> None:
     if antithetic and count % 2:
         raise InputError(f"antithetic members come in pairs, got {count} members")
@@ -85,7 +90,7 @@ def _require_pairs(count: int, antithetic: bool) -> None:
 
 def _require_spread(count: int, antithetic: bool) -> None:
     _require_pairs(count, antithetic)
-    if count < (4 if antithetic else 2):
+    if count < least_members(antithetic):
         needed = "two antithetic pairs" if antithetic else "two members"
         raise InputError(f"a spread needs at least {needed}, got {count} member{'s' * (count > 1)}")
 
@@ -700,7 +705,7 @@ def eddy_scores(
         raise InputError("no scored cell has four ocean neighbours, so no eddy can be seen")
     limit = -threshold * of_truth[interior].std()
     t, m = (of_truth[where] < limit).astype(np.float64), (of_members[:, where] < limit).astype(np.float64)
-    paired = count >= (4 if antithetic else 2)
+    paired = count >= least_members(antithetic)
     pairs = ensemble_variance(m, antithetic).mean() if paired else math.nan
     return {
         "brier": float(np.mean((m.mean(0) - t) ** 2)),

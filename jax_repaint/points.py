@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_repaint import evaluate, sample
+from jax_repaint import methods, sample
 from jax_repaint.checks import whole_number
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
@@ -32,7 +32,7 @@ from jax_repaint.posterior import Posterior
 from jax_repaint.sample import Repaint
 
 PRIORS = ("linear", "seed_gp", "gp")
-METHODS = (*evaluate.REPAINT, *evaluate.POSTERIOR, "linear_samples")
+METHODS = (*methods.REPAINT, *methods.POSTERIOR, "linear_samples")
 OWN = ("label", "method", "model", "prior", "consecutive")
 MEMBERS = "members"  # of one point; in its rows and its tasks by the sizes of its ensembles
 _LEVELS = {"levels": "count", "sigma_max": "sigma_max", "sigma_min": "sigma_min"} | {
@@ -119,7 +119,7 @@ class Point:
     @property
     def paired(self) -> bool:
         """Whether members come in antithetic pairs."""
-        return self.method in evaluate.PAIRED
+        return self.method in methods.PAIRED
 
     def sizes(self, config: ConfigDict) -> tuple[int, ...]:
         """Sizes of the ensembles that are scored; the last one is the whole."""
@@ -133,7 +133,7 @@ class Point:
     @property
     def repaint(self) -> bool:
         """Whether it belongs to the RePaint family."""
-        return self.method in evaluate.REPAINT
+        return self.method in methods.REPAINT
 
 
 def read_points(config: ConfigDict) -> list[Point]:
@@ -181,9 +181,9 @@ def read_points(config: ConfigDict) -> list[Point]:
 
 def _settings(method: str) -> set[str]:
     """Names of the settings of a method."""
-    if method in evaluate.REPAINT:
+    if method in methods.REPAINT:
         return {*inspect.signature(Repaint.create).parameters, *sample.METHODS[method], "var_decay"}
-    return set(_LEVELS) if method in evaluate.POSTERIOR else set()
+    return set(_LEVELS) if method in methods.POSTERIOR else set()
 
 
 Program = tuple[Repaint, ...] | Posterior | None
@@ -201,13 +201,13 @@ def make_program(point: Point, trained: Model) -> Program:
         if point.repaint:
             stages = {key: value for key, value in point.hyper.items() if key != "var_decay"}
             program = sample.method(point.method, trained.steps.steps, **stages)
-        elif point.method in evaluate.POSTERIOR:
+        elif point.method in methods.POSTERIOR:
             hyper = {_LEVELS[key]: value for key, value in point.hyper.items()}
-            usual = evaluate.levels_of(trained, point.method).sigma
+            usual = methods.levels_of(trained, point.method).sigma
             ends = {"sigma_max": float(usual[0]), "sigma_min": float(usual[-1])}
             program = Posterior.create(**(ends | hyper), correction=point.method)
         if program is not None:
-            evaluate.check_levels(trained, program)
+            methods.check_levels(trained, program)
     except InputError as e:
         raise InputError(f"{point.label}: {e}") from e
     return program

@@ -400,7 +400,7 @@ class Ensembles:
     @property
     def is_ensemble(self) -> bool:
         """Whether there are members enough to tell a spread."""
-        return self.members.shape[2] >= (4 if self.antithetic else 2)
+        return self.members.shape[2] >= metrics.least_members(self.antithetic)
 
     def scored(self, pattern: int, frame: int) -> np.ndarray:
         """Cells that count, (y, x) bool."""

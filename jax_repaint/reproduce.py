@@ -24,7 +24,8 @@ import pandas as pd
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from jax_repaint import command, evaluate, files, findings, levels, metrics, model, resumption, sample, sweep, train
+from jax_repaint import command, files, findings, levels, metrics, model, resumption, sample, sweep, train
+from jax_repaint.cases import block_length, data_of, pick
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
 from jax_repaint.findings import Evidence
@@ -260,7 +261,7 @@ def gather(
     weight, threshold = variance_facts(open_study(sweep_config("head_to_head", attention, plain, **options)))
     denoising, found = {}, None
     if {LEVELS, RESUME} & set(names):
-        fields, split = evaluate.data_of(models["attention"], options.get("fields"))
+        fields, split = data_of(models["attention"], options.get("fields"))
     if LEVELS in names:
         others = {f"{one.training['config']['model']['network']}, {one.form}": one for one in map(model.load, beside)}
         denoising = errors_by_level(models | others, fields, split, min(64, frames or 64), sigmas)
@@ -288,7 +289,7 @@ def errors_by_level(
     models: Mapping[str, Model], fields: Fields, split: Split, frames: int, count: int
 ) -> dict[str, pd.DataFrame]:
     """levels.table of each model, at `count` levels over all of their ranges and at the last of the notes' steps."""
-    numbers = evaluate.pick(split, frames)
+    numbers = pick(split, frames)
     ends = min(one.sigma[0] for one in models.values()), max(one.sigma[1] for one in models.values())
     last = max(float(one.steps.sigma[-1]) for one in models.values())
     sigmas = np.unique([*np.geomspace(*ends, count), last])
@@ -296,7 +297,7 @@ def errors_by_level(
     for name, one in models.items():
         own = sigmas[one.knows(sigmas)]
         errors = levels.denoising_errors(one, fields.select(numbers), numbers, own)
-        made[name] = levels.table(errors, own, evaluate.block_length(split, len(numbers)))
+        made[name] = levels.table(errors, own, block_length(split, len(numbers)))
     return made
 
 

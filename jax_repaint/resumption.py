@@ -26,7 +26,8 @@ import optax
 import pandas as pd
 from ml_collections import ConfigDict
 
-from jax_repaint import evaluate, train
+from jax_repaint import train
+from jax_repaint.cases import block_length
 from jax_repaint.checkpoint import claim, holds_run
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data.fields import Fields, Split
@@ -130,7 +131,7 @@ def run(
     length = length or Length()
     settings = {"config": config.to_dict(), "length": dataclasses.asdict(length), "fields": fields.hash()}
     settings = json.loads(json.dumps(settings))
-    block = evaluate.block_length(dataclasses.replace(split, test=split.validation), length.held_out)
+    block = block_length(dataclasses.replace(split, test=split.validation), length.held_out)
     path = folder / SETTINGS
     if path.exists():
         if json.loads(path.read_text()) != settings:

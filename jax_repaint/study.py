@@ -16,10 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_repaint import SHIPPED, evaluate, metrics, model, observe, results
+from jax_repaint import SHIPPED, metrics, model, observe, results
+from jax_repaint.cases import (
+    OBSERVATION_ERROR,
+    Case,
+    block_length,
+    gp_analysis,
+    held_out,
+    known_of,
+    make_cases,
+    observed_cells,
+    pick,
+)
 from jax_repaint.data.fields import Fields, Split, pad
 from jax_repaint.errors import InputError
-from jax_repaint.evaluate import Case
 from jax_repaint.model import Model
 from jax_repaint.points import FREE, Point, Program, describe, make_program, read_points
 from jax_repaint.sample import Known
@@ -101,7 +111,7 @@ class Study:
             for seed, pattern, frame in itertools.product(self.config.seeds, self.patterns, frames.tolist()):
                 velocity = self.fields.velocity[int(np.searchsorted(self.numbers, frame))]
                 # What falls into gaps is not observed, and may make another program of it.
-                seen = evaluate.observed_cells(self.fields, velocity, pattern, frame, seed)
+                seen = observed_cells(self.fields, velocity, pattern, frame, seed)
                 made[consecutive].append(Where(seed, pattern, frame, observe.bucket(int(seen.sum()))))
         return made
 
@@ -113,7 +123,7 @@ class Study:
             "models": {folder: model.fingerprint(one) for folder, one in self.models.items()},
             "frames": self.fields.hash(),
             "rows_version": results.VERSION,
-            "observation_error": evaluate.ERROR,
+            "observation_error": OBSERVATION_ERROR,
             "programs": {
                 point.label: describe(point, program) for point, program in zip(self.points, self.programs, strict=True)
             },
@@ -164,7 +174,7 @@ def open_study(config: ConfigDict) -> Study:
     programs = [make_program(point, models[point.model]) for point in points]
     first = next(iter(models.values()))
     _check_parts(models)
-    select, split = evaluate.held_out(first, config.fields or None)
+    select, split = held_out(first, config.fields or None)
     kinds = dict.fromkeys(point.consecutive for point in points)
     frames = {kind: _frames(split, config, kind) for kind in kinds}
     numbers = np.unique(np.concatenate(list(frames.values())))
@@ -172,10 +182,7 @@ def open_study(config: ConfigDict) -> Study:
     for one in models.values():
         one.check_grid(chosen)
     part = dataclasses.replace(split, test=getattr(split, config.part))
-    blocks = {
-        kind: max(len(frames[kind]) // 4, 1) if kind else evaluate.block_length(part, len(frames[kind]))
-        for kind in kinds
-    }
+    blocks = {kind: max(len(frames[kind]) // 4, 1) if kind else block_length(part, len(frames[kind])) for kind in kinds}
     study = Study(config, points, programs, models, chosen, numbers, frames, blocks)
     names = [results.digest([study.task(point, where) for where in study.cases[point.consecutive]]) for point in points]
     for number, name in enumerate(names):
@@ -225,7 +232,7 @@ def _frames(split: Split, config: ConfigDict, consecutive: bool) -> np.ndarray:
     part = getattr(split, config.part)
     seed, count = config.seeds[0], min(config.frames, part.size)
     if not consecutive:
-        return evaluate.pick(dataclasses.replace(split, test=part), count, seed)
+        return pick(dataclasses.replace(split, test=part), count, seed)
     first = int(np.random.default_rng([seed, 0xC5]).integers(part.size - count + 1))
     return part[first : first + count]
 
@@ -248,7 +255,7 @@ class Cases:
         names = ("seed_gp", "gp") if self.trained.kernel is not None else ("seed_gp",)
         if self.prior not in ("linear", *names):
             raise InputError("this model was exported without a fitted GP to start from")
-        self._analyses = {name: evaluate.gp_analysis(self.trained, self.study.fields, name) for name in names}
+        self._analyses = {name: gp_analysis(self.trained, self.study.fields, name) for name in names}
         self._made: dict[Where, Made] = {}
         self._room = KEPT_BYTES
 
@@ -259,9 +266,7 @@ class Cases:
             group = list(group)
             numbers = [where.frame for where in group]
             fields = self.study.fields.select(np.searchsorted(self.study.numbers, numbers))
-            for where, case in zip(
-                group, evaluate.make_cases(self.trained, fields, numbers, [pattern], seed), strict=True
-            ):
+            for where, case in zip(group, make_cases(self.trained, fields, numbers, [pattern], seed), strict=True):
                 made[where] = Estimates(case, *self._made.get(where) or self._keep(where, self._estimate(case)))
         return [made[where] for where in cases]
 
@@ -274,7 +279,7 @@ class Cases:
 
     def _estimate(self, case: Case) -> Made:
         ocean = self.study.fields.ocean
-        known = evaluate.known_of(self.trained, case)
+        known = known_of(self.trained, case)
         baselines = {
             "climatology": self.trained.to_velocity(self.trained.gaussian.mean),
             "linear": self.trained.to_velocity(case.analysis.mean(case.observation.values)),

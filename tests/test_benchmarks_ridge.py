@@ -9,9 +9,10 @@ import tiny
 from absl import flags
 
 from benchmarks import ridge
-from jax_repaint import evaluate, metrics, model
+from jax_repaint import metrics, model
 from jax_repaint.data import readers
 from jax_repaint.errors import InputError
+from jax_repaint.methods import run_method
 
 
 def test_weights_are_the_dense_formula():
@@ -79,7 +80,7 @@ def test_all_frames_observe_the_same_cells_and_leave_what_the_linear_estimate_do
     trained, fields = tiny.model(), tiny.fields().select(np.arange(51, 55))
     cases = ridge.make_cases(trained, fields, range(51, 55), "cells:0.2")
     assert len({case.observed.tobytes() for case in cases}) == 1
-    means = evaluate.run_method("linear", trained, fields, cases, 1).members
+    means = run_method("linear", trained, fields, cases, 1).members
     values, left = ridge.seen_and_left(trained, cases[0], fields.velocity)
     scored = fields.ocean & ~cases[0].observed
     assert values.shape == (4, 2 * cases[0].observed.sum())

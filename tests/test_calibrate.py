@@ -15,11 +15,13 @@ import tiny
 import xarray as xr
 from scipy import optimize, signal, special, stats
 
-from jax_repaint import calibrate, calibration, evaluate, guide, metrics, model, report
+from jax_repaint import calibrate, calibration, evaluate, guide, methods, metrics, model, report
 from jax_repaint.calibration import Calibration, Gate
+from jax_repaint.cases import OBSERVATION_ERROR, hold_out, hold_out_of, make_cases, prior_of
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
+from jax_repaint.methods import gate_evidence, run_method
 
 SHAPE = (9, 16)
 SCORED = np.indices(SHAPE)[1] != 5
@@ -620,7 +622,7 @@ def test_the_table_has_the_raw_and_the_calibrated_row(trained, data, learnt, tmp
 
 def test_failed_members_leave_out_the_calibrated_row(trained, data, learnt, tmp_path, monkeypatch, caplog):
     """Rows and files of all methods are there, with the members that are left; the report reads them."""
-    numbers, sampled = np.arange(40, 43), evaluate.run_method
+    numbers, sampled = np.arange(40, 43), run_method
 
     def failing(*arguments):
         made = sampled(*arguments)
@@ -644,8 +646,8 @@ def test_failed_members_leave_out_the_calibrated_row(trained, data, learnt, tmp_
 
 
 def test_the_table_takes_intervals_from_the_calibration(trained, data, learnt):
-    cases = evaluate.make_cases(trained, data.select([50]), [50], ["line:4"])
-    raw = evaluate.run_method("linear_samples", trained, data, cases, 6)
+    cases = make_cases(trained, data.select([50]), [50], ["line:4"])
+    raw = run_method("linear_samples", trained, data, cases, 6)
     inside = []
     for scale in (1e-6, 1e6):
         ready = dataclasses.replace(trained, calibration=dataclasses.replace(learnt, scale=(scale,) * 6))
@@ -679,8 +681,8 @@ def test_blocks_are_of_the_logarithm_of_errors(trained, data):
     growth = np.exp(2.3 * np.sin(np.arange(len(data)) / 9))[:, None, None, None]
     uneven = dataclasses.replace(data, velocity=(data.velocity * growth).astype(np.float32))
     numbers = np.arange(len(data))
-    cases = evaluate.make_cases(trained, uneven, numbers, ["line:4"])
-    made = evaluate.run_method("linear", trained, uneven, cases, 1).members
+    cases = make_cases(trained, uneven, numbers, ["line:4"])
+    made = run_method("linear", trained, uneven, cases, 1).members
     errors = np.array(
         [metrics.mse(x[0], case.truth, data.ocean & ~case.observed) for x, case in zip(made, cases, strict=True)]
     )
@@ -691,36 +693,36 @@ def test_blocks_are_of_the_logarithm_of_errors(trained, data):
 
 def test_every_frame_has_observations_of_its_own_held_out():
     places = np.arange(100, 300, 2)
-    held = [evaluate.hold_out_of(places, seed, frame) for seed in (0, 1) for frame in (4, 5)]
+    held = [hold_out_of(places, seed, frame) for seed in (0, 1) for frame in (4, 5)]
     assert len({tuple(sorted(some)) for some in held}) == 4
     for some in held:
         assert len(set(some)) == 10
         assert set(some) <= set(places)
-    assert len(evaluate.hold_out_of(places[:3], 0, 4)) == 1
-    np.testing.assert_array_equal(evaluate.hold_out_of(places, 1, 5), held[-1])
+    assert len(hold_out_of(places[:3], 0, 4)) == 1
+    np.testing.assert_array_equal(hold_out_of(places, 1, 5), held[-1])
 
 
 def test_observations_are_held_out_of_the_second_run(trained, data):
-    case, *_ = evaluate.make_cases(trained, data.select([5]), [5], ["cells:0.3"])
-    less, held = evaluate.hold_out(trained, case)
+    case, *_ = make_cases(trained, data.select([5]), [5], ["cells:0.3"])
+    less, held = hold_out(trained, case)
     assert held.sum() == round(0.1 * case.observed.sum()) > 0
     np.testing.assert_array_equal(less.observed ^ held, case.observed)
     observed, _ = less.observation.on_grid(trained.padded)
     np.testing.assert_array_equal(np.asarray(observed)[:7], less.observed)
-    estimates = [evaluate.prior_of(trained, one)[0][held] for one in (case, less)]
+    estimates = [prior_of(trained, one)[0][held] for one in (case, less)]
     misfit = [np.abs(estimate - case.truth[held]).max() for estimate in estimates]
-    assert misfit[0] < 3 * evaluate.ERROR < misfit[1]
-    (evidence,) = evaluate.gate_evidence("linear_samples", trained, data, [case], 6)
-    variance = evaluate.prior_of(trained, less)[1][held]
+    assert misfit[0] < 3 * OBSERVATION_ERROR < misfit[1]
+    (evidence,) = gate_evidence("linear_samples", trained, data, [case], 6)
+    variance = prior_of(trained, less)[1][held]
     error = (estimates[1] - case.truth[held]) ** 2
-    assert evidence[2] == pytest.approx(np.log(np.mean(error / (variance + evaluate.ERROR**2))), rel=1e-4)
+    assert evidence[2] == pytest.approx(np.log(np.mean(error / (variance + OBSERVATION_ERROR**2))), rel=1e-4)
     with pytest.raises(InputError, match="too few to hold some out"):
-        evaluate.hold_out(trained, dataclasses.replace(case, observed=np.eye(7, 12, dtype=bool) & (np.arange(12) == 4)))
+        hold_out(trained, dataclasses.replace(case, observed=np.eye(7, 12, dtype=bool) & (np.arange(12) == 4)))
 
 
 def test_a_gate_takes_a_second_run(trained, data, learnt):
-    cases = evaluate.make_cases(trained, data.select([50]), [50], ["cells:0.3"])
-    raw = evaluate.run_method("linear_samples", trained, data, cases, 6)
+    cases = make_cases(trained, data.select([50]), [50], ["cells:0.3"])
+    raw = run_method("linear_samples", trained, data, cases, 6)
     open_, shut = (
         evaluate.calibrated(
             dataclasses.replace(trained, calibration=dataclasses.replace(learnt, weight=(1.0,) * 6, gate=gate)),
@@ -730,9 +732,7 @@ def test_a_gate_takes_a_second_run(trained, data, learnt):
     )  # fmt: skip
     ocean = data.ocean
     np.testing.assert_allclose(open_.members[0].mean(0)[ocean], raw.members[0].mean(0)[ocean], atol=1e-5)
-    np.testing.assert_allclose(
-        shut.members[0].mean(0)[ocean], evaluate.prior_of(trained, cases[0])[0][ocean], atol=1e-5
-    )
+    np.testing.assert_allclose(shut.members[0].mean(0)[ocean], prior_of(trained, cases[0])[0][ocean], atol=1e-5)
     assert shut.calls == 2 * open_.calls
     calibrate.learn(
         trained, data.select([3, 30]), [3, 30], ["cells:0.3"], "linear_samples", block=9, members=3, gate=True
@@ -750,8 +750,8 @@ def test_fields_whose_members_failed_are_left_out(trained, data, monkeypatch, ca
         chosen = data.select(numbers)
         return calibrate.learn(trained, chosen, numbers, ["line:4"], "linear_samples", block=9, members=3)
 
-    run, expected = evaluate.run_method, learn(3, 30)
-    monkeypatch.setattr(evaluate, "run_method", failing)
+    run, expected = run_method, learn(3, 30)
+    monkeypatch.setattr(methods, "run_method", failing)
     found = learn(3, 30, 50)
     assert found == expected
     assert "frame 50 with line:4 is left out" in caplog.text

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from jax_repaint import evaluate, model
+from jax_repaint import model
 from jax_repaint.data import readers
 from jax_repaint.errors import InputError
+from jax_repaint.methods import check_methods
 
 # Importing JAX takes seconds: one process imports everything and forks for every command, before JAX has threads.
 FORKS = """
@@ -214,7 +215,7 @@ def test_an_interrupted_command_says_so_in_a_word():
 @pytest.mark.parametrize("methods", [[], ["magic"], ["linear", "kalman"]])
 def test_methods_are_checked_before_anything_is_read(methods):
     with pytest.raises(InputError):
-        evaluate.check_methods(methods, 3)
-    evaluate.check_methods(["linear", "linear_samples", "adaptive"], 3)
-    evaluate.check_methods(["kalman"], 4)
-    assert np.all([name in evaluate.METHODS for name in evaluate.PAIRED])
+        check_methods(methods, 3)
+    check_methods(["linear", "linear_samples", "adaptive"], 3)
+    check_methods(["kalman"], 4)
+    assert np.all([name in methods.METHODS for name in methods.PAIRED])

@@ -20,7 +20,8 @@ import pytest
 import tiny
 
 import jax_repaint
-from jax_repaint import evaluate, model
+from jax_repaint import methods, model
+from jax_repaint.cases import held_out
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
 
@@ -346,7 +347,7 @@ def test_the_methods_that_the_documentation_names_exist():
         for name in given.split(",")
     }
     assert named
-    assert named <= set(evaluate.METHODS)
+    assert named <= set(methods.METHODS)
 
 
 def test_the_domain_of_the_model_in_the_package_is_the_one_that_its_page_says():
@@ -363,7 +364,7 @@ def test_the_track_of_the_tutorial_has_values_of_a_held_out_hour_of_the_twin():
     (track,) = (pd.read_csv(io.StringIO(text)) for _, text in blocks(page) if text.startswith("lat,lon,"))
     shipped = jax_repaint.load()
     (hour,) = pd.to_datetime(track.time).dt.round("1h").unique()
-    select, parts = evaluate.held_out(shipped)
+    select, parts = held_out(shipped)
     start = select(parts.test[:1]).time[0]
     number = parts.test[0] + int((hour.to_datetime64() - start) / np.timedelta64(1, "h"))
     assert number in parts.test

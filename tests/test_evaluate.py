@@ -12,11 +12,13 @@ import pytest
 import xarray as xr
 from matplotlib import image
 
-from jax_repaint import evaluate, guide, metrics, sample
+from jax_repaint import evaluate, guide, methods, metrics, sample
+from jax_repaint.cases import OBSERVATION_ERROR, block_length, files_of, known_of, make_cases, pick
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, Standardiser
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
+from jax_repaint.methods import Result, levels_of, run_method
 from jax_repaint.model import Model
 from jax_repaint.nets import unet
 from jax_repaint.prior import gp
@@ -77,14 +79,14 @@ def fields(gaussian):
 
 @pytest.fixture(scope="module")
 def cases(trained, fields):
-    return evaluate.make_cases(trained, fields, NUMBERS, PATTERNS)
+    return make_cases(trained, fields, NUMBERS, PATTERNS)
 
 
 @pytest.fixture(scope="module")
 def results(trained, fields, cases):
     counts = {"kalman": 4, "linear_samples": 200, "linear": 7}
     return {
-        name: evaluate.run_method(name, trained, fields, cases, counts.get(name, 1), count=5)
+        name: run_method(name, trained, fields, cases, counts.get(name, 1), count=5)
         for name in ("climatology", "seed_gp", "gp", "linear", "linear_samples", "kalman")
     }
 
@@ -113,23 +115,23 @@ def test_cases_hold_the_observed_velocities(trained, fields, cases):
         velocity = (value[:, : SHAPE[1]] * SPREAD + OFFSET)[case.observed]
         np.testing.assert_allclose(velocity, case.truth[case.observed], atol=1e-6)
         sigma = np.asarray(case.observation.sigma)[np.asarray(case.observation.valid)]
-        np.testing.assert_allclose(sigma * SPREAD, evaluate.ERROR, rtol=1e-5)
+        np.testing.assert_allclose(sigma * SPREAD, OBSERVATION_ERROR, rtol=1e-5)
 
 
 def test_random_patterns_depend_on_the_frame_alone(trained, fields, cases):
     drawn = [case.observed for case in cases[6:]]
     assert not any((drawn[0] == other).all() for other in drawn[1:])
-    some = evaluate.make_cases(trained, fields.select([4, 1]), NUMBERS[[4, 1]], PATTERNS[1:])
+    some = make_cases(trained, fields.select([4, 1]), NUMBERS[[4, 1]], PATTERNS[1:])
     for case, number in zip(some, (4, 1), strict=True):
         np.testing.assert_array_equal(case.observed, drawn[number])
         np.testing.assert_array_equal(case.analysis.gain, cases[6 + number].analysis.gain)
-    other = evaluate.make_cases(trained, fields.select([4]), NUMBERS[[4]], PATTERNS[1:], seed=1)
+    other = make_cases(trained, fields.select([4]), NUMBERS[[4]], PATTERNS[1:], seed=1)
     assert (other[0].observed != drawn[4]).any()
 
 
 def test_what_repaint_knows(cases, trained):
     for case in cases[::6]:
-        known = evaluate.known_of(trained, case)
+        known = known_of(trained, case)
         missing = np.asarray(known.missing)[:, : SHAPE[1], 0]
         np.testing.assert_array_equal(missing, OCEAN & ~case.observed)
         assert not np.asarray(known.missing)[:, SHAPE[1] :].any()
@@ -142,11 +144,11 @@ def test_other_grids_are_refused_and_gaps_are_not_observed(trained, fields):
     land = dataclasses.replace(fields, ocean=OCEAN & (np.indices(SHAPE)[0] > 0))
     for other in (shifted, land):
         with pytest.raises(InputError, match="trained on another grid"):
-            evaluate.make_cases(trained, other, NUMBERS, PATTERNS)
+            make_cases(trained, other, NUMBERS, PATTERNS)
     velocity = fields.velocity.copy()
     velocity[0, 5, 5] = np.nan
     whole, cases = (
-        evaluate.make_cases(trained, data, NUMBERS, ["line:5"])
+        make_cases(trained, data, NUMBERS, ["line:5"])
         for data in (fields, dataclasses.replace(fields, velocity=velocity))
     )
     assert np.argwhere(whole[0].observed & ~cases[0].observed).tolist() == [[5, 5]]
@@ -209,32 +211,32 @@ def test_the_gp_starts_from_climatology(trained, fields, cases, results):
     truth = np.concatenate([c.truth[c.observed] for c in cases])
     assert np.abs(observed - truth).max() < 0.05
     with pytest.raises(InputError, match="without a fitted GP"):
-        evaluate.run_method("gp", dataclasses.replace(trained, kernel=None), fields, cases, 1)
+        run_method("gp", dataclasses.replace(trained, kernel=None), fields, cases, 1)
 
 
 def test_of_many_stages_the_last_is_kept_to_the_digit(trained, fields, cases, monkeypatch):
     gentle = {"resample_steps": 1, "t_start": 6, "t_refine": 4, "stages": 3}
-    monkeypatch.setattr(evaluate, "method", lambda name, steps: sample.method(name, steps, **gentle))
-    some, kept, run = [cases[0], cases[7], cases[4]], [], evaluate.repaint_ensemble
+    monkeypatch.setattr(methods, "method", lambda name, steps: sample.method(name, steps, **gentle))
+    some, kept, run = [cases[0], cases[7], cases[4]], [], methods.repaint_ensemble
 
     def watched(*arguments, **options):
         kept.append(run(*arguments, **options))
         return kept[-1]
 
-    monkeypatch.setattr(evaluate, "repaint_ensemble", watched)
-    made = evaluate.run_method("multistage", trained, fields, some, 3, seed=2, chunk=4).members
+    monkeypatch.setattr(methods, "repaint_ensemble", watched)
+    made = run_method("multistage", trained, fields, some, 3, seed=2, chunk=4).members
     (outcome,) = kept
     assert outcome.x.shape == (3, 3, 1, *PADDED, 2)
     # Nor is it a view of all stages; the last chunk is filled up, to twelve members.
     assert np.size(outcome.x.base) * 9 == outcome.x.size * 12
-    known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[evaluate.known_of(trained, case) for case in some])
+    known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[known_of(trained, case) for case in some])
     frames = [case.frame for case in some]
     stages = sample.method("multistage", 76, **gentle)
     every = run(trained.denoiser, known, trained.steps, stages, frames=frames, members=3, seed=2, chunk=4)
     assert every.x.shape[2] == 3
     np.testing.assert_array_equal(outcome.failed, every.failed)
     np.testing.assert_array_equal(made, trained.to_velocity(every.x[:, :, -1]))
-    (alone,) = evaluate.run_method("multistage", trained, fields, some[1:2], 3, seed=2, chunk=4).members
+    (alone,) = run_method("multistage", trained, fields, some[1:2], 3, seed=2, chunk=4).members
     np.testing.assert_allclose(made[1], alone, atol=1e-5)
 
 
@@ -247,8 +249,8 @@ def test_of_many_stages_the_last_is_kept_to_the_digit(trained, fields, cases, mo
     ],
 )
 def test_out_of_memory_halves_the_chunk(trained, fields, cases, monkeypatch, caplog, method, sampler, calls):
-    whole = evaluate.run_method(method, trained, fields, cases[:2], 4, 1)
-    sampled, sizes = getattr(evaluate, sampler), []
+    whole = run_method(method, trained, fields, cases[:2], 4, 1)
+    sampled, sizes = getattr(methods, sampler), []
 
     # Linear samples take their arguments by place.
     def small(*arguments, **options):
@@ -257,8 +259,8 @@ def test_out_of_memory_halves_the_chunk(trained, fields, cases, monkeypatch, cap
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
         return sampled(*arguments, **options)
 
-    monkeypatch.setattr(evaluate, sampler, small)
-    halved = evaluate.run_method(method, trained, fields, cases[:2], 4, 1, chunk=256)
+    monkeypatch.setattr(methods, sampler, small)
+    halved = run_method(method, trained, fields, cases[:2], 4, 1, chunk=256)
     assert sizes == calls
     assert f"out of memory with {calls[0]} members a call; going on with {calls[0] // 2}" in caplog.text
     np.testing.assert_allclose(halved.members, whole.members, atol=1e-5)
@@ -266,9 +268,9 @@ def test_out_of_memory_halves_the_chunk(trained, fields, cases, monkeypatch, cap
     def none(*arguments, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
-    monkeypatch.setattr(evaluate, sampler, none)
+    monkeypatch.setattr(methods, sampler, none)
     with pytest.raises(InputError, match="not enough memory for one member"):
-        evaluate.run_method(method, trained, fields, cases, 4)
+        run_method(method, trained, fields, cases, 4)
 
 
 @pytest.mark.parametrize("sampler", ["repaint_ensemble", "linear_samples"])
@@ -276,9 +278,9 @@ def test_other_errors_of_the_device_are_not_hidden(trained, fields, cases, monke
     def broken(*arguments, **options):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(evaluate, sampler, broken)
+    monkeypatch.setattr(methods, sampler, broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        evaluate.run_method("adaptive" if sampler == "repaint_ensemble" else sampler, trained, fields, cases[:1], 2)
+        run_method("adaptive" if sampler == "repaint_ensemble" else sampler, trained, fields, cases[:1], 2)
 
 
 def test_no_network_is_asked_about_noise_beyond_its_training(trained, fields, cases, monkeypatch, tmp_path):
@@ -287,37 +289,37 @@ def test_no_network_is_asked_about_noise_beyond_its_training(trained, fields, ca
     def never(*_, **__):
         raise AssertionError("a method was run")
 
-    monkeypatch.setattr(evaluate, "repaint_ensemble", never)
+    monkeypatch.setattr(methods, "repaint_ensemble", never)
     narrow = dataclasses.replace(trained, sigma=(0.01, 1.1))
     last = np.flatnonzero(sigma <= 1.1)[-1]
     for name in ("plain", "gp_init"):
         asked = rf"from 0.01 to 1.1, not for {sigma[-1]:.2g}\d*; t_start must be a step up to {last}, not 75"
         with pytest.raises(InputError, match=asked):
-            evaluate.run_method(name, narrow, fields, cases, 1)
+            run_method(name, narrow, fields, cases, 1)
         with pytest.raises(InputError, match=asked):
             evaluate.run(narrow, fields, NUMBERS, PATTERNS, ["linear", name], tmp_path)
     coarse = dataclasses.replace(trained, sigma=(0.5, 20.0))
     with pytest.raises(InputError, match=r"from 0.5 to 20, not for 0.0316\d*; .*noise.sigma_min of at most"):
-        evaluate.run_method("gp_init", coarse, fields, cases, 1)
+        run_method("gp_init", coarse, fields, cases, 1)
     # Posterior samplers keep to what the network knows, and the linear prior asks none.
     for one in (narrow, coarse):
-        assert one.knows(np.asarray(evaluate.levels_of(one, "kalman").sigma)).all()
-        evaluate.run_method("kalman", one, fields, cases[:1], 2, count=3)
-        evaluate.run_method("linear_samples", one, fields, cases[:1], 2)
+        assert one.knows(np.asarray(levels_of(one, "kalman").sigma)).all()
+        run_method("kalman", one, fields, cases[:1], 2, count=3)
+        run_method("linear_samples", one, fields, cases[:1], 2)
 
 
 def test_mistakes_of_methods(trained, fields, cases):
     with pytest.raises(InputError, match="method 'magic' is not one of climatology"):
-        evaluate.run_method("magic", trained, fields, cases, 4)
+        run_method("magic", trained, fields, cases, 4)
     with pytest.raises(InputError, match="come in pairs, got 3 members"):
-        evaluate.run_method("kalman", trained, fields, cases, 3)
+        run_method("kalman", trained, fields, cases, 3)
 
 
 @pytest.mark.parametrize(
     ("trained_on", "levels"), [((0.01, 130.0), (0.01, 3.4)), ((0.05, 2.0), (0.05, 2.0)), ((1e-4, 20.0), (0.01, 3.4))]
 )
 def test_samplers_keep_to_the_levels_of_training(trained, trained_on, levels):
-    hyper = evaluate.levels_of(dataclasses.replace(trained, sigma=trained_on), "kalman", 5)
+    hyper = levels_of(dataclasses.replace(trained, sigma=trained_on), "kalman", 5)
     np.testing.assert_allclose(np.asarray(hyper.sigma)[[-1, 0]], levels, rtol=1e-5)
     assert hyper.calls == 5
 
@@ -329,7 +331,7 @@ def test_a_spread_takes_two_independent_members(members, antithetic, known):
     made = np.random.default_rng(0).normal(size=(members, 3, 4, 2))
     if antithetic:
         made[1::2] = 1 - made[::2]
-    spread = evaluate.Result([made], 0.0, 0, antithetic).spread(0)
+    spread = Result([made], 0.0, 0, antithetic).spread(0)
     assert spread.shape == (3, 4, 2)
     assert np.isfinite(spread).all() == known
     if known:
@@ -404,11 +406,11 @@ def test_the_file_holds_members_truth_and_observed_cells(written, trained, field
     np.testing.assert_allclose(data["lat"], LAT)
     names = {"lat": "latitude", "lon": "longitude", "time": "time", "realization": "realization"}
     assert {name: data[name].attrs["standard_name"] for name in names} == names
-    cases = evaluate.make_cases(trained, fields.select([0, 1, 2]), NUMBERS[:3], PATTERNS, seed=4)
+    cases = make_cases(trained, fields.select([0, 1, 2]), NUMBERS[:3], PATTERNS, seed=4)
     observed = np.stack([case.observed for case in cases]).reshape(2, 3, *SHAPE)
     np.testing.assert_array_equal(data["observed"], observed)
     np.testing.assert_array_equal(data["ocean"], OCEAN)
-    result = evaluate.run_method("adaptive", trained, fields.select([0, 1, 2]), cases, 3, seed=4)
+    result = run_method("adaptive", trained, fields.select([0, 1, 2]), cases, 3, seed=4)
     members = np.stack(result.members).reshape(2, 3, 3, *SHAPE, 2)
     for c, name in enumerate(("eastward_sea_water_velocity", "northward_sea_water_velocity")):
         for kind in ("", "_mean", "_spread", "_truth"):
@@ -435,8 +437,8 @@ def test_other_methods_are_kept_beside_it(written, trained, fields):
         assert linear.sizes["realization"] == 1
         for one in (data, linear):
             np.testing.assert_array_equal(one["frame"], NUMBERS[:3])
-        cases = evaluate.make_cases(trained, fields.select([0, 1, 2]), NUMBERS[:3], PATTERNS, seed=4)
-        estimates = evaluate.run_method("linear", trained, fields.select([0, 1, 2]), cases, 1).members
+        cases = make_cases(trained, fields.select([0, 1, 2]), NUMBERS[:3], PATTERNS, seed=4)
+        estimates = run_method("linear", trained, fields.select([0, 1, 2]), cases, 1).members
         eastward = linear["eastward_sea_water_velocity"].values.reshape(6, *SHAPE)
         np.testing.assert_allclose(eastward, np.stack(estimates)[:, 0, ..., 0], atol=1e-6)
         np.testing.assert_array_equal(linear["observed"], data["observed"])
@@ -480,7 +482,7 @@ def test_results_do_not_replace_what_is_read(trained, fields, tmp_path):
     for given in (str(path), None):
         with pytest.raises(InputError, match="is a file that this command reads, and would be lost"):
             evaluate.run(
-                made, fields, NUMBERS, PATTERNS, ["linear"], tmp_path, inputs=evaluate.files_of(made, given)
+                made, fields, NUMBERS, PATTERNS, ["linear"], tmp_path, inputs=files_of(made, given)
             )  # fmt: skip
     assert path.read_bytes() == content
 
@@ -497,15 +499,15 @@ def test_results_need_a_folder(trained, fields, tmp_path):
 def test_frames_are_picked_from_the_test_part():
     split = Split(np.arange(50), np.arange(60, 70), np.arange(80, 120), 10, 3.0)
     for seed in range(5):
-        numbers = evaluate.pick(split, 30, seed)
+        numbers = pick(split, 30, seed)
         assert len(set(numbers.tolist())) == 30
         assert set(numbers.tolist()) <= set(range(80, 120))
         assert (np.diff(numbers) > 0).all()
-        np.testing.assert_array_equal(numbers, evaluate.pick(split, 30, seed))
-    assert (evaluate.pick(split, 30, 0) != evaluate.pick(split, 30, 1)).any()
-    np.testing.assert_array_equal(evaluate.pick(split, 1000), split.test)
+        np.testing.assert_array_equal(numbers, pick(split, 30, seed))
+    assert (pick(split, 30, 0) != pick(split, 30, 1)).any()
+    np.testing.assert_array_equal(pick(split, 1000), split.test)
     with pytest.raises(InputError, match="at least one frame"):
-        evaluate.pick(split, 0)
+        pick(split, 0)
 
 
 @pytest.mark.parametrize(
@@ -514,5 +516,5 @@ def test_frames_are_picked_from_the_test_part():
 )
 def test_blocks_span_the_decorrelation_time(frames, decorrelation, block):
     split = Split(np.arange(10), np.arange(10), np.arange(400), 0, decorrelation)
-    assert evaluate.block_length(split, frames) == block
+    assert block_length(split, frames) == block
     assert math.isfinite(block)

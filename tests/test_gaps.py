@@ -9,10 +9,12 @@ import pytest
 import tiny
 
 from jax_repaint import calibrate, calibration, evaluate, guide, levels, model, observe, report, train
+from jax_repaint.cases import make_cases, prior_of
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Standardiser
 from jax_repaint.errors import InputError
+from jax_repaint.methods import linear_samples
 from jax_repaint.nets import unet
 from jax_repaint.prior import linear
 from tests.test_linear import OCEAN, SEA, SHAPE, covariance_of, draw, on_sea, truth
@@ -434,7 +436,7 @@ def test_gappy_frames_are_observed_and_scored_where_there_is_a_value(trained, tm
     _, made, data = trained
     split = train.split_fields(data, tiny.config().data)
     frames = data.select(split.test[:3])
-    cases = evaluate.make_cases(made, frames, split.test[:3], ["line:5", "cells:0.3"])
+    cases = make_cases(made, frames, split.test[:3], ["line:5", "cells:0.3"])
     whole = tiny.fields().select(split.test[:3])
     for case, velocity in zip(cases, [*whole.velocity] * 2, strict=True):
         assert np.isfinite(case.truth[case.observed]).all()
@@ -450,7 +452,7 @@ def test_gappy_frames_are_observed_and_scored_where_there_is_a_value(trained, tm
     nothing = np.where(np.indices(data.shape)[0][None, ..., None] == 5, np.nan, frames.velocity)
     empty = Fields.create(nothing, data.lat, data.lon, frames.time, data.ocean, "gappy")
     with pytest.raises(InputError, match="line:5 meets no cell with a value in frame"):
-        evaluate.make_cases(made, empty, split.test[:3], ["line:5"])
+        make_cases(made, empty, split.test[:3], ["line:5"])
 
 
 def test_a_calibration_is_learnt_from_present_cells(trained, monkeypatch):
@@ -476,9 +478,9 @@ def test_a_calibration_is_learnt_from_present_cells(trained, monkeypatch):
     with pytest.raises(InputError, match="line:5 meets cells with values in 0 frames; two are needed"):
         calibrate.block_length(made, nothing, "line:5")
     learnt = calibrate.learn(made, frames, numbers, ["line:5"], "linear_samples", block=block, members=4)
-    (case,) = evaluate.make_cases(made, frames.select([0]), numbers[:1], ["line:5"])
-    mean, variance = evaluate.prior_of(made, case)
-    members = made.to_velocity(evaluate.linear_samples(made, case, 4))
+    (case,) = make_cases(made, frames.select([0]), numbers[:1], ["line:5"])
+    mean, variance = prior_of(made, case)
+    members = made.to_velocity(linear_samples(made, case, 4))
     assert np.isfinite(learnt.apply(mean, variance, members)[:, data.ocean]).all()
 
 

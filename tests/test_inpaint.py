@@ -23,12 +23,14 @@ from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
 
 import jax_repaint
-from jax_repaint import evaluate, export, guide, inpaint, memory, metrics, model, observe
+from jax_repaint import export, guide, inpaint, memory, methods, metrics, model, observe
 from jax_repaint.calibration import Calibration, Gate
+from jax_repaint.cases import make_cases
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
 from jax_repaint.data.observations import Grid, collect
 from jax_repaint.errors import InputError
+from jax_repaint.methods import gate_evidence, run_method
 from jax_repaint.nets import unet
 from jax_repaint.prior import linear
 
@@ -180,7 +182,7 @@ def test_the_linear_estimate_announces_no_network(trained, capsys, monkeypatch):
 
 def test_the_times_of_a_file_are_sampled_in_batches(trained, monkeypatch):
     """In order of time, though those with more observations are of another program."""
-    calls, run = [], evaluate.posterior_ensemble
+    calls, run = [], methods.posterior_ensemble
 
     def counted(*arguments, frames, **options):
         calls.append(len(frames))
@@ -189,7 +191,7 @@ def test_the_times_of_a_file_are_sampled_in_batches(trained, monkeypatch):
     times = [f"2020-01-0{day}" for day in range(1, 7)]
     parts = [table(20 if day == 2 else 5, seed=day, time=time) for day, time in enumerate(times)]
     alone = [both(quietly(trained, part))[:, 0] for part in parts]
-    monkeypatch.setattr(evaluate, "posterior_ensemble", counted)
+    monkeypatch.setattr(methods, "posterior_ensemble", counted)
     fields = inpaint.inpaint(trained, pd.concat(parts), 4, chunk=8, progress=False)
     assert list(fields.time.values) == list(np.array(times, "M8[ns]"))
     np.testing.assert_allclose(both(fields), np.stack(alone, 1), atol=1e-5)
@@ -293,9 +295,9 @@ def test_the_calibration_of_the_model_is_applied(trained, caplog):
 def test_a_gate_weighs_each_field_as_it_was_learnt(trained):
     """Whole cells of a held-out field, as a user gives them: the weight is that of an evaluation of the same field."""
     fields = tiny.fields().select([3])
-    (case,) = evaluate.make_cases(trained, fields, [7], ["cells:0.3"])
+    (case,) = make_cases(trained, fields, [7], ["cells:0.3"])
     gate = Gate(0.3, 0.7, -0.4)
-    (evidence,) = evaluate.gate_evidence("kalman", trained, fields, [case], 8)
+    (evidence,) = gate_evidence("kalman", trained, fields, [case], 8)
     weight = gate.of(evidence)
     assert 0.05 < weight < 0.95
     given = np.where(case.observed[..., None], case.truth, np.nan)
@@ -350,8 +352,8 @@ def test_members_that_are_not_finite_are_never_written(trained, monkeypatch):
         made.members[0][1, 3] = np.nan
         return made
 
-    run = evaluate.run_method
-    monkeypatch.setattr(evaluate, "run_method", broken)
+    run = run_method
+    monkeypatch.setattr(methods, "run_method", broken)
     for method in ("kalman", "linear_samples", "adaptive"):
         with pytest.raises(InputError, match=f"1 of 4 members by {method} are not finite"):
             quietly(trained, table(6), method=method)

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from flax import struct
 
-from jax_repaint import evaluate, guide, levels, metrics, model
+from jax_repaint import guide, levels, metrics, model
+from jax_repaint.cases import pick
 from jax_repaint.data.fields import Fields, Split, crop
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
@@ -127,11 +128,11 @@ def test_models_are_compared_with_the_first_on_the_same_noise(trained, drawn):
 def test_frames_come_from_the_part_that_is_asked_for(trained, drawn, tmp_path, monkeypatch, capsys, part):
     parts = {"train": np.arange(60), "validation": np.arange(70, 90), "test": np.arange(100, 120)}
     monkeypatch.setattr(levels, "load_together", lambda folders: {folders[0]: trained})
-    monkeypatch.setattr(evaluate, "data_of", lambda *_: (drawn, Split(**parts, decorrelation=0.7)))
+    monkeypatch.setattr(levels, "data_of", lambda *_: (drawn, Split(**parts, decorrelation=0.7)))
     asked = {"model": ["one"], "fields": None, "frames": 8, "part": part, "levels": 2, "pattern": "", "seed": 3}
     monkeypatch.setattr(levels, "FLAGS", SimpleNamespace(**asked, out=str(tmp_path / "out.csv")))
     levels.main([])
-    numbers = evaluate.pick(Split(**(parts | {"test": parts[part]})), 8, 3)
+    numbers = pick(Split(**(parts | {"test": parts[part]})), 8, 3)
     expected = levels.denoising_errors(trained, drawn.select(numbers), numbers, np.array([0.01, 130.0]), seed=3)
     written = pd.read_csv(tmp_path / "out.csv")
     np.testing.assert_allclose(written["network"], expected[..., 0].mean(0), rtol=1e-5)

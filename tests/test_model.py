@@ -11,7 +11,8 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from jax_repaint import evaluate, model
+from jax_repaint import model
+from jax_repaint.cases import held_out
 from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
 
@@ -216,7 +217,7 @@ def test_tensors_that_no_model_has_are_refused(folder, name, change, message):
 def test_who_needs_the_data_of_a_model_is_told_that_it_names_none(trained):
     bare = dataclasses.replace(trained, training={"step": 7})
     with pytest.raises(InputError, match="lacks config, decorrelation, fingerprint, parts"):
-        evaluate.held_out(bare)
+        held_out(bare)
     with pytest.raises(InputError, match="lacks config"):
         model.same_parts(trained, bare)
 

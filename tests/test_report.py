@@ -16,9 +16,11 @@ import tiny
 import xarray as xr
 
 from jax_repaint import checkpoint, comparison, evaluate, metrics, model, plots, report, results, train
+from jax_repaint.cases import Case
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
+from jax_repaint.methods import Result
 
 PATTERNS = ("line:4", "cells <b>&")
 NUMBERS = np.array([3, 20, 41])
@@ -41,7 +43,7 @@ def make_cases(fields):
     for pattern in PATTERNS:
         for number, truth, when in zip(NUMBERS, fields.velocity, fields.time, strict=True):
             observed = fields.ocean & (rng.uniform(size=fields.shape) < 0.2)
-            cases.append(evaluate.Case(pattern, int(number), when, truth, observed, None, None))
+            cases.append(Case(pattern, int(number), when, truth, observed, None, None))
     return cases
 
 
@@ -50,7 +52,7 @@ def make_results(cases):
     results = {}
     for name, count in MEMBERS.items():
         made = [case.truth + 0.1 * rng.normal(size=(count, *case.truth.shape)) for case in cases]
-        results[name] = evaluate.Result(made, 1.5, 16 * count, antithetic=name == "kalman")
+        results[name] = Result(made, 1.5, 16 * count, antithetic=name == "kalman")
     return results
 
 

@@ -11,7 +11,6 @@ import tiny
 
 from jax_repaint import (
     ensemble,
-    evaluate,
     findings,
     levels,
     metrics,
@@ -22,6 +21,7 @@ from jax_repaint import (
     resumption,
     train,
 )
+from jax_repaint.cases import data_of
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
@@ -436,7 +436,7 @@ def test_levels_of_models_of_different_ranges(folder):
     """Each is asked within its range, and all at the last step of the schedule."""
     fields = readers.read(folder / "tiny.nc")
     models = {form: tiny.model(form, fields) for form in ("eps", "anchored")}
-    split = evaluate.data_of(models["eps"], str(folder / "tiny.nc"))[1]
+    split = data_of(models["eps"], str(folder / "tiny.nc"))[1]
     found = reproduce.errors_by_level(models, fields, split, 4, 4)
     last = float(models["eps"].steps.sigma[-1])
     for form, largest in (("eps", last), ("anchored", 130)):

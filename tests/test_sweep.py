@@ -22,12 +22,14 @@ import tiny
 from ml_collections import ConfigDict
 
 import jax_repaint
-from jax_repaint import comparison, ensemble, evaluate, metrics, model, observe, reproduce, results, sample, sweep
+from jax_repaint import comparison, ensemble, methods, metrics, model, observe, reproduce, results, sample, sweep
 from jax_repaint import study as study_module
 from jax_repaint.batches import chunk_of, make_groups
+from jax_repaint.cases import data_of, known_of, make_cases, observation_of
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
+from jax_repaint.methods import run_method
 from jax_repaint.points import default_config, make_program, read_points, smoke
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.prior import gp, linear
@@ -123,13 +125,13 @@ def test_members_are_those_of_the_samplers(folder, study, first):
     rows, trained = first[1], model.load(folder / "model")
     fields = readers.read(folder / "tiny.nc")
     where = study.cases[False][3]
-    (case,) = evaluate.make_cases(trained, fields.select([where.frame]), [where.frame], [where.pattern], where.seed)
-    known = jax.tree.map(lambda leaf: leaf[None], evaluate.known_of(trained, case))
+    (case,) = make_cases(trained, fields.select([where.frame]), [where.frame], [where.pattern], where.seed)
+    known = jax.tree.map(lambda leaf: leaf[None], known_of(trained, case))
     stages = sample.method("two_stage", 250, t_start=3, t_refine=2, noise_floor=0.7, resample_steps=2)
     x = ensemble.repaint_ensemble(
         trained.denoiser, known, trained.steps, stages, frames=[where.frame], members=4, seed=where.seed
     ).x[0]
-    hyper = Posterior.create(min(evaluate.START, trained.sigma[1]), max(trained.sigma[0], 0.01), 3)
+    hyper = Posterior.create(min(methods.START, trained.sigma[1]), max(trained.sigma[0], 0.01), 3)
     evidence = evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian)
     pairs = ensemble.posterior_ensemble(
         trained.denoiser, [evidence], trained.gaussian, [case.analysis], hyper,
@@ -151,11 +153,11 @@ def test_baselines_are_those_of_evaluate(folder, study, first):
     trained, fields = model.load(folder / "model"), readers.read(folder / "tiny.nc")
     rows = first[1]
     for where in study.cases[False][1:3]:
-        (case,) = evaluate.make_cases(trained, fields.select([where.frame]), [where.frame], [where.pattern], where.seed)
+        (case,) = make_cases(trained, fields.select([where.frame]), [where.frame], [where.pattern], where.seed)
         scored = metrics.scored_cells(case.truth, fields.ocean, case.observed)
         mine = rows[(rows["frame"] == where.frame) & (rows["seed"] == where.seed) & (rows["pattern"] == where.pattern)]
         for name in results.BASELINES:
-            made = evaluate.run_method(name, trained, fields, [case], 1).members[0][0]
+            made = run_method(name, trained, fields, [case], 1).members[0][0]
             np.testing.assert_allclose(mine[f"mse_{name}"], metrics.mse(made, case.truth, scored), rtol=1e-5)
 
 
@@ -463,10 +465,10 @@ def test_groups_are_of_what_is_observed(folder, tmp_path):
 @pytest.mark.parametrize(
     ("place", "name", "value", "changed"),
     [
-        (evaluate, "START", 1.0, {"kalman"}),
+        (methods, "START", 1.0, {"kalman"}),
         (sample, "METHODS", GENTLER, {"two_stage"}),
         (sample, "VAR_DECAY", 0.2, {"gp_init", "two_stage", "guided"}),
-        (evaluate, "ERROR", 0.01, {"gp_init", "two_stage", "kalman", "guided"}),
+        (study_module, "OBSERVATION_ERROR", 0.01, {"gp_init", "two_stage", "kalman", "guided"}),
         (results, "VERSION", results.VERSION + 1, {"gp_init", "two_stage", "kalman", "guided"}),
     ],
 )
@@ -599,7 +601,7 @@ def test_frames_of_a_part_random_and_consecutive(folder):
         config = make_config(folder, frames=4, part=part)
         config.points = default_config(one).points
         made = open_study(config)
-        split = evaluate.data_of(model.load(folder / "model"), str(folder / "tiny.nc"))[1]
+        split = data_of(model.load(folder / "model"), str(folder / "tiny.nc"))[1]
         assert np.isin(made.numbers, getattr(split, part)).all()
         assert (np.diff(made.frames[True]) == 1).all()
         assert (np.diff(made.frames[False]) >= 1).all()
@@ -611,7 +613,7 @@ def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
     parts = {"train": np.arange(100), "validation": np.arange(150, 200), "test": np.arange(250, 750)}
     split = Split(**parts, decorrelation=10)
     monkeypatch.setattr(study_module, "_frames", lambda split, config, kind: getattr(split, config.part)[:20])
-    monkeypatch.setattr(evaluate, "held_out", lambda *_: (lambda _: tiny.fields(), split))
+    monkeypatch.setattr(study_module, "held_out", lambda *_: (lambda _: tiny.fields(), split))
     blocks = [open_study(make_config(folder, 1, frames=20, part=part)).blocks for part in ("validation", "test")]
     assert blocks == [{False: 4}, {False: 1}]
 
@@ -748,7 +750,7 @@ def test_every_method_is_in_the_table_of_all():
     path = next(path for path in SWEEPS if path.stem == "methods")
     module = loaded(path)
     usual, full = (read_points(module.get_config(arg)) for arg in ("", "full"))
-    assert {point.method for point in usual} == {*evaluate.METHODS} - {*results.BASELINES, "given", *module.STAGES}
+    assert {point.method for point in usual} == {*methods.METHODS} - {*results.BASELINES, "given", *module.STAGES}
     every = sample.method("multistage")
     for name in module.STAGES:
         stages = sample.method(name)
@@ -767,7 +769,7 @@ def test_uniform_has_as_much_noise_as_adaptive_in_the_table_of_all():
     (stage,) = sample.method("adaptive")
     for pattern in observe.usual(trained.ocean):
         seen = observe.parse(pattern, trained.ocean, observe.pattern_rng(0, 0))
-        observation = evaluate.observation_of(trained, np.zeros((*trained.ocean.shape, 2), np.float32), seen)
+        observation = observation_of(trained, np.zeros((*trained.ocean.shape, 2), np.float32), seen)
         missing = (
             np.asarray(trained.gaussian.ocean > 0) & ~np.asarray(observation.on_grid(trained.padded)[0])[..., None]
         )

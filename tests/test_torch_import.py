@@ -19,9 +19,11 @@ from flax import traverse_util
 from test_nets import reference_state_dict
 
 from jax_repaint import checkpoint as checkpoint_command
-from jax_repaint import evaluate, model, torch_import
+from jax_repaint import model, torch_import
+from jax_repaint.cases import OBSERVATION_ERROR, data_of, known_of, make_cases
 from jax_repaint.data import readers
 from jax_repaint.errors import InputError
+from jax_repaint.methods import levels_of, run_method
 from jax_repaint.nets import import_torch, unet
 from jax_repaint.posterior import evidence_for, posterior
 
@@ -343,10 +345,10 @@ def test_land_and_padding_are_still_water_as_in_the_training_of_these_networks(i
 
 def test_samplers_keep_land_and_padding_at_zero_metres_a_second(imported):
     data = tiny.fields().select(slice(55, 56))
-    case = evaluate.make_cases(imported, data, [55], ["cells:0.2"])[0]
+    case = make_cases(imported, data, [55], ["cells:0.2"])[0]
     land = ~(np.asarray(imported.gaussian.ocean)[..., 0] > 0)
     # The RePaint family pastes it at every level.
-    known = evaluate.known_of(imported, case)
+    known = known_of(imported, case)
     np.testing.assert_allclose(imported.standardiser.restore(np.asarray(known.value))[land], 0, atol=1e-7)
     assert not np.asarray(known.missing)[land].any()
     # Posterior samplers keep what stands there at the start, beside the noise of every level.
@@ -359,7 +361,7 @@ def test_samplers_keep_land_and_padding_at_zero_metres_a_second(imported):
     def silent(key, shape, dtype):
         return jnp.zeros(shape, dtype)
 
-    hyper = evaluate.levels_of(imported, "kalman", 4)
+    hyper = levels_of(imported, "kalman", 4)
     evidence = evidence_for(hyper, imported.gaussian.ocean, case.observation, imported.gaussian)
     start = case.analysis.mean(case.observation.values)
     made = posterior(jax.random.key(0), denoise, evidence, hyper, start, draw=silent)
@@ -375,9 +377,9 @@ def test_an_imported_model_survives_the_disk_and_inpaints(imported, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, (read.params, read.gaussian), (imported.params, imported.gaussian))
     assert model.fingerprint(read) == model.fingerprint(imported)
     data = tiny.fields().select(slice(55, 56))
-    case = evaluate.make_cases(read, data, [55], ["cells:0.2"])
-    members = evaluate.run_method("kalman", read, data, case, 2, count=2).members[0]
-    assert np.abs(members - data.velocity[0])[:, case[0].observed].max() < 5 * evaluate.ERROR
+    case = make_cases(read, data, [55], ["cells:0.2"])
+    members = run_method("kalman", read, data, case, 2, count=2).members[0]
+    assert np.abs(members - data.velocity[0])[:, case[0].observed].max() < 5 * OBSERVATION_ERROR
 
 
 def test_a_grid_that_does_not_fit_the_network_is_refused(imported, tmp_path):
@@ -403,7 +405,7 @@ def test_the_command_imports_a_file(file, tmp_path, monkeypatch, capsys):
     assert read.training["imported"] == {"file": "checkpoint.pt", "epoch": 132, "best_loss": 0.0093}
     assert read.schedule == {"steps": 250, "min_beta": 1e-4, "max_beta": 0.02}
     # What evaluation asks a model for: its data and their split.
-    fields, split = evaluate.data_of(read, None)
+    fields, split = data_of(read, None)
     assert (len(fields), split.test.tolist()) == (60, list(range(52, 60)))
 
 

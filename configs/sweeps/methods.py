@@ -12,7 +12,7 @@ Processes that have a core each are a third faster than one process on all cores
 `taskset -c I`, --process_index=I and --process_count.
 """
 
-from jax_repaint import evaluate
+from jax_repaint import methods
 from jax_repaint.points import default_config, smoke
 
 DRAWN = 2  # members of the RePaint family
@@ -26,11 +26,11 @@ def get_config(arg: str = ""):
 
     def sweep(add):
         add(method="linear_samples")
-        for method in evaluate.REPAINT:
+        for method in methods.REPAINT:
             if method not in STAGES:
                 own = {} if arg == "full" else {"members": DRAWN}
                 add(method=method, **own | ({"noise_floor": MEAN_WEIGHT} if method == "uniform" else {}))
-        for method in evaluate.POSTERIOR:
+        for method in methods.POSTERIOR:
             # It takes a network that is given the observations.
             if method != "given":
                 add(method=method)

@@ -1,0 +1,231 @@
+"""Fields to inpaint: which frames, what is observed of each, and the linear estimate of the rest.
+
+Frames are drawn from the part of a model's fields that its training did not see. A case is one of them with a pattern.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from jax_repaint import metrics, observe, train
+from jax_repaint.data import readers, twin
+from jax_repaint.data.fields import Fields, Split, crop
+from jax_repaint.errors import InputError
+from jax_repaint.model import Model
+from jax_repaint.prior import gp, linear
+from jax_repaint.prior.analysis import Analysis
+from jax_repaint.sample import Known
+
+OBSERVATION_ERROR = 0.005  # m/s, what the methods take the observations' standard error to be
+
+
+def data_of(trained: Model, path: str | None) -> tuple[Fields, Split]:
+    """The fields a model was trained on (or a file with the same grid) and their split, as in its training."""
+    config = train.default_config()
+    config.update(ConfigDict(trained.origin["config"]))
+    data = config.data
+    fields = train.load_fields(data.fields if path is None else path, data.frames, data.twin_seed)
+    trained.check_grid(fields)
+    if fields.hash() != trained.origin["fingerprint"]:
+        logging.warning(
+            "%s is not the data that the model was trained on; its test part may not be held out", fields.name
+        )
+    return fields, train.split_fields(fields, data)
+
+
+def files_of(trained: Model, path: str | None) -> list[Path]:
+    """The files that `data_of` reads."""
+    path = trained.training["config"]["data"]["fields"] if path is None else path
+    return readers.files_of(path) if path else []
+
+
+def held_out(trained: Model, path: str | None = None) -> tuple[Callable[[np.ndarray], Fields], Split]:
+    """`data_of` as a function that gives frames by their numbers, and the split; of the twin it makes those alone.
+
+    Raises:
+      InputError: fields that cannot be read, or are on another grid.
+    """
+    data = trained.origin["config"]["data"]
+    if path or data["fields"] or data["block_split"]:
+        fields, split = data_of(trained, path)
+        return fields.select, split
+    parts = {name: np.arange(*trained.origin["parts"][name]) for name in ("train", "validation", "test")}
+    made = partial(twin.select, twin=twin.Twin(seed=data["twin_seed"]))
+    return made, Split(**parts, decorrelation=trained.origin["decorrelation"])
+
+
+def pick(split: Split, frames: int, seed: int = 0) -> np.ndarray:
+    """Numbers of `frames` test frames, drawn without replacement, in the order of time."""
+    if frames < 1:
+        raise InputError(f"at least one frame must be inpainted, got {frames}")
+    return np.sort(np.random.default_rng([seed, 0xF4]).choice(split.test, min(frames, split.test.size), replace=False))
+
+
+def block_length(split: Split, frames: int) -> int:
+    """How many of `frames` random test frames lie within one decorrelation time: the block of the bootstrap."""
+    return int(np.clip(round(frames * split.decorrelation / split.test.size), 1, max(frames // 4, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One field to inpaint.
+
+    Attributes:
+      pattern: such as "line:22".
+      frame: its number in the series.
+      time: of the field.
+      truth: (y, x, 2) m/s.
+      observed: (y, x) bool.
+      observation: standardised, on the padded grid.
+      analysis: the linear prior's.
+    """
+
+    pattern: str
+    frame: int
+    time: np.datetime64
+    truth: np.ndarray
+    observed: np.ndarray
+    observation: observe.Observation
+    analysis: Analysis
+
+
+def make_cases(
+    trained: Model,
+    fields: Fields,
+    numbers: Sequence[int],
+    patterns: Sequence[str],
+    seed: int = 0,
+) -> list[Case]:
+    """Every pattern on every frame; patterns with a random part are drawn anew for each frame.
+
+    Args:
+      fields: the frames to inpaint, on the model's grid; what falls into their gaps is neither observed nor scored.
+      numbers: their numbers in the series, which name them in every random key.
+
+    Raises:
+      InputError: no pattern or one that cannot be drawn, no cell left to observe or to score, another grid.
+    """
+    if not patterns:
+        raise InputError("at least one pattern is needed")
+    trained.check_grid(fields)
+    cases, known = [], {}
+    for pattern in patterns:
+        for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
+            observed = observed_cells(fields, velocity, pattern, int(number), seed)
+            observation = observation_of(trained, velocity, observed)
+            # A fixed pattern has one analysis for all its frames.
+            name = observed.tobytes()
+            if name not in known:
+                known = {name: linear.analysis(trained.gaussian, observation)}
+            analysis = known[name]
+            cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis))
+    return cases
+
+
+def observed_cells(fields: Fields, velocity: np.ndarray, pattern: str, number: int, seed: int) -> np.ndarray:
+    """The cells (y, x) that a pattern observes in one of the frames: those drawn that have a value.
+
+    Args:
+      velocity: of the frame, `number` its number in the series.
+
+    Raises:
+      InputError: a pattern that cannot be drawn, no cell left to observe or to score.
+    """
+    drawn = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, number))
+    observed = drawn & np.isfinite(velocity).all(-1)
+    if not observed.any():
+        raise InputError(f"{fields.name}: {pattern} meets no cell with a value in frame {number}")
+    metrics.scored_cells(velocity, fields.ocean, observed)
+    return observed
+
+
+def observation_of(trained: Model, velocity: np.ndarray, observed: np.ndarray) -> observe.Observation:
+    """The observed cells of a field in m/s, standardised, on the padded grid."""
+    x = trained.standardiser.standardise(velocity, trained.ocean)
+    observation = observe.from_cells(observed, x, 1.0, trained.ocean)
+    sigma = jnp.asarray(OBSERVATION_ERROR / np.asarray(trained.standardiser.std))[None]
+    return observe.pad_grid(observation, observed.shape, trained.padded).replace(
+        sigma=jnp.where(observation.valid[:, None], sigma, 1.0)
+    )
+
+
+def prior_of(trained: Model, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (y, x, 2) of the linear estimate, m/s and (m/s)^2."""
+    mean = trained.to_velocity(case.analysis.mean(case.observation.values))
+    return mean, trained.standardiser.restore_variance(np.asarray(crop(case.analysis.variance, trained.ocean.shape)))
+
+
+def known_of(trained: Model, case: Case) -> Known:
+    """What the RePaint family pastes and starts from: the observed cells, the linear estimate and its variance."""
+    observed, value = case.observation.on_grid(trained.padded)
+    ocean = np.asarray(trained.gaussian.ocean)[..., 0] > 0
+    missing = jnp.asarray(ocean & ~np.asarray(observed))[..., None]
+    land = jnp.asarray(trained.standardiser.land_value)[None, None]
+    value = jnp.where(jnp.asarray(ocean)[..., None], value, land)
+    mean = case.analysis.mean(case.observation.values)
+    return Known(value, missing, mean * trained.gaussian.ocean, case.analysis.variance)
+
+
+def gp_analysis(trained: Model, fields: Fields, name: str) -> Callable[[Case], Analysis]:
+    """The analysis of a case in m/s by the Gaussian process `name`, seed_gp or gp; cases of one pattern share it.
+
+    Raises:
+      InputError: the model has no fitted GP.
+    """
+    ocean, error = fields.ocean, OBSERVATION_ERROR
+    if name == "seed_gp":
+        # It took cells as exact: of its own error variance there is 1e-6 (m/s)^2.
+        error = math.sqrt(gp.JITTER)
+        kernel, places, background = gp.seed_gp(), gp.pixels(fields.shape), np.zeros((*fields.shape, 2), np.float32)
+    else:
+        if trained.kernel is None:
+            raise InputError("this model was exported without a fitted GP")
+        kernel, places = trained.kernel, fields.places()
+        background = np.where(ocean[..., None], trained.to_velocity(trained.gaussian.mean), 0)
+
+    known: dict[bytes, Analysis] = {}
+
+    def analyse(case: Case) -> Analysis:
+        observation, cells = observe.from_cells(case.observed, case.truth, error, ocean), case.observed.tobytes()
+        if cells not in known:
+            known.clear()
+            known[cells] = gp.analysis(kernel, observation, ocean, places, jnp.asarray(background))
+        found = known[cells]
+        return found.replace(observation=found.observation.replace(values=observation.values))
+
+    return analyse
+
+
+def hold_out_of(places: np.ndarray, seed: int, frame: int, share: float = 0.1) -> np.ndarray:
+    """A random `share` of the `places` that are observed in a frame, at least one."""
+    rng = np.random.default_rng([seed, frame, 0x6A])
+    return rng.choice(places, max(1, round(share * places.size)), replace=False)
+
+
+def hold_out(trained: Model, case: Case, seed: int = 0, share: float = 0.1) -> tuple[Case, np.ndarray]:
+    """The same case without some of its observations, at least one, and the cells they are on, (y, x) bool.
+
+    Raises:
+      InputError: there are fewer than two observations.
+    """
+    places = np.flatnonzero(case.observed)
+    if places.size < 2:
+        raise InputError(f"{case.pattern} observes {places.size} cells of frame {case.frame}, too few to hold some out")
+    held = np.zeros(case.observed.size, bool)
+    held[hold_out_of(places, seed, case.frame, share)] = True
+    held = held.reshape(case.observed.shape)
+    observation = observation_of(trained, case.truth, case.observed & ~held)
+    less = dataclasses.replace(
+        case,
+        observed=case.observed & ~held,
+        observation=observation,
+        analysis=linear.analysis(trained.gaussian, observation),
+    )
+    return less, held

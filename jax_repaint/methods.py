@@ -1,0 +1,244 @@
+"""Every method by its name: baselines, the RePaint family, posterior samplers; and what one makes of some cases."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_repaint import device, metrics, sample
+from jax_repaint.calibration import Gate
+from jax_repaint.cases import OBSERVATION_ERROR, Case, gp_analysis, hold_out, known_of, prior_of
+from jax_repaint.checks import whole_number
+from jax_repaint.data.fields import Fields
+from jax_repaint.ensemble import (
+    frame_batches,
+    in_chunks,
+    member_keys,
+    posterior_ensemble,
+    repaint_ensemble,
+    survivors,
+)
+from jax_repaint.errors import InputError
+from jax_repaint.guide import Evidence, prior_draw
+from jax_repaint.model import Model
+from jax_repaint.posterior import Posterior, evidence_for
+from jax_repaint.sample import Outcome, Repaint, method
+
+BASELINES = ("climatology", "seed_gp", "gp", "linear", "linear_samples")
+REPAINT = tuple(sample.METHODS)
+POSTERIOR = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "dps", "paste")
+METHODS = (*BASELINES, *REPAINT, *POSTERIOR)
+PAIRED = POSTERIOR  # methods whose members come in antithetic pairs
+START = 3.4  # noise level that posterior samplers start from; chosen on validation frames among 3.4, 10, 30 and 130
+LEVELS = 16  # of posterior samplers
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one method made of the cases: members (M, y, x, 2) in m/s of each, seconds and network calls a field.
+
+    A calibrated method has central 90 % intervals, (low, high) of each case; others have those of their members.
+    """
+
+    members: list[np.ndarray]
+    seconds: float
+    calls: int
+    antithetic: bool = False
+    intervals: list[tuple[np.ndarray, np.ndarray]] | None = None
+
+    def spread(self, case: int) -> np.ndarray:
+        """Standard deviation of a member (y, x, 2), m/s; NaN where too few independent members are there to tell."""
+        members = self.members[case]
+        if len(members) < metrics.least_members(self.antithetic):
+            return np.full(members.shape[1:], np.nan)
+        return np.sqrt(metrics.ensemble_variance(members, self.antithetic))
+
+
+def check_methods(methods: Sequence[str], members: int) -> None:
+    """Raises InputError at no method, an unknown one, or members that are no number or not the pairs of a method."""
+    whole_number("members", members, 1)
+    if not methods:
+        raise InputError("at least one method is needed")
+    for name in methods:
+        if name not in METHODS:
+            raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
+        if name in PAIRED and members % 2:
+            raise InputError(f"the members of {name} come in antithetic pairs: {members} is odd")
+
+
+def levels_of(trained: Model, name: str, count: int = LEVELS) -> Posterior:
+    """Hyperparameters of a posterior sampler: `count` levels from START, or less where the model was trained on less.
+
+    Raises:
+      InputError: `given` with a network that takes no observations.
+    """
+    if name == "given" and trained.form != "conditional":
+        raise InputError(f"the method given needs a model of form conditional, this one is {trained.form}")
+    return Posterior.create(min(START, trained.sigma[1]), max(trained.sigma[0], 0.01), count, correction=name)
+
+
+def stages_of(trained: Model, name: str) -> tuple[Repaint, ...]:
+    """Hyperparameters of the stages of a method of the RePaint family.
+
+    Raises:
+      InputError: the network was not trained for the noise of their steps.
+    """
+    stages = method(name, trained.steps.steps)
+    check_levels(trained, stages)
+    return stages
+
+
+def check_levels(trained: Model, program: Sequence[Repaint] | Posterior) -> None:
+    """Raises InputError, with the setting to change, if a sampler asks the network about noise it was not trained for.
+
+    Args:
+      program: stages of the RePaint family, whose steps are those of the model's schedule, or a posterior sampler.
+    """
+    if isinstance(program, Posterior):
+        trained.check_levels(np.asarray(program.sigma), "sigma_max and sigma_min must lie in that range")
+        return
+    sigma = np.asarray(trained.steps.sigma)
+    known = np.flatnonzero(trained.knows(sigma))
+    # Every stage goes down to step 0.
+    trained.check_levels(
+        sigma[:1],
+        "the RePaint family ends at step 0 of the model's schedule and needs a network that was trained for its noise "
+        f"(noise.sigma_min of at most {sigma[0]:.4g})",
+    )
+    for stage in program:
+        trained.check_levels(sigma[[stage.t_start]], f"t_start must be a step up to {known[-1]}, not {stage.t_start}")
+
+
+def run_method(
+    name: str,
+    trained: Model,
+    fields: Fields,
+    cases: Sequence[Case],
+    members: int,
+    seed: int = 0,
+    chunk: int | None = None,
+    count: int = LEVELS,
+) -> Result:
+    """The members of one method for every case.
+
+    Args:
+      name: one of METHODS.
+      members: of each case; deterministic baselines give one.
+      chunk: members sampled at a time, of several cases where they have fewer; what pays on the device by default.
+      count: noise levels of posterior samplers.
+
+    Raises:
+      InputError: an unknown method, an odd number of antithetic members, a method that asks the network about noise
+        it was not trained for, too little memory for one member.
+    """
+    began = time.monotonic()
+    chunk = chunk or device.usual_batch()
+    calls = 0
+    frames = [case.frame for case in cases]
+    if name == "climatology":
+        made = [trained.to_velocity(trained.gaussian.mean)[None] for _ in cases]
+    elif name in ("seed_gp", "gp"):
+        estimate = _gp_estimate(trained, fields, name)
+        made = [estimate(case)[None] for case in cases]
+    elif name == "linear":
+        made = [trained.to_velocity(case.analysis.mean(case.observation.values))[None] for case in cases]
+    elif name == "linear_samples":
+        made, chunk = [], min(chunk, members)
+        for case in cases:
+
+            def drawn(chunk: int, case: Case = case) -> np.ndarray:
+                return linear_samples(trained, case, members, seed, chunk)
+
+            x, chunk = device.with_less_memory(drawn, chunk)
+            made.append(trained.to_velocity(x))
+    elif name in REPAINT:
+        stages = stages_of(trained, name)
+        known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[known_of(trained, case) for case in cases])
+
+        def repainted(chunk: int) -> Outcome:
+            return repaint_ensemble(
+                trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk,
+                last=True,
+            )  # fmt: skip
+
+        # Half of a chunk that is never filled would be the same call again.
+        outcome, _ = device.with_less_memory(repainted, min(chunk, members * len(cases)))
+        made = [trained.to_velocity(x[:, -1]) for x in survivors(name, stages, frames, outcome)]
+        calls = sum(stage.calls for stage in stages)
+    elif name in POSTERIOR:
+        hyper = levels_of(trained, name, count)
+        made = [np.empty(0)] * len(cases)
+        sizes = [case.observation.size for case in cases]
+        for batch in frame_batches(sizes, members, chunk, trained.gaussian, hyper.calls):
+            mine = [cases[i] for i in batch]
+            evidence = [
+                evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian) for case in mine
+            ]
+
+            def sampled(chunk: int, mine: Sequence[Case] = mine, evidence: Sequence[Evidence] = evidence) -> np.ndarray:
+                return posterior_ensemble(
+                    trained.denoiser, evidence, trained.gaussian, [case.analysis for case in mine], hyper,
+                    frames=[case.frame for case in mine], members=members, seed=seed, chunk=chunk,
+                )  # fmt: skip
+
+            x, chunk = device.with_less_memory(sampled, chunk)
+            for i, one in zip(batch, x, strict=True):
+                made[i] = trained.to_velocity(one)
+        calls = hyper.calls
+    else:
+        raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
+    return Result(made, (time.monotonic() - began) / len(cases), calls * members, name in PAIRED)
+
+
+def _gp_estimate(trained: Model, fields: Fields, name: str) -> Callable[[Case], np.ndarray]:
+    analyse = gp_analysis(trained, fields, name)
+
+    def estimate(case: Case) -> np.ndarray:
+        analysis = analyse(case)
+        return np.where(fields.ocean[..., None], np.asarray(analysis.mean(analysis.observation.values)), np.nan)
+
+    return estimate
+
+
+@jax.jit
+def _linear_rows(gaussian, analysis, values, keys):
+    def one(key):
+        draw, noise = jax.random.split(key)
+        return analysis.sample(noise, prior_draw(gaussian, draw), values)
+
+    return jax.vmap(one)(keys)
+
+
+def linear_samples(trained: Model, case: Case, members: int, seed: int = 0, chunk: int | None = None) -> np.ndarray:
+    """Independent samples (M, Y, X, 2) of the linear prior's posterior, standardised."""
+    keys = member_keys(seed, [case.frame], range(members))[0]
+
+    def run(rows: jax.Array, keys: jax.Array) -> jax.Array:
+        return _linear_rows(trained.gaussian, case.analysis, case.observation.values, keys)
+
+    return in_chunks(run, np.arange(members), keys, chunk or device.usual_batch())
+
+
+def gate_evidence(
+    name: str,
+    trained: Model,
+    fields: Fields,
+    cases: Sequence[Case],
+    members: int,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> list[np.ndarray]:
+    """`Gate.evidence` of each case, from a second run without a tenth of its observations."""
+    less, held = zip(*(hold_out(trained, case, seed) for case in cases), strict=True)
+    result = run_method(name, trained, fields, less, members, seed, chunk)
+    evidence = []
+    for case, cells, made in zip(less, held, result.members, strict=True):
+        mean, variance = (part[cells] for part in prior_of(trained, case))
+        values = case.truth[cells]
+        misfit = (values - mean) ** 2
+        error = np.mean((values - made.mean(0)[cells]) ** 2)
+        evidence.append(Gate.evidence(misfit.mean(), error, np.mean(misfit / (variance + OBSERVATION_ERROR**2))))
+    return evidence
