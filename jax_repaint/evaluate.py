@@ -28,6 +28,7 @@ from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
 from jax_repaint.methods import (
     BASELINES,
+    DETERMINISTIC,
     METHODS,
     POSTERIOR,
     REPAINT,
@@ -88,27 +89,53 @@ def _score(case: Case, result: Result, i: int, size: int, ocean: np.ndarray) -> 
     return dataclasses.replace(score, coverage90=float(inside[scored].mean()))
 
 
-def compare(cases: Sequence[Case], results: dict[str, Result], ocean: np.ndarray, block: int) -> list[dict]:
-    """Rows of metrics.summary, one a pattern and method, each against the best deterministic baseline there.
+Scores = dict[str, dict[str, list[metrics.FrameScores]]]
+
+
+def score(cases: Sequence[Case], results: dict[str, Result], ocean: np.ndarray) -> Scores:
+    """Scores of every frame, in the order of time, by pattern and method.
 
     Where members failed and were left out, as many of every frame are scored as the frame with the fewest has.
     """
-    rows = []
+    scores: Scores = {}
     for pattern in dict.fromkeys(case.pattern for case in cases):
         chosen = [i for i, case in enumerate(cases) if case.pattern == pattern]
-        scores = {}
+        scores[pattern] = {}
         for name, result in results.items():
             size = min(len(result.members[i]) for i in chosen)
             if any(len(result.members[i]) > size for i in chosen):
                 logging.warning("%s, %s: scores are of %d members, which every frame has", pattern, name, size)
-            scores[name] = [_score(cases[i], result, i, size, ocean) for i in chosen]
-        bases = [name for name in results if name in BASELINES and name != "linear_samples"] or list(results)[:1]
-        best = min(bases, key=lambda name: np.mean([s.mse_mean for s in scores[name]]))
-        for name, result in results.items():
-            row = metrics.summary(
-                name, scores[name], result.calls, result.seconds, baseline=(best, scores[best]), block=block
-            )
+            scores[pattern][name] = [_score(cases[i], result, i, size, ocean) for i in chosen]
+    return scores
+
+
+def compare(scores: Scores, results: dict[str, Result], block: int) -> list[dict]:
+    """Rows of metrics.summary, one a pattern and method, each against the best deterministic baseline there.
+
+    Raises:
+      InputError: none of DETERMINISTIC is among the methods.
+    """
+    rows = []
+    for pattern, by_method in scores.items():
+        bases = [name for name in by_method if name in DETERMINISTIC]
+        if not bases:
+            raise InputError(f"a comparison needs a baseline, one of {', '.join(DETERMINISTIC)}")
+        best = min(bases, key=lambda name: np.mean([s.mse_mean for s in by_method[name]]))
+        for name, frames in by_method.items():
+            calls, seconds = results[name].calls, results[name].seconds
+            row = metrics.summary(name, frames, calls, seconds, baseline=(best, by_method[best]), block=block)
             rows.append({"pattern": pattern} | row)
+    return rows
+
+
+def frame_rows(cases: Sequence[Case], scores: Scores) -> list[dict]:
+    """Rows of frames.csv, one a pattern, frame and method: what the rows of `compare` are the means of."""
+    rows = []
+    for pattern, by_method in scores.items():
+        mine = [case for case in cases if case.pattern == pattern]
+        for i, case in enumerate(mine):
+            named = {"pattern": pattern, "frame": case.frame, "time": case.time}
+            rows += [named | {"method": name} | vars(frames[i]) for name, frames in by_method.items()]
     return rows
 
 
@@ -226,7 +253,9 @@ def run(
     raw: bool = False,
     inputs: Sequence[Path] = (),
 ) -> str:
-    """Inpaints, writes table.csv, details.csv, fields.nc and figure.png into `out`, and returns the table as text.
+    """Inpaints, writes table.csv, frames.csv, details.csv, fields.nc and figure.png, and returns the table as text.
+
+    Where no deterministic baseline is among the methods, the linear estimate stands in front of them.
 
     Args:
       fields: the frames to inpaint, `numbers` theirs in the series.
@@ -236,6 +265,8 @@ def run(
       inputs: files that are read, which `out` must not replace.
     """
     check_methods(methods, members)
+    if not set(methods) & set(DETERMINISTIC):
+        methods = ["linear", *methods]
     members = int(members)
     patterns = list(dict.fromkeys(patterns))
     added = None if raw else calibrated_name(trained, methods, members)
@@ -253,7 +284,7 @@ def run(
             stages_of(trained, name)
         if name == "gp" and trained.kernel is None:
             raise InputError("this model was exported without a fitted GP")
-    for name in ("table.csv", "details.csv", *written.values(), "figure.png"):
+    for name in ("table.csv", "frames.csv", "details.csv", *written.values(), "figure.png"):
         files.check_writable(out / name, inputs=inputs)
     results = {}
     for name in (bar := tqdm.tqdm(methods, unit="method", disable=None)):
@@ -270,8 +301,10 @@ def run(
         if shown == added:
             shown = trained.calibration.method
             written[shown] = "fields.nc"
-    rows = compare(cases, results, fields.ocean, block)
+    scores = score(cases, results, fields.ocean)
+    rows = compare(scores, results, block)
     metrics.write_csv(rows, out / "table.csv")
+    metrics.write_csv(frame_rows(cases, scores), out / "frames.csv")
     metrics.write_csv(detail_rows(cases, results, fields), out / "details.csv")
     for name, file in written.items():
         history = f"jax_repaint, model {model.fingerprint(trained)}, method {name}, seed {seed}"
@@ -298,7 +331,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.DEFINE_bool("raw", False, "Leave out the row of the method that the model is calibrated for.")
-    flags.DEFINE_string("out", "results", "Folder for table.csv, fields.nc and figure.png.")
+    flags.DEFINE_string("out", "results", "Folder for the tables, fields.nc and figure.png.")
     flags.mark_flag_as_required("model")
 
 

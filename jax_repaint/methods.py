@@ -27,7 +27,8 @@ from jax_repaint.model import Model
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.sample import Outcome, Repaint, method
 
-BASELINES = ("climatology", "seed_gp", "gp", "linear", "linear_samples")
+DETERMINISTIC = ("climatology", "seed_gp", "gp", "linear")
+BASELINES = (*DETERMINISTIC, "linear_samples")
 REPAINT = tuple(sample.METHODS)
 POSTERIOR = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "dps", "paste")
 METHODS = (*BASELINES, *REPAINT, *POSTERIOR)

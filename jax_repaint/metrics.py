@@ -1022,6 +1022,6 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def write_csv(rows: Sequence[Mapping[str, object]], path: str | Path) -> None:
-    """Rows of `summary` as a CSV file, written whole; numbers that do not exist are empty."""
+    """Rows of a table as a CSV file, written whole; numbers that do not exist are empty."""
     with whole_file(path) as temporary:
         pd.DataFrame(list(rows)).to_csv(temporary, index=False)

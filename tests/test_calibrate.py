@@ -652,8 +652,8 @@ def test_the_table_takes_intervals_from_the_calibration(trained, data, learnt):
     for scale in (1e-6, 1e6):
         ready = dataclasses.replace(trained, calibration=dataclasses.replace(learnt, scale=(scale,) * 6))
         results = {"linear_samples": raw, "calibrated": evaluate.calibrated(ready, data, cases, raw)}
-        rows = evaluate.compare(cases, results, data.ocean, 1)
-        inside.append([row["coverage90"] for row in rows])
+        (scores,) = evaluate.score(cases, results, data.ocean).values()
+        inside.append([frame.coverage90 for (frame,) in scores.values()])
     assert inside[0][0] == inside[1][0]
     assert [inside[0][1], inside[1][1]] == [0, 1]
 

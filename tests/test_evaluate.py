@@ -343,7 +343,8 @@ def test_a_spread_takes_two_independent_members(members, antithetic, known):
 def test_samples_are_no_baseline(cases, results):
     """However good their mean is."""
     best = dataclasses.replace(results["linear"], antithetic=False)
-    table = evaluate.compare(cases, {"climatology": results["climatology"], "linear_samples": best}, OCEAN, 1)
+    two = {"climatology": results["climatology"], "linear_samples": best}
+    table = evaluate.compare(evaluate.score(cases, two, OCEAN), two, 1)
     assert {row["baseline"] for row in table} == {"climatology"}
     assert all(row["ratio"] < 0.9 for row in table if row["method"] == "linear_samples")
 
@@ -354,9 +355,8 @@ def test_frames_with_failed_members_are_scored_by_as_many_as_all_have(cases, res
     sizes = [(7, 5, 6)[i % 3] for i in range(len(cases))]
     ragged = dataclasses.replace(whole, members=[m[:n] for m, n in zip(whole.members, sizes, strict=True)])
     five = dataclasses.replace(whole, members=[m[:5] for m in whole.members])
-    found, expected = (
-        evaluate.compare(cases, {"linear": results["linear"], "adaptive": one}, OCEAN, 1) for one in (ragged, five)
-    )
+    pairs = [{"linear": results["linear"], "adaptive": one} for one in (ragged, five)]
+    found, expected = (evaluate.compare(evaluate.score(cases, two, OCEAN), two, 1) for two in pairs)
     pd.testing.assert_frame_equal(pd.DataFrame(found), pd.DataFrame(expected))
     assert found[1]["members"] == 5
     assert f"{PATTERNS[0]}, adaptive: scores are of 5 members" in caplog.text
@@ -393,6 +393,34 @@ def test_the_table_has_every_row(written):
         assert row["pattern"] in text
     # A sampler that starts from the linear estimate stays near it.
     assert all(0.7 < float(row["ratio"]) < 2 for row in rows if row["method"] == "adaptive")
+
+
+def test_the_frames_are_those_that_the_table_is_of(written, trained, fields):
+    out, _ = written
+    frames, table = (pd.read_csv(out / name) for name in ("frames.csv", "table.csv"))
+    assert len(frames) == 3 * len(table)
+    assert list(frames.frame.unique()) == list(NUMBERS[:3])
+    assert (pd.to_datetime(frames.time[frames.frame == NUMBERS[2]]) == fields.time[2]).all()
+    means = frames.groupby(["pattern", "method"])[["mse_member", "mse_mean", "crps", "coverage90"]].mean()
+    expected = table.set_index(["pattern", "method"])[means.columns].sort_index()
+    pd.testing.assert_frame_equal(means, expected)
+    (case,) = make_cases(trained, fields.select([1]), NUMBERS[1:2], PATTERNS[:1], seed=4)
+    mean = trained.to_velocity(case.analysis.mean(case.observation.values))
+    row = frames.set_index(["pattern", "frame", "method"]).loc[(PATTERNS[0], NUMBERS[1], "linear")]
+    assert row.mse_mean == pytest.approx(np.mean((mean - case.truth)[OCEAN & ~case.observed] ** 2), rel=1e-5)
+
+
+def test_methods_without_a_baseline_are_compared_with_the_linear_estimate(trained, fields, tmp_path):
+    evaluate.run(
+        trained, fields.select([0, 1]), NUMBERS[:2], PATTERNS[:1], ["linear_samples", "paste"], tmp_path, members=2
+    )
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert list(table.method) == ["linear", "linear_samples", "paste"]
+    assert set(table.baseline) == {"linear"}
+    with xr.open_dataset(tmp_path / "fields.nc") as data:
+        assert data.attrs["method"] == "paste"
+    with pytest.raises(InputError, match="needs a baseline, one of climatology"):
+        evaluate.compare({"line:1": {"paste": []}}, {}, 1)
 
 
 def test_the_file_holds_members_truth_and_observed_cells(written, trained, fields):

@@ -60,7 +60,7 @@ def write_evaluation(folder, fields, kept=tuple(MEMBERS)):
     """What `evaluate.run` writes, without running a method."""
     cases = make_cases(fields)
     results = make_results(cases)
-    rows = evaluate.compare(cases, results, fields.ocean, 1)
+    rows = evaluate.compare(evaluate.score(cases, results, fields.ocean), results, 1)
     metrics.write_csv(rows, folder / "table.csv")
     metrics.write_csv(evaluate.detail_rows(cases, results, fields), folder / "details.csv")
     for name in kept:
