@@ -21,10 +21,11 @@ from ml_collections import ConfigDict
 
 from benchmarks import measure
 from benchmarks import unet as unet_benchmark
-from jax_repaint import command, distributed, sweep, train
+from jax_repaint import command, distributed, sweep
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
-from jax_repaint.train import State
+from jax_repaint.optimise import State, make_loss, make_optimiser, make_steps, plan
+from jax_repaint.settings import check_config, network_config
 
 GRID = unet_benchmark.GRID
 EPOCHS, FRAMES = 300, 9180  # of the run whose time is told
@@ -62,7 +63,7 @@ def read_config(path: str, batch: int, dtype: str) -> ConfigDict:
     config.train.batch, config.model.dtype = batch, dtype
     # A dispatch on a CPU is one step after the other.
     config.train.dispatch = 1 if jax.default_backend() == "cpu" else config.train.dispatch
-    train.check_config(config)
+    check_config(config)
     return config
 
 
@@ -74,12 +75,12 @@ def prepare(config: ConfigDict, frames: int) -> Timed:
     """
     mesh = distributed.over_all_devices(config.train.batch)
     gaussian = measure.gaussian(GRID, config.model.rank)
-    network = train.network_config(config)
+    network = network_config(config)
     graphdef, params = measure.random_network(network)
-    steps = train.plan(frames, config)
-    optimiser, _ = train.make_optimiser(config, steps)
-    loss = train.make_loss(config, gaussian, graphdef)
-    dispatch = train.make_steps(config, loss, optimiser, steps, gaussian.ocean, GRID, mesh)
+    steps = plan(frames, config)
+    optimiser, _ = make_optimiser(config, steps)
+    loss = make_loss(config, gaussian, graphdef)
+    dispatch = make_steps(config, loss, optimiser, steps, gaussian.ocean, GRID, mesh)
     # A copy: the state is donated, and two names must not share one buffer.
     ema = jax.tree.map(jnp.copy, params)
     state = State(params, ema, optimiser.init(params), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))

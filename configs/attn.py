@@ -7,7 +7,7 @@ and what came of it.
 `configs/attn.py:smoke` shrinks data and run to less than a minute on two cores, to see that everything works.
 """
 
-from jax_repaint.train import default_config, smoke
+from jax_repaint.settings import default_config, smoke
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@
 Everything else is the default, as in configs/attn.py, so that the networks can be compared. Made for a GPU or TPU.
 """
 
-from jax_repaint.train import default_config, smoke
+from jax_repaint.settings import default_config, smoke
 
 
 def get_config(arg: str = ""):

@@ -8,7 +8,7 @@ error.
 `configs/conditional.py:smoke` takes less than a minute on two cores.
 """
 
-from jax_repaint.train import default_config, smoke
+from jax_repaint.settings import default_config, smoke
 
 
 def get_config(arg: str = ""):

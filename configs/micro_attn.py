@@ -9,7 +9,7 @@ hour on two quiet cores.
 `configs/micro_attn.py:smoke` takes less than a minute.
 """
 
-from jax_repaint.train import default_config, smoke
+from jax_repaint.settings import default_config, smoke
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ It sees noise up to sigma 130, twice the standard deviation of the leading EOF, 
 `configs/small.py:smoke` takes less than a minute on two cores.
 """
 
-from jax_repaint.train import default_config, smoke
+from jax_repaint.settings import default_config, smoke
 
 
 def get_config(arg: str = ""):

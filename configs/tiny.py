@@ -7,7 +7,7 @@ two CPU cores; configs/conditional.py goes on from there, and the model's card s
 `configs/tiny.py:smoke` takes less than a minute.
 """
 
-from jax_repaint.train import default_config, smoke
+from jax_repaint.settings import default_config, smoke
 
 
 def get_config(arg: str = ""):

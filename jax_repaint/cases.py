@@ -14,30 +14,32 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_repaint import metrics, observe, train
+from jax_repaint import metrics, observe
 from jax_repaint.data import readers, twin
 from jax_repaint.data.fields import Fields, Split, crop
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
+from jax_repaint.prepare import load_fields, split_fields
 from jax_repaint.prior import gp, linear
 from jax_repaint.prior.analysis import Analysis
 from jax_repaint.sample import Known
+from jax_repaint.settings import default_config
 
 OBSERVATION_ERROR = 0.005  # m/s, what the methods take the observations' standard error to be
 
 
 def data_of(trained: Model, path: str | None) -> tuple[Fields, Split]:
     """The fields a model was trained on (or a file with the same grid) and their split, as in its training."""
-    config = train.default_config()
+    config = default_config()
     config.update(ConfigDict(trained.origin["config"]))
     data = config.data
-    fields = train.load_fields(data.fields if path is None else path, data.frames, data.twin_seed)
+    fields = load_fields(data.fields if path is None else path, data.frames, data.twin_seed)
     trained.check_grid(fields)
     if fields.hash() != trained.origin["fingerprint"]:
         logging.warning(
             "%s is not the data that the model was trained on; its test part may not be held out", fields.name
         )
-    return fields, train.split_fields(fields, data)
+    return fields, split_fields(fields, data)
 
 
 def files_of(trained: Model, path: str | None) -> list[Path]:

@@ -196,9 +196,9 @@ def _define_flags() -> None:
 def main(_: Sequence[str]) -> None:
     """Imports a checkpoint of PyTorch as a model."""
     # Training uses this module.
-    from jax_repaint import model, torch_import, train
+    from jax_repaint import model, settings, torch_import
 
-    config = train.default_config()
+    config = settings.default_config()
     config.model.network, config.model.rank = FLAGS.network, FLAGS.rank
     config.data.fields, config.data.frames = FLAGS.fields, FLAGS.frames
     config.data.allow_short_gap = FLAGS.allow_short_gap

@@ -21,13 +21,15 @@ from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, carve
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
+from jax_repaint.prepare import split_fields
+from jax_repaint.settings import default_config
 
 METHODS = (*methods.BASELINES, "kalman")  # RePaint's hundreds of calls would be most of the demo's time
 
 
 def brief_config(path: str, train_range: str, validation_range: str, test_range: str) -> ConfigDict:
     """A run of a small network that takes minutes on a laptop."""
-    config = train.default_config()
+    config = default_config()
     config.data.fields = path
     config.data.train, config.data.validation, config.data.test = train_range, validation_range, test_range
     config.model.network = "tiny"
@@ -42,7 +44,7 @@ def fit(path: str, fields: Fields, train_range: str, test_range: str, steps: int
     """Trains for about `steps` steps on a range of a file's fields; the last fifth of the range is for validation."""
     train_range, validation_range = carve(fields, train_range)
     config = brief_config(path, train_range, validation_range, test_range)
-    parts = train.split_fields(fields, config.data)
+    parts = split_fields(fields, config.data)
     # All devices share a batch evenly.
     devices = jax.device_count()
     config.train.batch = max(min(16, parts.train.size) // devices, 1) * devices

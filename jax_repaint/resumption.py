@@ -26,7 +26,6 @@ import optax
 import pandas as pd
 from ml_collections import ConfigDict
 
-from jax_repaint import train
 from jax_repaint.cases import block_length
 from jax_repaint.checkpoint import claim, holds_run
 from jax_repaint.data import fields as fields_lib
@@ -35,6 +34,8 @@ from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 from jax_repaint.model import Model
 from jax_repaint.nets import unet
+from jax_repaint.optimise import Plan, State, make_loss, make_steps
+from jax_repaint.settings import network_config
 
 DECAY, EMA = 1e-4, 0.9999  # of the weights in AdamW, of their average
 BRANCHES = ("continued", "loaded", "mirrored", "weights", "decayed")
@@ -153,11 +154,11 @@ class _Run:
     def __init__(self, trained: Model, fields: Fields, split: Split, config: ConfigDict, length: Length):
         config = copy.deepcopy(config)
         config.train.accumulate, config.train.dispatch = 1, length.dispatch
-        network = train.network_config(config)
+        network = network_config(config)
         graphdef, self.params = unet.create(network, config.train.seed)
-        self.loss = train.make_loss(config, trained.gaussian, graphdef)
+        self.loss = make_loss(config, trained.gaussian, graphdef)
         self.length, self.peak = length, config.train.learning_rate
-        plan = train.Plan(length.epoch, length.dispatch, length.epoch * (length.before + length.after))
+        plan = Plan(length.epoch, length.dispatch, length.epoch * (length.before + length.after))
         self.optimiser = optax.chain(
             optax.clip_by_global_norm(config.train.clip),
             optax.inject_hyperparams(optax.adamw)(learning_rate=self.peak, weight_decay=0.0),
@@ -170,7 +171,7 @@ class _Run:
         def steps(flips: bool) -> Callable:
             config.train.flips = flips
             own = copy.deepcopy(config)
-            return train.make_steps(
+            return make_steps(
                 own, self.loss, self.optimiser, plan, trained.gaussian.ocean, fields.shape,
                 standardiser=trained.standardiser,
             )  # fmt: skip
@@ -188,18 +189,18 @@ class _Run:
         keys = jax.random.split(jax.random.key(1), count)
         return jax.lax.map(lambda now: self.loss(params, *now, False), (frames, keys, jnp.asarray(places)))
 
-    def start(self, params: dict) -> train.State:
+    def start(self, params: dict) -> State:
         """A state with fresh moments."""
         with jax.numpy_dtype_promotion("standard"):
             moments = self.optimiser.init(params)
-        return train.State(params, params, moments, jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
+        return State(params, params, moments, jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
 
     def go(
-        self, state: train.State, epochs: int, rate: Callable[[float], float], decay: float, mirrored: int = 0
-    ) -> tuple[train.State, list[tuple[float, float]]]:
+        self, state: State, epochs: int, rate: Callable[[float], float], decay: float, mirrored: int = 0
+    ) -> tuple[State, list[tuple[float, float]]]:
         """State after `epochs`, with the average of its weights, and the two held-out losses after each."""
         state, average = jax.tree.map(jnp.copy, (state, state.params))
-        kept, losses = EMA**self.length.dispatch, []
+        moved, losses = 1 - EMA**self.length.dispatch, []
         for epoch in range(epochs):
             for step in range(0, self.length.epoch, self.length.dispatch):
                 clip, moments = state.optimiser
@@ -207,7 +208,7 @@ class _Run:
                 own = {name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()}
                 moments = moments._replace(hyperparams=moments.hyperparams | own)
                 state, _ = self.steps[epoch < mirrored](state._replace(optimiser=(clip, moments)), self.data)
-                average = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, average, state.params)
+                average = optax.incremental_update(state.params, average, moved)
             losses.append(tuple(float(self.judge(p, self.held_out).mean()) for p in (state.params, average)))
         return state._replace(ema=average), losses
 

@@ -24,13 +24,13 @@ import ml_dtypes
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_repaint import train
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data.fields import Fields, Standardiser
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model, make_schedule
 from jax_repaint.nets import unet
 from jax_repaint.nets.import_torch import from_state_dict
+from jax_repaint.prepare import fit_priors, load_fields, split_fields
 
 LFS_POINTER = b"version https://git-lfs"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number of the format before PyTorch 1.6
@@ -244,7 +244,7 @@ def import_model(path: str | os.PathLike, config: ConfigDict, fields: Fields | N
 
     Args:
       path: .pt file.
-      config: of `train.default_config`, of which `model.network` names the network, `data` the currents it was
+      config: of `default_config`, of which `model.network` names the network, `data` the currents it was
         trained on, or others of the same place, and `model.rank` and `model.gp_steps` the priors: everything but the
         network and its noise levels is fitted to the training part.
       fields: the currents; read or simulated by default.
@@ -260,15 +260,15 @@ def import_model(path: str | os.PathLike, config: ConfigDict, fields: Fields | N
     checkpoint = read_checkpoint(path)
     params = from_state_dict(network, checkpoint.tensors)
     if fields is None:
-        fields = train.load_fields(config.data.fields, config.data.frames, config.data.twin_seed)
+        fields = load_fields(config.data.fields, config.data.frames, config.data.twin_seed)
     if any(side > most for side, most in zip(fields.shape, GRID, strict=True)):
         raise InputError(f"{fields.name} has {fields.shape} cells, more than the {GRID} that the checkpoint is for")
-    split = train.split_fields(fields, config.data)
+    split = split_fields(fields, config.data)
     numbers = Standardiser.from_fields(fields, split.train)
     standardiser = Standardiser.create(numbers.mean, numbers.std, -numbers.mean / numbers.std)
     training, ocean = fields_lib.prepare(fields.select(split.train), standardiser, GRID)
     validation, _ = fields_lib.prepare(fields.select(split.validation), standardiser, GRID)
-    gaussian, kernel, choice = train.fit_priors(
+    gaussian, kernel, choice = fit_priors(
         fields.select(split.train), training, validation, ocean, config.model.rank, config.model.gp_steps, standardiser
     )
     land = np.where(ocean[..., None], np.asarray(gaussian.mean), standardiser.land_value)

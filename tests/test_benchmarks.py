@@ -138,7 +138,7 @@ def test_repaint_smoke(monkeypatch, tmp_path, capsys):
 
 
 CONFIG = """
-from jax_repaint.train import default_config
+from jax_repaint.settings import default_config
 
 def get_config(arg=""):
     config = default_config()

@@ -14,6 +14,7 @@ from jax_repaint.denoise import AnchoredDenoiser
 from jax_repaint.ensemble import posterior_ensemble
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
+from jax_repaint.optimise import make_loss
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.prior import linear
 from tests import tiny
@@ -165,7 +166,7 @@ def test_the_loss_without_a_network_is_one_on_its_own_gaussian(prior, error):
     settings = tiny.config("conditional")
     settings.observed.error = error
     settings.observed.patterns, settings.observed.rows = 64, 16
-    loss = train.make_loss(settings, prior, None)
+    loss = make_loss(settings, prior, None)
     draws = jax.vmap(lambda key: guide.prior_draw(prior, key) * prior.ocean)(jax.random.split(jax.random.key(0), 1500))
     keys = jax.random.split(jax.random.key(1), len(draws))
     places = (jnp.arange(len(draws), dtype=jnp.float32) + 0.5) / len(draws)

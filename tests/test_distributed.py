@@ -92,7 +92,8 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import conftest, jax, numpy as np, optax, tiny
 import jax.numpy as jnp
-from jax_repaint import distributed, train
+from jax_repaint import distributed
+from jax_repaint.optimise import State, make_held_out, make_steps, plan
 
 def loss(params, x0, key, place, training):
     keep, noise = jax.random.split(key)
@@ -107,20 +108,20 @@ config = tiny.config("edm", batch=8, accumulate=2, dispatch=2, flips=True)
 rng = np.random.default_rng(0)
 data = rng.standard_normal((40, 32, 32, 2)).astype(np.float32)
 weights = [rng.standard_normal((32, 32)).astype(np.float32) / 6 for _ in range(4)]
-optimiser, ocean, steps = optax.adam(1e-2), jnp.ones((32, 32, 1)), train.plan(40, config)
+optimiser, ocean, steps = optax.adam(1e-2), jnp.ones((32, 32, 1)), plan(40, config)
 results = []
 for mesh in (distributed.over_all_devices(8), None):
-    state = train.State(weights, jax.tree.map(np.copy, weights), optimiser.init(weights), 0, np.zeros(2), np.inf)
+    state = State(weights, jax.tree.map(np.copy, weights), optimiser.init(weights), 0, np.zeros(2), np.inf)
     state = jax.tree.map(lambda x: np.asarray(x, np.int32 if np.asarray(x).dtype.kind == "i" else np.float32), state)
     state = distributed.replicate(jax.tree.map(np.copy, state), mesh)
     frames = distributed.replicate(data, mesh)
-    dispatch = train.make_steps(config, loss, optimiser, steps, ocean, mesh=mesh)
+    dispatch = make_steps(config, loss, optimiser, steps, ocean, mesh=mesh)
     work = made[-1].lower(state, frames, 1).compile().cost_analysis()["flops"]
     losses = []
     for _ in range(2):
         state, some = dispatch(state, frames)
         losses += some.tolist()
-    held_out = train.make_held_out(config, loss, data[:13], mesh)(state.ema)
+    held_out = make_held_out(config, loss, data[:13], mesh)(state.ema)
     leaves = jax.tree.leaves(state)
     results.append({
         "flops": work, "losses": losses, "held_out": float(held_out), "params": np.asarray(state.params[0]).tolist(),

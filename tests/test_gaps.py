@@ -16,7 +16,10 @@ from jax_repaint.data.fields import Fields, Standardiser
 from jax_repaint.errors import InputError
 from jax_repaint.methods import linear_samples
 from jax_repaint.nets import unet
+from jax_repaint.optimise import State, make_held_out, make_loss, make_steps, plan
+from jax_repaint.prepare import missing, prepare, split_fields
 from jax_repaint.prior import linear
+from jax_repaint.settings import network_config
 from tests.test_linear import OCEAN, SEA, SHAPE, covariance_of, draw, on_sea, truth
 
 RANK = 4
@@ -235,12 +238,12 @@ def test_prepared_fields_say_what_is_present():
 def test_frames_with_next_to_nothing_are_left_out(caplog):
     data = gappy(sparse=(3, 50))
     config = tiny.config()
-    split, whole = train.split_fields(data, config.data), fields_lib.split(data)
+    split, whole = split_fields(data, config.data), fields_lib.split(data)
     np.testing.assert_array_equal(split.train, np.setdiff1d(whole.train, [3]))
     np.testing.assert_array_equal(split.validation, np.setdiff1d(whole.validation, [50]))
     assert "1 train frames have values in less than 10 % of the ocean cells" in caplog.text
     with pytest.raises(InputError, match=r"all .* test frames have values in less than 10 %"):
-        train.split_fields(gappy(sparse=whole.test), config.data)
+        split_fields(gappy(sparse=whole.test), config.data)
 
 
 def test_positions_without_a_value_only_pad():
@@ -284,8 +287,8 @@ def settings(form, **kind):
 @pytest.mark.parametrize(("form", "ocean_only"), [("eps", True), ("eps", False), ("edm", True), ("anchored", True)])
 def test_the_loss_is_the_mean_over_present_cells(prior, one, form, ocean_only):
     config = settings(form, ocean_only=ocean_only)
-    graphdef, params = unet.create(train.network_config(config), 0)
-    loss = jax.jit(train.make_loss(config, prior, graphdef), static_argnums=4)
+    graphdef, params = unet.create(network_config(config), 0)
+    loss = jax.jit(make_loss(config, prior, graphdef), static_argnums=4)
     (x0, present), key, place = one, jax.random.key(5), jnp.float32(0.5)
     schedule = model.make_schedule(dict(config.noise))
     sigma = float(schedule.sigma[125]) if form == "eps" else 0.01 * (130 / 0.01) ** 0.5
@@ -308,9 +311,9 @@ def test_the_loss_is_the_mean_over_present_cells(prior, one, form, ocean_only):
 def test_what_gaps_hold_does_not_change_the_loss(prior, one):
     # A silent network's estimate of a cell rests on that cell alone.
     config = settings("edm")
-    network = train.network_config(config)
+    network = network_config(config)
     graphdef, params = unet.create(type(network)(**vars(network) | {"zero_output": True}), 0)
-    loss = jax.jit(train.make_loss(config, prior, graphdef), static_argnums=4)
+    loss = jax.jit(make_loss(config, prior, graphdef), static_argnums=4)
     x0, present = one
     key, place = jax.random.key(5), jnp.float32(0.4)
     expected = loss(params, x0, key, place, False, present)
@@ -322,7 +325,7 @@ def test_a_conditional_denoiser_is_given_present_cells_only(prior, one):
     config = settings("conditional")
     ocean = np.asarray(prior.ocean)[..., 0] > 0
     table, counts = observe.pattern_table(ocean, 8, 16, config.train.seed)
-    loss = jax.jit(train.make_loss(config, prior, None), static_argnums=4)
+    loss = jax.jit(make_loss(config, prior, None), static_argnums=4)
     x0, key, place = one[0], jax.random.key(1), jnp.float32(0.5)
     noise, pattern, _ = jax.random.split(key, 3)
     number = int(jax.random.randint(jax.random.split(pattern)[0], (), 0, 8))
@@ -348,10 +351,10 @@ def test_mirrors_take_the_gaps_along():
     def differ(params, x0, key, place, training, present):
         return jnp.sum(jnp.where((x0[..., :1] != 0) != present, coast, 0.0)) + 0 * jnp.sum(params)
 
-    steps, weights = train.plan(len(x0), config), jnp.zeros(2)
+    steps, weights = plan(len(x0), config), jnp.zeros(2)
     optimiser = optax.sgd(0.1)
-    state = train.State(weights, weights + 0, optimiser.init(weights), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
-    dispatch = train.make_steps(config, differ, optimiser, steps, coast, data.shape)
+    state = State(weights, weights + 0, optimiser.init(weights), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
+    dispatch = make_steps(config, differ, optimiser, steps, coast, data.shape)
     assert not np.asarray(dispatch(state, (jnp.asarray(x0), jnp.asarray(present[..., None])))[1]).any()
 
 
@@ -364,7 +367,7 @@ def test_held_out_loss_counts_each_frame_with_its_gaps():
 
     expected = np.mean([np.mean(x[p[..., 0]] ** 2) for x, p in zip(x0, present, strict=True)])
     for batch in (1, 4, 100):
-        got = train.make_held_out(tiny.config(batch=batch), loss, (x0, present))({})
+        got = make_held_out(tiny.config(batch=batch), loss, (x0, present))({})
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
@@ -379,10 +382,10 @@ class Halt(Exception):
 def trained(tmp_path_factory):
     """Folder and model of a run that is broken off and continued."""
     workdir, config, data = tmp_path_factory.mktemp("gappy") / "run", tiny.config("anchored"), gappy(sparse=(3,))
-    make_steps = train.make_steps
+    usual = train.make_steps
 
     def broken(*args):
-        dispatch, left = make_steps(*args), iter([True] * 4)
+        dispatch, left = usual(*args), iter([True] * 4)
 
         def run(state, frames):
             if not next(left, False):
@@ -404,7 +407,7 @@ def test_a_run_on_gappy_fields_is_scored_and_says_what_is_missing(trained, tmp_p
     assert log.step.tolist() == [9, 18, 27]
     assert np.isfinite(log.to_numpy()).all()
     assert 0.3 < made.training["held_out_loss"] < 1.5 * made.training["held_out_loss_of_linear"]
-    split = train.split_fields(data, tiny.config().data)
+    split = split_fields(data, tiny.config().data)
     missing = made.training["missing"]
     assert missing["train"] == pytest.approx(data.select(split.train).gaps)
     assert missing["frames_left_out"] == 1
@@ -416,9 +419,9 @@ def test_a_run_on_gappy_fields_is_scored_and_says_what_is_missing(trained, tmp_p
 
 def test_complete_fields_know_nothing_of_gaps():
     config = tiny.config()
-    prepared = train.prepare(tiny.fields(), config)
+    prepared = prepare(tiny.fields(), config)
     assert isinstance(prepared.train, np.ndarray)
-    assert train._missing(tiny.fields(), prepared.split) == {}
+    assert missing(tiny.fields(), prepared.split) == {}
 
 
 def test_a_gappy_field_is_inpainted(trained):
@@ -434,7 +437,7 @@ def test_a_gappy_field_is_inpainted(trained):
 
 def test_gappy_frames_are_observed_and_scored_where_there_is_a_value(trained, tmp_path):
     _, made, data = trained
-    split = train.split_fields(data, tiny.config().data)
+    split = split_fields(data, tiny.config().data)
     frames = data.select(split.test[:3])
     cases = make_cases(made, frames, split.test[:3], ["line:5", "cells:0.3"])
     whole = tiny.fields().select(split.test[:3])
@@ -457,7 +460,7 @@ def test_gappy_frames_are_observed_and_scored_where_there_is_a_value(trained, tm
 
 def test_a_calibration_is_learnt_from_present_cells(trained, monkeypatch):
     _, made, data = trained
-    numbers = train.split_fields(data, tiny.config().data).validation
+    numbers = split_fields(data, tiny.config().data).validation
     frames = data.select(numbers)
     block = calibrate.block_length(made, frames, "line:5")
     assert 1 <= block < len(frames)
@@ -486,7 +489,7 @@ def test_a_calibration_is_learnt_from_present_cells(trained, monkeypatch):
 
 def test_denoising_errors_are_those_of_present_cells(trained):
     _, made, data = trained
-    split = train.split_fields(data, tiny.config().data)
+    split = split_fields(data, tiny.config().data)
     frames = data.select(split.test)
     sigma = np.array([0.01, 0.3])
     errors = levels.denoising_errors(made, frames, split.test, sigma)
@@ -508,7 +511,7 @@ def test_a_radar_trains_and_fills(shared, tmp_path):
     made = train.train(config, tmp_path / "run", data, progress=False)
     assert made.training["missing"]["train"] == pytest.approx(data.select(slice(14)).gaps)
     assert np.isfinite(made.training["held_out_loss"])
-    numbers = train.split_fields(data, config.data).test
+    numbers = split_fields(data, config.data).test
     errors = []
     for frame in (data.select([number]) for number in numbers):
         truth, known = frame.velocity[0], holes(1, data.shape, frame.present[0], seed=2)[0]

@@ -19,12 +19,25 @@ import pytest
 import tiny
 from scipy import stats
 
-from jax_repaint import model, train
+from jax_repaint import model, observe, train
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
+from jax_repaint.optimise import (
+    Plan,
+    State,
+    level_at,
+    make_held_out,
+    make_loss,
+    make_optimiser,
+    make_places,
+    make_steps,
+    plan,
+)
+from jax_repaint.prepare import fit_priors
 from jax_repaint.prior import linear
 from jax_repaint.schedule import Schedule
+from jax_repaint.settings import check_config, network_config, sigma_range
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +66,7 @@ def gaussian(standardised):
 
 
 def make_network(config):
-    return unet.create(train.network_config(config), 0)
+    return unet.create(network_config(config), 0)
 
 
 def make_predict(graphdef, params):
@@ -71,7 +84,7 @@ def test_eps_loss_is_the_error_of_the_predicted_noise(standardised, gaussian, oc
     x0, key = jnp.asarray(standardised[0][3]), jax.random.key(5)
     cells = standardised[1] if ocean_only else np.ones_like(standardised[1])
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 250))
-    loss = jax.jit(train.make_loss(config, gaussian, graphdef), static_argnums=4)
+    loss = jax.jit(make_loss(config, gaussian, graphdef), static_argnums=4)
     predict = make_predict(graphdef, params)
     for place, t in ((0.0, 0), (0.5001, 125), (1.0, 249)):
         eps = np.asarray(noisy(jnp.zeros_like(x0), key, 1.0))
@@ -86,7 +99,7 @@ def test_edm_loss_is_that_of_a_network_of_unit_target(standardised, gaussian):
     config = tiny.config("edm")
     graphdef, params = make_network(config)
     x0, key, ocean = jnp.asarray(standardised[0][3]), jax.random.key(5), standardised[1]
-    loss = jax.jit(train.make_loss(config, gaussian, graphdef), static_argnums=4)
+    loss = jax.jit(make_loss(config, gaussian, graphdef), static_argnums=4)
     predict = make_predict(graphdef, params)
     for place in (0.1, 0.5, 0.9):
         sigma = 0.01 * (130 / 0.01) ** place
@@ -110,10 +123,10 @@ def test_anchored_loss_of_an_untrained_network_is_one_on_its_own_gaussian(standa
     x0 = float(jnp.sqrt(gaussian.rest)) * z + np.einsum("nr,r,ryxc->nyxc", along, excess, gaussian.direction)
     x0 = jnp.asarray(x0 + np.asarray(gaussian.mean), jnp.float32)
     keys = jax.random.split(jax.random.key(0), n)
-    places = train.make_places(jax.random.key(1), n, True)
+    places = make_places(jax.random.key(1), n, True)
 
     def losses(graphdef):
-        loss = train.make_loss(config, gaussian, graphdef)
+        loss = make_loss(config, gaussian, graphdef)
         # A loop instead of a batch keeps the convolutions of 400 frames small.
         return jax.jit(lambda: jax.lax.map(lambda a: loss(params, *a, False), (x0, keys, places), batch_size=100))()
 
@@ -136,7 +149,7 @@ def test_a_loss_uses_no_key_twice(standardised, gaussian, monkeypatch, form):
 
     config = tiny.config(form)
     config.observed.patterns, config.observed.rows = 8, 4
-    loss = train.make_loss(config, gaussian, None)
+    loss = make_loss(config, gaussian, None)
     for name in ("normal", "uniform", "randint", "split"):
         monkeypatch.setattr(jax.random, name, watched(getattr(jax.random, name)))
     loss({}, jnp.asarray(standardised[0][0]), jax.random.key(0), jnp.float32(0.5), True)
@@ -149,7 +162,7 @@ def test_a_prior_says_how_much_of_it_is_from_training_frames():
     standardiser = fields_lib.Standardiser.from_fields(data)
     x, ocean = fields_lib.prepare(data, standardiser, tiny.NETWORK.multiple)
     few = data.select(np.arange(6))
-    gaussian, kernel, choice = train.fit_priors(few, x[:6], x[10:], ocean, 8, 100, standardiser)
+    gaussian, kernel, choice = fit_priors(few, x[:6], x[10:], ocean, 8, 100, standardiser)
     assert choice.share < 1
     root = train.gp.prior_root(kernel, data.ocean, data.places()).rows(standardiser.std)
     expected = linear.truncate(
@@ -160,15 +173,15 @@ def test_a_prior_says_how_much_of_it_is_from_training_frames():
 
 
 def test_places_are_stratified_or_uniform():
-    places = np.sort(train.make_places(jax.random.key(0), 64, True))
+    places = np.sort(make_places(jax.random.key(0), 64, True))
     assert (np.floor(places * 64) == np.arange(64)).all()
-    assert train.make_places(jax.random.key(0), 64, False).min() >= 0
+    assert make_places(jax.random.key(0), 64, False).min() >= 0
 
 
 def test_focus_draws_its_share_of_levels_from_its_range_and_the_others_evenly():
     config = tiny.config("anchored", focus=0.6, focus_min=0.5, focus_max=8.0)
-    places = train.make_places(jax.random.key(0), 100_000, True)
-    sigma = np.asarray(jax.vmap(lambda place: train.level_at(place, config))(places))
+    places = make_places(jax.random.key(0), 100_000, True)
+    sigma = np.asarray(jax.vmap(lambda place: level_at(place, config))(places))
     assert sigma.min() >= 0.01 * (1 - 1e-5)
     assert sigma.max() <= 130 * (1 + 1e-5)
     even = stats.loguniform(0.01, 130)
@@ -177,7 +190,7 @@ def test_focus_draws_its_share_of_levels_from_its_range_and_the_others_evenly():
         expected = 0.4 * even.cdf(level) + 0.6 * focussed.cdf(level)
         np.testing.assert_allclose((sigma <= level).mean(), expected, atol=1e-3)
     without = tiny.config("anchored")
-    sigma = np.asarray(jax.vmap(lambda place: train.level_at(place, without))(places))
+    sigma = np.asarray(jax.vmap(lambda place: level_at(place, without))(places))
     np.testing.assert_allclose(np.quantile(sigma, [0.1, 0.5, 0.9]), even.ppf([0.1, 0.5, 0.9]), rtol=1e-3)
 
 
@@ -185,9 +198,9 @@ def test_focus_draws_its_share_of_levels_from_its_range_and_the_others_evenly():
 def test_focus_moves_the_level_of_a_place_and_nothing_else(form, standardised, gaussian):
     x0, key = jnp.asarray(standardised[0][3]), jax.random.key(5)
     focussed, even = tiny.config(form, focus=0.6, focus_min=0.5, focus_max=8.0), tiny.config(form)
-    losses = [train.make_loss(config, gaussian, None) for config in (focussed, even)]
+    losses = [make_loss(config, gaussian, None) for config in (focussed, even)]
     for place in (0.1, 0.5, 0.95):
-        same = np.log(float(train.level_at(jnp.float32(place), focussed)) / 0.01) / np.log(130 / 0.01)
+        same = np.log(float(level_at(jnp.float32(place), focussed)) / 0.01) / np.log(130 / 0.01)
         assert abs(same - place) > 0.01
         got, expected = (
             float(loss({}, x0, key, jnp.float32(at), False)) for loss, at in zip(losses, (place, same), strict=True)
@@ -200,13 +213,13 @@ def test_focus_moves_the_level_of_a_place_and_nothing_else(form, standardised, g
 
 def run_steps(config, loss, params, data, optimiser, dispatches, ocean=None, standardiser=None):
     """States after every dispatch."""
-    steps = train.plan(len(data), config)
-    state = train.State(
+    steps = plan(len(data), config)
+    state = State(
         params, params, optimiser.init(params), jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf)
     )  # fmt: skip
     state = jax.tree.map(jnp.array, state)
     ocean = jnp.ones((*data.shape[1:3], 1)) if ocean is None else ocean
-    dispatch = train.make_steps(config, loss, optimiser, steps, ocean, standardiser=standardiser)
+    dispatch = make_steps(config, loss, optimiser, steps, ocean, standardiser=standardiser)
     states = []
     for _ in range(dispatches):
         state, losses = dispatch(state, jnp.asarray(data))
@@ -222,7 +235,7 @@ def count_frames(params, x0, key, place, training):
 def test_an_epoch_sees_every_frame_once_in_an_order_of_its_own():
     config = tiny.config(batch=4, accumulate=1, dispatch=3)
     data = np.zeros((41, 1, 1, 2), np.float32) + np.arange(41, dtype=np.float32)[:, None, None, None]
-    assert train.plan(41, config) == (9, 3, 27)
+    assert plan(41, config) == (9, 3, 27)
     states = run_steps(config, count_frames, jnp.zeros(41), data, optax.sgd(1.0), 6)
     first, both = (-4 * states[i][0].params for i in (2, 5))
     assert sorted(first) == [0] * 5 + [1] * 36
@@ -248,7 +261,7 @@ def test_accumulated_batches_step_as_one_large_batch(noise_frames):
         return jnp.mean((params["w"] - x0) ** 2)
 
     large, parts = tiny.config(batch=8, dispatch=2), tiny.config(batch=4, accumulate=2, dispatch=2)
-    optimiser, _ = train.make_optimiser(large, train.plan(41, large))
+    optimiser, _ = make_optimiser(large, plan(41, large))
     one = run_steps(large, still, WEIGHTS, noise_frames, optimiser, 3)[-1]
     two = run_steps(parts, still, WEIGHTS, noise_frames, optimiser, 3)[-1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), one, two)
@@ -257,7 +270,7 @@ def test_accumulated_batches_step_as_one_large_batch(noise_frames):
 
 def test_one_loop_on_the_device_equals_steps_from_python(noise_frames, monkeypatch):
     config = tiny.config("edm", batch=4, accumulate=2, dispatch=4)
-    optimiser, _ = train.make_optimiser(config, train.plan(41, config))
+    optimiser, _ = make_optimiser(config, plan(41, config))
     loop = run_steps(config, noisy_loss, WEIGHTS, noise_frames, optimiser, 3)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     scan = run_steps(config, noisy_loss, WEIGHTS, noise_frames, optimiser, 3)
@@ -281,7 +294,7 @@ def test_ema_follows_with_a_growing_memory(noise_frames):
 )
 def test_an_epoch_sees_nearly_every_frame_however_large_the_batch(frames, batch, seen):
     config = tiny.config(batch=batch, dispatch=25, epochs=3)
-    steps = train.plan(frames, config)
+    steps = plan(frames, config)
     assert steps.dispatch <= 25
     assert steps.epoch % steps.dispatch == 0
     assert (steps.epoch, steps.total) == (seen, 3 * seen)
@@ -291,21 +304,21 @@ def test_an_epoch_sees_nearly_every_frame_however_large_the_batch(frames, batch,
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 0.95), (2, 1.95), (1, 0.0)])
 def test_any_warm_up_leaves_a_step_to_the_cosine(epochs, warmup):
     config = tiny.config(epochs=epochs, warmup_epochs=warmup)
-    train.check_config(config)
-    _, rate = train.make_optimiser(config, train.Plan(9, 3, 9 * epochs))
+    check_config(config)
+    _, rate = make_optimiser(config, Plan(9, 3, 9 * epochs))
     assert float(rate(9.0 * epochs)) == pytest.approx(0, abs=1e-9)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     config = tiny.config(epochs=10, warmup_epochs=2.5, learning_rate=4e-4)
-    _, rate = train.make_optimiser(config, train.Plan(100, 10, 1000))
+    _, rate = make_optimiser(config, Plan(100, 10, 1000))
     at = [float(rate(float(n))) for n in (0, 125, 250, 625, 1000)]
     np.testing.assert_allclose(at, [4e-7, (4e-7 + 4e-4) / 2, 4e-4, 2e-4, 0], rtol=1e-5, atol=1e-12)
 
 
 def test_first_step_is_clipped_adam_with_decoupled_decay():
     config = tiny.config(epochs=10, learning_rate=1.0, weight_decay=0.5, clip=1e-3)
-    optimiser, _ = train.make_optimiser(config, train.Plan(100, 10, 1000))
+    optimiser, _ = make_optimiser(config, Plan(100, 10, 1000))
     params, gradient = jnp.array([2.0, -3.0]), jnp.array([3.0, -4.0])
     with jax.numpy_dtype_promotion("standard"):
         update, _ = optimiser.update(gradient, optimiser.init(params), params)
@@ -347,11 +360,11 @@ def test_held_out_loss_is_fixed_and_knows_no_batches(noise_frames, frames):
 
     by_batch = []
     for batch in (1, 4, 7, 100):
-        held_out = train.make_held_out(tiny.config(batch=batch, held_out=frames), loss, noise_frames[:11])
+        held_out = make_held_out(tiny.config(batch=batch, held_out=frames), loss, noise_frames[:11])
         by_batch.append(float(held_out(WEIGHTS)))
         assert by_batch[-1] == float(held_out(WEIGHTS))
     np.testing.assert_allclose(by_batch, by_batch[0], rtol=1e-6)
-    other = train.make_held_out(tiny.config(seed=1, held_out=frames), loss, noise_frames[:11])
+    other = make_held_out(tiny.config(seed=1, held_out=frames), loss, noise_frames[:11])
     assert float(other(WEIGHTS)) != by_batch[0]
 
 
@@ -362,9 +375,9 @@ def test_no_two_frames_parts_or_steps_share_a_draw(noise_frames):
 
     frames = jnp.broadcast_to(jnp.arange(12.0)[:, None, None, None], noise_frames[:12].shape)
     config = tiny.config(batch=3, accumulate=2, dispatch=2)
-    steps = train.plan(12, config)
-    dispatch = train.make_steps(config, loss, optax.sgd(1.0), steps, jnp.ones((*noise_frames.shape[1:3], 1)))
-    state = train.State(
+    steps = plan(12, config)
+    dispatch = make_steps(config, loss, optax.sgd(1.0), steps, jnp.ones((*noise_frames.shape[1:3], 1)))
+    state = State(
         jnp.zeros(12), jnp.zeros(12), optax.sgd(1.0).init(jnp.zeros(12)), jnp.int32(0), jnp.zeros(2), jnp.float32(0)
     )
     drawn = []
@@ -379,10 +392,10 @@ def test_no_two_frames_parts_or_steps_share_a_draw(noise_frames):
 def test_a_gradient_that_is_not_finite_shows_in_the_loss_of_its_own_step(noise_frames):
     """The root of zero is a number, its slope is none."""
     config = tiny.config(batch=3, dispatch=2)
-    steps, ocean = train.plan(12, config), jnp.ones((*noise_frames.shape[1:3], 1))
-    dispatch = train.make_steps(config, lambda params, *_: jnp.sqrt(0 * params.sum()), optax.sgd(1.0), steps, ocean)
+    steps, ocean = plan(12, config), jnp.ones((*noise_frames.shape[1:3], 1))
+    dispatch = make_steps(config, lambda params, *_: jnp.sqrt(0 * params.sum()), optax.sgd(1.0), steps, ocean)
     one = jnp.ones(2)
-    state = train.State(one, one + 0, optax.sgd(1.0).init(one), jnp.int32(0), jnp.zeros(2), jnp.float32(0))
+    state = State(one, one + 0, optax.sgd(1.0).init(one), jnp.int32(0), jnp.zeros(2), jnp.float32(0))
     _, losses = dispatch(state, noise_frames[:12])
     assert not np.isfinite(losses).any()
 
@@ -397,7 +410,7 @@ def test_held_out_noise_and_levels_have_nothing_to_do_with_each_other(noise_fram
         return place
 
     frames = jnp.broadcast_to(noise_frames[:1], (200, *noise_frames.shape[1:]))
-    mean = float(train.make_held_out(tiny.config(batch=10), loss, frames)({}))
+    mean = float(make_held_out(tiny.config(batch=10), loss, frames)({}))
     jax.effects_barrier()
     place, noise = np.transpose(heard)
     assert mean == pytest.approx(0.5)
@@ -445,21 +458,21 @@ def test_values_that_cannot_work_are_refused(name, value, words):
     config = tiny.config()
     config.update_from_flattened_dict({name: value})
     with pytest.raises(InputError, match=words):
-        train.check_config(config)
+        check_config(config)
 
 
 @pytest.mark.parametrize("focus_range", [(8.0, 0.5), (0.001, 8.0), (0.5, 200.0), (float("nan"), 8.0)])
 def test_a_focus_outside_of_the_noise_is_refused(focus_range):
     low, high = focus_range
     with pytest.raises(InputError, match=r"must lie in 0.01 to 130.0, .* got"):
-        train.check_config(tiny.config("anchored", focus=0.5, focus_min=low, focus_max=high))
-    train.check_config(tiny.config("anchored", focus_min=low, focus_max=high))
+        check_config(tiny.config("anchored", focus=0.5, focus_min=low, focus_max=high))
+    check_config(tiny.config("anchored", focus_min=low, focus_max=high))
 
 
 def test_sigma_range_is_that_of_the_steps_or_of_the_settings():
     schedule = Schedule.linear(250, 1e-4, 0.02)
-    np.testing.assert_allclose(train.sigma_range(tiny.config("eps")), (schedule.sigma[0], schedule.sigma[-1]))
-    assert train.sigma_range(tiny.config("edm")) == (0.01, 130.0)
+    np.testing.assert_allclose(sigma_range(tiny.config("eps")), (schedule.sigma[0], schedule.sigma[-1]))
+    assert sigma_range(tiny.config("edm")) == (0.01, 130.0)
 
 
 # Whole runs
@@ -471,10 +484,10 @@ class Halt(Exception):
 
 def hook(patch, before):
     """Calls before(number, state, data) in front of every dispatch; what it returns takes the place of the data."""
-    make_steps = train.make_steps
+    usual = train.make_steps
 
     def hooked(*args):
-        dispatch, number = make_steps(*args), iter(range(10**6))
+        dispatch, number = usual(*args), iter(range(10**6))
 
         def run(state, data):
             given = before(next(number), state, data)
@@ -735,7 +748,7 @@ def test_a_refused_run_leaves_its_workdir_to_the_corrected_one(tmp_path):
         train.train(init_from(tiny.config(), tmp_path / "nowhere"), tmp_path / "run", tiny.fields())
     config = tiny.config("conditional")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.observe, "pattern_table", lambda *_: (_ for _ in ()).throw(InputError("no such pattern")))
+        patch.setattr(observe, "pattern_table", lambda *_: (_ for _ in ()).throw(InputError("no such pattern")))
         with pytest.raises(InputError, match="no such pattern"):
             train.train(config, tmp_path / "run", tiny.fields(), progress=False)
     assert not (tmp_path / "run").exists()

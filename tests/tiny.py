@@ -10,11 +10,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from scipy import ndimage
 
-from jax_repaint import train
 from jax_repaint.data.fields import Fields, Standardiser, prepare
 from jax_repaint.model import Model
 from jax_repaint.nets import unet
 from jax_repaint.prior import gp, linear
+from jax_repaint.settings import default_config, sigma_range
 
 NETWORK = unet.UNetConfig((8,), attention=(1,), blocks=1, heads=2, embedding=16, dropout=0.1)
 
@@ -49,7 +49,7 @@ def fields(frames: int = 60, seed: int = 0) -> Fields:
 
 def config(form: str = "eps", **settings) -> ConfigDict:
     """Three epochs of nine steps, three a dispatch; `settings` of the training replace what is theirs."""
-    made = train.default_config()
+    made = default_config()
     made.model.update({"network": "test", "form": form, "rank": 8, "gp_steps": 2})
     short = {"epochs": 3, "warmup_epochs": 1.0, "batch": 4, "dispatch": 3, "learning_rate": 1e-3, "ema": 0.9}
     made.train.update(short | settings)
@@ -74,7 +74,7 @@ def model(form: str = "eps", data: Fields | None = None) -> Model:
         gaussian=linear.fit(x, ocean, 8),
         kernel=gp.seed_gp(),
         schedule={"steps": 250, "min_beta": 1e-4, "max_beta": 0.02},
-        sigma=train.sigma_range(settings),
+        sigma=sigma_range(settings),
         training={
             "parts": parts,
             "decorrelation": 0.7,

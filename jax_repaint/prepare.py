@@ -1,0 +1,165 @@
+"""Fields as a training takes them: read, split, standardised, padded, without gaps; and the priors fitted to them."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from jax_repaint import distributed, observe
+from jax_repaint.array_types import Array
+from jax_repaint.data import fields as fields_lib
+from jax_repaint.data import readers, twin
+from jax_repaint.data.fields import Fields, Split, Standardiser
+from jax_repaint.denoise import PrincipalGaussian
+from jax_repaint.errors import InputError
+from jax_repaint.nets import unet
+from jax_repaint.prior import gp, linear
+
+SHARES = (1.0, 0.5, 0.1)  # of the training covariance in the linear prior
+EXPECTED = 2048  # frames, evenly spread, at most, from which EM finds what fills gaps
+BLENDED = 6000  # ocean cells up to which a kernel's covariance is blended in; its root takes N^3 / 3 products
+
+
+def _part(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def load_fields(path: str, frames: int, seed: int = 0) -> Fields:
+    """A file, or the twin if `path` is empty."""
+    return readers.read(path) if path else twin.generate(frames, twin.Twin(seed=seed))
+
+
+def split_fields(fields: Fields, data: ConfigDict) -> Split:
+    """The split that `config.data` describes, without frames that are nearly all gap."""
+    if data.block_split:
+        split = fields_lib.block_split(fields)
+    else:
+        parts = (_part(data[name]) for name in ("train", "validation", "test"))
+        split = fields_lib.split(fields, *parts, allow_short_gap=data.allow_short_gap)
+    return fields_lib.well_covered(fields, split)
+
+
+# Frames (n, Y, X, 2); with gaps also which cells are present, (n, Y, X, 1) bool.
+Frames = Array | tuple[Array, Array]
+
+
+def arrays_of(frames: Frames) -> tuple[Array, ...]:
+    return frames if isinstance(frames, tuple) else (frames,)
+
+
+class Prepared(NamedTuple):
+    """Data as the device sees it, and the priors fitted to the training part.
+
+    Attributes:
+      train, validation: standardised and padded.
+      split, standardiser, gaussian, kernel, choice: see Model and prior/linear.py.
+    """
+
+    train: Frames
+    validation: Frames
+    split: Split
+    standardiser: Standardiser
+    gaussian: PrincipalGaussian
+    kernel: gp.Kernel
+    choice: linear.Choice
+
+
+def prepare(fields: Fields, config: ConfigDict) -> Prepared:
+    """Splits, standardises and pads; fits the linear prior and the GP."""
+    split = split_fields(fields, config.data)
+    logging.info("%s", split.describe())
+    if split.train.size < config.train.batch * config.train.accumulate:
+        raise InputError(
+            f"{split.train.size} training frames are fewer than a batch of "
+            f"{config.train.batch} x {config.train.accumulate}"
+        )
+    standardiser = Standardiser.from_fields(fields, split.train, config.data.shared_scale)
+    multiple = unet.NETWORKS[config.model.network].multiple
+    parts = [fields.select(index) for index in (split.train, split.validation)]
+    (train, ocean, present), (validation, _, validation_present) = (
+        fields_lib.prepare_with_gaps(part, standardiser, multiple) for part in parts
+    )
+    if any(part.gaps for part in parts):
+        shares = [100 * (1 - part.gaps) for part in parts]
+        logging.info("%.3g %% of the training values and %.3g %% of the validation values are present", *shares)
+    else:
+        present = validation_present = None
+    logging.info("fitting the linear estimate and a Gaussian process")
+    gaussian, kernel, choice = fit_priors(
+        parts[0], train, validation, ocean, config.model.rank, config.model.gp_steps, standardiser,
+        present, validation_present,
+    )  # fmt: skip
+    if present is not None:
+        # The network sees all cells. A draw of the prior given the present ones leaves their joint distribution as it
+        # is, where the Gaussian is right. Its mean would be too calm beside real neighbours, and tell at every noise
+        # level what the present cells hold; zeros would be edges that no field has. The loss counts none of them.
+        train = _filled(gaussian, train, present, 0), present[..., None]
+        validation = _filled(gaussian, validation, validation_present, 1), validation_present[..., None]
+    return Prepared(train, validation, split, standardiser, gaussian, kernel, choice)
+
+
+def _filled(gaussian: PrincipalGaussian, x: np.ndarray, present: np.ndarray, seed: int) -> np.ndarray:
+    # Another machine may find the directions with other signs, which turns the draws round.
+    return np.asarray(distributed.same(linear.fill(gaussian, x, present, seed)))
+
+
+def fit_priors(
+    fields: Fields,
+    train: np.ndarray,
+    validation: np.ndarray,
+    ocean: np.ndarray,
+    rank: int,
+    gp_steps: int,
+    standardiser: Standardiser,
+    present: np.ndarray | None = None,
+    validation_present: np.ndarray | None = None,
+) -> tuple[PrincipalGaussian, gp.Kernel, linear.Choice]:
+    """The linear prior, chosen on validation frames, and the GP by marginal likelihood of training frames.
+
+    The linear prior is the training covariance, or a blend with the covariance of the GP where that does better. Fields
+    with gaps, where `present` and `validation_present` (n, Y, X) tell which cells have a value, are first filled with
+    draws of the Gaussian that EM finds, whose covariance is the one that it expects.
+    """
+    climatology = gp.background("climatology", fields.velocity, fields.ocean)
+    kernel, _ = gp.fit("matern32", fields.velocity, fields.ocean, fields.places(), climatology, gp_steps)
+    shown = np.unique(np.linspace(0, len(validation) - 1, 48).astype(int))
+    frames = validation[shown]
+    patterns = []
+    for spec in observe.usual(fields.ocean):
+        for draw in range(1 if spec.startswith("line") else 2):
+            seen = observe.parse(spec, fields.ocean, observe.pattern_rng(0, draw))
+            pattern = observe.from_cells(seen, np.zeros((*seen.shape, 2)), 0.01, fields.ocean)
+            patterns.append(observe.pad_grid(pattern, seen.shape, ocean.shape))
+    root = None
+    if fields.ocean.sum() <= BLENDED:
+        root = gp.prior_root(kernel, fields.ocean, fields.places()).rows(standardiser.std)
+    seen = None
+    if present is not None:
+        some = np.unique(np.linspace(0, len(train) - 1, EXPECTED).astype(int))
+        train = _filled(linear.fit_with_gaps(train[some], present[some], ocean, rank), train, present, 0)
+        seen = validation_present[shown]
+    found = []
+    for share in SHARES if root is not None else (1.0,):
+        gaussian = linear.fit(train, ocean, rank, share=share, kernel_root=root)
+        chosen, choice = linear.select(gaussian, frames, patterns, present=seen)
+        found.append((choice.error, chosen, dataclasses.replace(choice, share=share)))
+    _, gaussian, choice = min(found, key=lambda candidate: candidate[0])
+    logging.info(
+        "linear prior: %d EOFs, %g of the covariance from the training frames; mean square error %.3g of the variance "
+        "from a few cells of validation frames",
+        choice.rank, choice.share, choice.error,
+    )  # fmt: skip
+    return gaussian, kernel, choice
+
+
+def missing(fields: Fields, split: Split) -> dict[str, dict[str, float]]:
+    """What a model of fields with gaps says of them: fractions of ocean values, and frames that were left out."""
+    if not fields.gaps:
+        return {}
+    gaps = {name: fields.select(getattr(split, name)).gaps for name in ("train", "validation")}
+    return {"missing": gaps | {"frames_left_out": int((fields.coverage < fields_lib.LEAST_COVERAGE).sum())}}
