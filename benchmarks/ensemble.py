@@ -16,6 +16,7 @@ own GFLOP, not the compiler's.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -63,8 +64,8 @@ def shortened(stages: Sequence[Repaint], by: int) -> tuple[Repaint, ...]:
 
 
 def _chunk(batch: int) -> tuple[np.ndarray, jax.ShapeDtypeStruct, np.ndarray]:
-    """Rows, keys and numbers of a call with `batch` members, as many on each device."""
-    rows = -(-batch // jax.local_device_count()) * jax.local_device_count()
+    """Rows, keys and numbers of a call with `batch` members, as many on each device that they need."""
+    rows = math.prod(ensemble.share(batch, jax.local_device_count()))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     return np.zeros(rows, np.int32), keys, np.zeros(rows, np.float32)
 
@@ -128,7 +129,7 @@ def _network(denoiser: EpsDenoiser, batch: int) -> Timed:
     rows, _, _ = _chunk(batch)
     x = jax.random.normal(jax.random.key(2), (len(rows), *GRID, 2))
     if jax.local_device_count() > 1:
-        x = jax.device_put(x, NamedSharding(ensemble.over_devices(), PartitionSpec("members")))
+        x = jax.device_put(x, NamedSharding(ensemble.over_devices(len(rows)), PartitionSpec("members")))
     denoise = jax.jit(jax.vmap(lambda denoiser, x: denoiser(x, jnp.float32(1.0)), (None, 0)))
 
     def call() -> object:

@@ -82,7 +82,8 @@ def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int
         most = 1
         gaussian, program = study.models[first.model].gaussian, study.programs[first.number]
         size = max(where.size for where in left)
-        fitting = ensemble.OWN_BYTES // ensemble.own_bytes(size, gaussian, 0 if program is None else program.calls)
+        levels = 0 if program is None else program.calls
+        fitting = ensemble.most_own_bytes() // ensemble.own_bytes(size, gaussian, levels)
     points = min(max(rows // members, 1), most)
     points = math.ceil(most / math.ceil(most / points))
     cases = max(min(rows // (points * members), fitting), 1) if points == most else 1
@@ -92,9 +93,10 @@ def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int
 
 
 def chunk_of(members: int, rows: int, devices: int) -> int:
-    """Members a call, a multiple of the devices: at most `rows`, but one a device, and about as many in each call."""
+    """Members a call, as many on each device that it needs: at most `rows`, but one a device; alike in all calls."""
     chunk = math.ceil(members / math.ceil(members / rows))
-    return max(min(-(-chunk // devices), rows // devices), 1) * devices
+    each = max(min(-(-chunk // devices), rows // devices), 1)
+    return each * min(-(-chunk // each), devices)
 
 
 def make_batches(left: dict[Where, list[int]], shape: tuple[int, int]) -> list[Batch]:

@@ -1,6 +1,7 @@
 """Training state on disk: plain arrays through orbax, and what they belong to.
 
 WORKDIR/config.json         resolved configuration and fingerprint of the data; a run with others is refused
+WORKDIR/environment.json    versions, revision and devices of every start (provenance.py)
 WORKDIR/checkpoints/last    the latest states, to continue from
 WORKDIR/lock, lock.0        held by the training that writes there (locks.py)
 
@@ -27,6 +28,7 @@ from jax_repaint import command
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 from jax_repaint.locks import LOCK
+from jax_repaint.provenance import ENVIRONMENT
 
 CONFIG = "config.json"
 # What a continued run may change: where things lie, and what it keeps. The data are told by their fingerprint.
@@ -102,7 +104,8 @@ def release(workdir: Path) -> None:
         return
     shutil.rmtree(made, ignore_errors=True)
     shutil.rmtree(Path(workdir) / "tensorboard", ignore_errors=True)
-    (Path(workdir) / CONFIG).unlink(missing_ok=True)
+    for name in (CONFIG, ENVIRONMENT):
+        (Path(workdir) / name).unlink(missing_ok=True)
 
 
 @dataclasses.dataclass

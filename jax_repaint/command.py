@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import app, flags
 from absl import logging as absl_logging
 
+from jax_repaint import distributed
 from jax_repaint.errors import InputError
 
 HELP = ("h", "help", "helpshort", "helpfull", "helpxml", "?")
@@ -28,6 +29,7 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
         try:
             if len(argv) > 1 + positional:
                 raise InputError(f"unexpected argument {argv[1 + positional]!r}; options are written --name=value")
+            distributed.use_cores()
             main(argv)
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)

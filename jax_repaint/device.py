@@ -49,10 +49,10 @@ def compile_ahead(function: Any, rows: Any, per_row: Any, shared: Any) -> Compil
 
     Args:
       function: called as function(rows, per_row, *shared).
-      rows, per_row: of one chunk, arrays or shapes; spread over the local devices.
+      rows, per_row: of one chunk, arrays or shapes; spread over the local devices as by in_chunks.
       shared: arrays or shapes that every device has.
     """
-    mesh = over_devices()
+    mesh = over_devices(len(rows))
     split, whole = NamedSharding(mesh, PartitionSpec("members")), NamedSharding(mesh, PartitionSpec())
 
     def placed(tree: Any, sharding: NamedSharding) -> Any:

@@ -5,6 +5,7 @@ So a member does not depend on how many others are computed, in what order, in c
 devices; and members of the same number have the same noise under all hyperparameters.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -43,12 +44,21 @@ def _member_keys(root: Key, frames: Int[Array, " f"], members: Int[Array, " m"])
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(frames, members)
 
 
-def over_devices(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the one axis "members", over all local devices or those given."""
+def share(rows: int, devices: int) -> tuple[int, int]:
+    """How many of `rows` a device takes, and how many devices that needs: no more of them than the work lasts with all.
+
+    Devices that only repeat the last row would take time from the others where they are cores of one CPU.
+    """
+    each = -(-rows // devices)
+    return each, -(-rows // each)
+
+
+def over_devices(rows: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the one axis "members", over as many as `rows` need of all local devices or those given."""
     chosen = np.asarray(jax.local_devices() if devices is None else devices, object)
     if not chosen.size:
         raise InputError("members need at least one device")
-    return Mesh(chosen, ("members",), axis_types=(AxisType.Auto,))
+    return Mesh(chosen[: share(rows, chosen.size)[1]], ("members",), axis_types=(AxisType.Auto,))
 
 
 def in_chunks(
@@ -61,7 +71,7 @@ def in_chunks(
 ) -> Any:
     """run(rows, per_row, *shared) over chunks of one size, so that it compiles once; the last is filled up and cut.
 
-    The rows of a chunk are split evenly over the devices; a chunk is rounded up to a multiple of their number.
+    The rows of a chunk are split evenly over the devices that they need (`share`), and filled up where they are fewer.
 
     Args:
       run: rows (k,), the rows of `per_row` and all of `shared` to a pytree of results (k, ...).
@@ -76,12 +86,12 @@ def in_chunks(
     """
     if chunk < 1:
         raise InputError(f"a chunk holds at least one member, got {chunk}")
-    mesh = over_devices(devices)
+    count = len(rows)
+    mesh = over_devices(min(chunk, count), devices)
     split, whole = NamedSharding(mesh, PartitionSpec("members")), NamedSharding(mesh, PartitionSpec())
     # On one device nothing is placed: arrays stay where they are.
     place = jax.device_put if mesh.size > 1 or devices is not None else lambda tree, _: tree
     shared = place(shared, whole)
-    count = len(rows)
     chunk = -(-min(chunk, count) // mesh.size) * mesh.size
     results = []
     for start in range(0, count, chunk):
@@ -311,7 +321,13 @@ def _member(
 # the scan over them needs them.
 _EVIDENCE = guide.Evidence(ocean=None, observation=0, noise=0, gaussian=None, gain=1, regimes=None)
 # Bytes that the frames of a call may have of their own; twelve of 96 rows and 16 levels have a seventh of it.
-OWN_BYTES = 2**30
+_OWN_BYTES = 2**30
+
+
+def most_own_bytes(devices: int | None = None) -> int:
+    """Bytes that the frames of a call may have of their own: every device has a copy, in one memory those of a CPU."""
+    shared = (devices or jax.local_device_count()) if jax.default_backend() == "cpu" else 1
+    return _OWN_BYTES // shared
 
 
 @jax.jit
@@ -378,14 +394,13 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def batch_shape(members: int, chunk: int, devices: int | None = None) -> tuple[int, int]:
-    """Frames and members of each of about `chunk` fields that are sampled together, members in whole rounds of devices.
+    """Frames and members of each of about `chunk` fields that are sampled together, as many members on each device.
 
     Args:
       members: of each frame.
       devices: that share the members; the number of the local ones by default.
     """
-    devices = devices or jax.local_device_count()
-    together = -(-min(chunk, members) // devices) * devices
+    together = math.prod(share(min(chunk, members), devices or jax.local_device_count()))
     return max(chunk // together, 1), together
 
 
@@ -403,7 +418,7 @@ def frame_batches(
     levels: int,
     devices: int | None = None,
 ) -> list[list[int]]:
-    """Numbers of the frames that are sampled together: of one size, as many as `chunk` and OWN_BYTES allow.
+    """Numbers of the frames that are sampled together: of one size, as many as `chunk` and memory allow.
 
     Batches of a size have as many frames each. The last one is filled up with its last frame, whose result comes twice:
     a shorter one would be another program.
@@ -412,10 +427,10 @@ def frame_batches(
       sizes: rows of each frame's observation.
       levels: of the gains.
     """
-    made = []
+    made, own = [], most_own_bytes(devices)
     for size in dict.fromkeys(sizes):
         mine = [number for number, other in enumerate(sizes) if other == size]
-        most = min(batch_shape(members, chunk, devices)[0], max(OWN_BYTES // own_bytes(size, gaussian, levels), 1))
+        most = min(batch_shape(members, chunk, devices)[0], max(own // own_bytes(size, gaussian, levels), 1))
         each = -(-len(mine) // -(-len(mine) // most))
         for start in range(0, len(mine), each):
             batch = mine[start : start + each]

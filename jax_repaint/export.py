@@ -24,7 +24,6 @@ ends.
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ import numpy as np
 from flax import struct
 from jax import export as jax_export
 
-from jax_repaint import ensemble, guide, inpaint, metrics, observe
+from jax_repaint import ensemble, guide, inpaint, metrics, observe, provenance
 from jax_repaint import model as models
 from jax_repaint.array_types import Array, Field, Float, Values
 from jax_repaint.calibration import Calibration, correct
@@ -223,7 +222,7 @@ def export(
         "before": "jax.numpy.linalg.qr(jax.numpy.eye(2)) once, which loads LAPACK under older JAX",
         "model_fingerprint": models.fingerprint(trained),
         "platforms": list(platforms),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax_repaint", "jax", "flax")},
+        "versions": provenance.versions("jax", "flax"),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         # They arrive together, the program last, when all three are whole.

@@ -11,7 +11,6 @@ carry the standard names of currents: programs that drift particles choose their
 """
 
 import datetime
-import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import xarray as xr
 from absl import flags, logging
 
 import jax_repaint
-from jax_repaint import command, device, files, methods, metrics, observe, plots
+from jax_repaint import command, device, files, methods, metrics, observe, plots, provenance
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.cases import OBSERVATION_ERROR, Case, hold_out_of, prior_of
@@ -404,7 +403,7 @@ def _waits() -> str:
 def _attributes(
     trained: Model, frames: Sequence[Observed], members: int, seed: int, method: str, calibration: Calibration | None
 ) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("jax_repaint", "jax", "flax", "numpy")}
+    versions = provenance.versions("jax", "flax", "numpy")
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     fingerprint = models.fingerprint(trained)
     unknown = any(np.isnat(frame.time) for frame in frames)

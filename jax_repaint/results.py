@@ -2,6 +2,7 @@
 
     WORKDIR/config.json                     what the sweep is; a changed one is refused
     WORKDIR/lock, lock.K                    see locks.py
+    WORKDIR/environment.json                and one for each further process, see provenance.py
     WORKDIR/parts/UNIT-CHECKSUM.parquet     rows of finished tasks
 
 A task is one point on one frame with one pattern and one seed; UNIT is the hash of the tasks that a part holds,

@@ -30,9 +30,10 @@ import numpy as np
 import pandas as pd
 import tqdm
 from absl import flags, logging
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from jax_repaint import command, comparison, distributed, guide, locks, metrics, results
+from jax_repaint import command, comparison, distributed, ensemble, guide, locks, metrics, provenance, results
 from jax_repaint.batches import Batch, Group, Sampler, Samples, left_of, make_batches, make_groups
 from jax_repaint.errors import InputError
 from jax_repaint.points import Point, calls_by_stage
@@ -118,6 +119,7 @@ def run(
     workdir = Path(workdir)
     with locks.locked(workdir, index, count):
         results.claim(workdir, study.identity)
+        provenance.note_start(workdir, index)
         if count == 1:
             results.remove_unfinished(workdir)
         done = set(results.read_parts(workdir, remove_damaged=True)["task"])
@@ -312,8 +314,10 @@ def _seconds_a_call(study: Study, sampler: Sampler) -> float:
         return 0.0
     guided = program[0].guided if sampler.repaint else program.correction in ("cov_pigdm", "pigdm", "mmps", "dps")
     denoiser = sampler.trained.denoiser
-    mine = max(sampler.chunk // jax.local_device_count(), 1)  # of one device, while the others do theirs
-    x = jnp.zeros((mine, *sampler.trained.padded, 2))
+    mesh = ensemble.over_devices(sampler.chunk)
+    x = jnp.zeros((sampler.chunk, *sampler.trained.padded, 2))
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("members")))
+    denoiser = jax.device_put(denoiser, NamedSharding(mesh, PartitionSpec()))
 
     def estimate(x: jax.Array, denoiser: Any) -> jax.Array:
         return jax.vmap(lambda one: denoiser(one, jnp.float32(1.0)))(x)
@@ -325,7 +329,7 @@ def _seconds_a_call(study: Study, sampler: Sampler) -> float:
     call(x, denoiser).block_until_ready()
     began = time.perf_counter()
     call(x, denoiser).block_until_ready()
-    return (time.perf_counter() - began) / mine / jax.local_device_count()
+    return (time.perf_counter() - began) / sampler.chunk
 
 
 FLAGS = flags.FLAGS

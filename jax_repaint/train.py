@@ -10,7 +10,6 @@ batch, those of several processes too (distributed.py); the loss is that of one 
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import signal
@@ -31,7 +30,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from jax_repaint import command, distributed, files, model, plots
+from jax_repaint import command, distributed, files, model, plots, provenance
 from jax_repaint.array_types import Array, Level
 from jax_repaint.checkpoint import Checkpoints, claim, holds_run, release
 from jax_repaint.data.fields import Fields
@@ -131,7 +130,7 @@ class Run:
                 "held_out_loss_of_linear": self.linear_loss,
                 "linear_prior": dataclasses.asdict(data.choice),
                 "config": config.to_dict(),
-                "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+                "versions": provenance.versions("jax", "flax", "optax"),
                 **self.missing,
             },
         )
@@ -211,10 +210,12 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     """
     workdir = Path(workdir)
     check_config(config)
-    mesh = distributed.over_all_devices(config.train.batch)
+    # Before the fields are read, which may take long.
+    distributed.over_all_devices(config.train.batch)
     if fields is None:
         settings = config.data.fields, config.data.frames, config.data.twin_seed
         fields = distributed.at_all(lambda: load_fields(*settings))
+    mesh = distributed.over_all_devices(config.train.batch, fields.velocity.nbytes)
     fingerprint = fields.hash()
     identity = (workdir, config.to_dict(), {"fields": fingerprint, "name": fields.name})
     distributed.check_same(json.dumps(identity[1:]), "configuration and data")
@@ -241,6 +242,7 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
         distributed.at_first(lambda: held.enter_context(locked(workdir, run="training")))
         # Asked again, as another training may have been here in the meantime.
         distributed.at_first(lambda: holds_run(*identity, usual) or claim(*identity))
+        distributed.at_first(lambda: provenance.note_start(workdir))
         checkpoints = distributed.at_first(lambda: Checkpoints.open(workdir, config.train.keep))
         restored = distributed.at_first(lambda: checkpoints.restore(state))
         if restored is not None:

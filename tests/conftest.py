@@ -7,12 +7,17 @@ from pathlib import Path
 from jaxlib import version
 
 # Compiling takes most of the time of tests. Processes that they start inherit both; with 0 code is optimised as usual.
+flags = os.environ.get("XLA_FLAGS", "").split()
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and version.__version_info__ < (0, 11):
     # The older way to generate code compiles in half the time. XLA ends a process that sets a flag it does not have.
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    flags = flags or ["--xla_cpu_use_fusion_emitters=false"]
+if not any("device_count" in flag for flag in flags):
+    # Programs for several cores take longer to compile; tests of several devices ask for them.
+    flags.append("--xla_force_host_platform_device_count=1")
+os.environ["XLA_FLAGS"] = " ".join(flags)
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

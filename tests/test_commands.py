@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from jax_repaint import model
+from jax_repaint import methods, model
 from jax_repaint.data import readers
 from jax_repaint.errors import InputError
-from jax_repaint.methods import check_methods
 
 # Importing JAX takes seconds: one process imports everything and forks for every command, before JAX has threads.
 FORKS = """
@@ -189,7 +188,8 @@ def test_evaluate_compares_and_writes(folder, tmp_path):
     done = subprocess.run([sys.executable, "-m", f"jax_repaint.{command[0]}", *command[1:]], cwd=folder,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["details.csv", "fields.nc", "figure.png", "table.csv"]
+    written = ["details.csv", "fields.nc", "figure.png", "frames.csv", "table.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
     table = (tmp_path / "table.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * 4
     for name in ("line:3", "cells:0.1", "linear_samples"):
@@ -212,10 +212,10 @@ def test_an_interrupted_command_says_so_in_a_word():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("methods", [[], ["magic"], ["linear", "kalman"]])
-def test_methods_are_checked_before_anything_is_read(methods):
+@pytest.mark.parametrize("names", [[], ["magic"], ["linear", "kalman"]])
+def test_methods_are_checked_before_anything_is_read(names):
     with pytest.raises(InputError):
-        check_methods(methods, 3)
-    check_methods(["linear", "linear_samples", "adaptive"], 3)
-    check_methods(["kalman"], 4)
+        methods.check_methods(names, 3)
+    methods.check_methods(["linear", "linear_samples", "adaptive"], 3)
+    methods.check_methods(["kalman"], 4)
     assert np.all([name in methods.METHODS for name in methods.PAIRED])

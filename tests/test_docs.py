@@ -93,12 +93,13 @@ import conftest, tiny
 import jax_repaint.calibrate, jax_repaint.demo, jax_repaint.export, jax_repaint.levels, jax_repaint.report
 import jax_repaint.sweep
 from absl import app
+from jax_repaint import settings
 from jax_repaint.nets import unet
 warnings.simplefilter("ignore")
 tiny.compile_once(pathlib.Path(cache))
 for name in unet.NETWORKS:
     unet.NETWORKS[name] = tiny.NETWORK
-default_config, smoke = default_config, smoke
+default_config, smoke = settings.default_config, settings.smoke
 
 
 def brief():
@@ -114,7 +115,7 @@ def briefer(config, arg):
     return config
 
 
-default_config, smoke = brief, briefer
+settings.default_config, settings.smoke = brief, briefer
 for task in json.load(sys.stdin):
     child = os.fork()
     if not child:

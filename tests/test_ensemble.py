@@ -370,9 +370,9 @@ def test_members_do_not_depend_on_devices():
     assert found.returncode == 0, found.stderr[-2000:]
     results = json.loads(found.stdout.splitlines()[-1])
     for count in ("2", "8"):
-        assert results[count]["devices"] == int(count)
-        # A chunk of 5 is filled up to a multiple of the devices.
-        assert results[count]["rows"] == {"2": 6, "8": 8}[count]
+        # A chunk of 5 is filled up for two devices, and leaves three of eight alone.
+        assert results[count]["devices"] == {"2": 2, "8": 5}[count]
+        assert results[count]["rows"] == {"2": 6, "8": 5}[count]
         for kind in ("repaint", "posterior"):
             np.testing.assert_allclose(results[count][kind], results["1"][kind], atol=1e-5)
     assert np.std(results["1"]["repaint"]) > 0.1
@@ -534,7 +534,16 @@ def test_own_bytes_are_those_of_gains_and_analysis(gaussian, three):
 
 @pytest.mark.parametrize(
     ("members", "chunk", "devices", "expected"),
-    [(16, 64, 1, (4, 16)), (16, 16, 1, (1, 16)), (16, 5, 1, (1, 5)), (6, 5, 8, (1, 8)), (2, 32, 4, (8, 4))],
+    [
+        (16, 64, 1, (4, 16)),
+        (16, 16, 1, (1, 16)),
+        (16, 5, 1, (1, 5)),
+        (6, 5, 8, (1, 5)),
+        (2, 32, 4, (16, 2)),
+        (16, 64, 8, (4, 16)),
+        (12, 64, 8, (5, 12)),
+        (9, 64, 8, (6, 10)),
+    ],
 )
 def test_batches_fill_the_chunk(members, chunk, devices, expected):
     assert batch_shape(members, chunk, devices) == expected

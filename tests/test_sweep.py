@@ -817,7 +817,8 @@ def test_fewer_rows_come_to_fewer_members_a_call_on_any_number_of_devices():
     for devices, members in itertools.product((1, 3, 8), (1, 2, 12, 16, 100)):
         for rows in range(1, 130):
             chunk = chunk_of(members, rows, devices)
-            assert chunk % devices == 0
+            # What in_chunks makes of that many rows is a call of that many.
+            assert math.prod(ensemble.share(chunk, devices)) == chunk
             assert chunk <= max(rows, devices)
             # As few calls as `rows` allows, up to the devices that a call leaves idle.
             assert math.ceil(members / chunk) <= math.ceil(members / max(rows // devices * devices, devices))

@@ -35,7 +35,7 @@ from jax_repaint.optimise import (
     plan,
 )
 from jax_repaint.prepare import fit_priors
-from jax_repaint.prior import linear
+from jax_repaint.prior import gp, linear
 from jax_repaint.schedule import Schedule
 from jax_repaint.settings import check_config, network_config, sigma_range
 
@@ -164,7 +164,7 @@ def test_a_prior_says_how_much_of_it_is_from_training_frames():
     few = data.select(np.arange(6))
     gaussian, kernel, choice = fit_priors(few, x[:6], x[10:], ocean, 8, 100, standardiser)
     assert choice.share < 1
-    root = train.gp.prior_root(kernel, data.ocean, data.places()).rows(standardiser.std)
+    root = gp.prior_root(kernel, data.ocean, data.places()).rows(standardiser.std)
     expected = linear.truncate(
         linear.fit(x[:6], ocean, 8, share=choice.share, kernel_root=root), choice.rank, choice.rest
     )

@@ -43,7 +43,7 @@ class Smooth:
 
 def check_shared(evidence, gaussian, analysis, hyper) -> None:
     """Every device samples its own members of the frames of a batch, and asks no other for theirs."""
-    mesh = over_devices()
+    mesh = over_devices(8)
     split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("members"), PartitionSpec()))
     mine = np.zeros(8, np.int32), (member_keys(0, range(8), range(3)), np.ones(8, np.float32))
     shared = (
