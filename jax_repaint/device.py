@@ -13,15 +13,16 @@ from jax_repaint import memory
 from jax_repaint.ensemble import over_devices
 from jax_repaint.errors import InputError
 
-# More members a call than these make no network faster.
-USUAL_BATCH = {"cpu": 16, "gpu": 256, "tpu": 256}
+# More members a call of a device than these make no network faster; of a CPU a call has LEAST at least.
+USUAL_BATCH = {"cpu": 8, "gpu": 256, "tpu": 256}
+LEAST = 16
 KEPT_FREE = 0.1
 Result = TypeVar("Result")
 
 
 def usual_batch() -> int:
     """Members a call, over all local devices, from which on larger batches do not pay."""
-    return USUAL_BATCH.get(jax.default_backend(), 256) * jax.local_device_count()
+    return max(USUAL_BATCH.get(jax.default_backend(), 256) * jax.local_device_count(), LEAST)
 
 
 def free_memory() -> int:
