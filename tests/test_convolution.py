@@ -46,6 +46,39 @@ def test_gradients_are_those_of_the_library(size, stride, pad, dilation, grid, l
         np.testing.assert_allclose(mine, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("grid", [(3, 5), (1, 1), (6, 4)])
+def test_four_phases_are_the_transposed_convolution(grid):
+    """Values and both gradients, in float64."""
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        x, kernel = (jnp.asarray(rng.standard_normal(s)) for s in ((2, *grid, 3), (4, 4, 3, 5)))
+        made, pull = jax.vjp(convolution.in_phases, x, kernel)
+        theirs, their_pull = jax.vjp(lambda x, k: library(x, k, 1, (2, 2), 2), x, kernel)
+        assert made.shape == (2, 2 * grid[0], 2 * grid[1], 5)
+        np.testing.assert_allclose(made, theirs, atol=1e-12)
+        above = jnp.asarray(rng.standard_normal(made.shape))
+        for mine, expected in zip(pull(above), their_pull(above), strict=True):
+            np.testing.assert_allclose(mine, expected, atol=1e-12)
+
+
+def test_training_on_a_cpu_leaves_out_the_zeros_between_cells():
+    if jax.default_backend() != "cpu":
+        pytest.skip("the form that XLA needs on a CPU")
+    layer = conv_up(3, 4, F32, nnx.Rngs(1))
+    graphdef, state = nnx.split(layer)
+
+    def text(fixed):
+        def loss(state, x):
+            layer = nnx.merge(graphdef, state)
+            layer.fixed = fixed
+            return jnp.sum(layer(x) ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(state, jnp.ones((1, 6, 8, 3))).compile().as_text()
+
+    assert "lhs_dilate" in text(True)
+    assert "lhs_dilate" not in text(False)
+
+
 def test_layers_are_those_of_the_library():
     x = jax.random.normal(jax.random.key(0), (2, 6, 8, 3))
     for ours, theirs in (
@@ -53,7 +86,9 @@ def test_layers_are_those_of_the_library():
         (conv_up(3, 4, F32, nnx.Rngs(1)), nnx.ConvTranspose(3, 4, (4, 4), 2, padding=((2, 2),) * 2, rngs=nnx.Rngs(1))),
     ):
         ours.bias[...] = theirs.bias[...] = jnp.arange(4, dtype=F32)
-        np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
+        for fixed in (True, False):
+            ours.fixed = fixed
+            np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
 
 
 def test_in_a_loop_the_kernel_keeps_the_fast_layout():

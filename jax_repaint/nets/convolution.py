@@ -62,6 +62,28 @@ def _backward(stride: int, pad: Pair, dilation: int, kept: tuple[Array, Array], 
 convolve.defvjp(_forward, _backward)
 
 
+def in_phases(x: Array, kernel: Array) -> Array:
+    """The convolution of a field with zeros between its cells, in four of 2 x 2 that leave the zeros out.
+
+    y[2 q + a] = sum over j = 0, 1 of  kernel[a + 2 j] x[q + a + j - 1],   a = 0, 1,   in y and in x
+
+    is convolve(x, kernel, 1, (2, 2), 2) for x (b, y, x, i) and a kernel (4, 4, i, o). With respect to the kernel the
+    gradient of that is ten to twenty times slower on a CPU than the gradients of these.
+    """
+    rows = []
+    for a in (0, 1):
+        row = [
+            jax.lax.conv_general_dilated(
+                x, kernel[a::2, b::2], (1, 1), ((1 - a, a), (1 - b, b)), dimension_numbers=LAYOUT
+            )
+            for b in (0, 1)
+        ]
+        rows.append(jnp.stack(row, 3))
+    phases = jnp.stack(rows, 2)
+    many, high, _, wide, _, outputs = phases.shape
+    return phases.reshape(many, 2 * high, 2 * wide, outputs)
+
+
 class Conv(nnx.Conv):
     """nnx.Conv of square kernels and strides.
 
@@ -80,12 +102,17 @@ class Conv(nnx.Conv):
 
 
 class ConvTranspose(nnx.ConvTranspose):
-    """nnx.ConvTranspose of square kernels and strides; `fixed` as in Conv."""
+    """nnx.ConvTranspose that doubles the grid, with a kernel of 4 x 4; `fixed` as in Conv."""
 
     fixed = True
 
     def __call__(self, x: Array) -> Array:
-        """(b, y, x, inputs) to (b, y', x', outputs)."""
+        """(b, y, x, inputs) to (b, 2 y, 2 x, outputs)."""
         x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
-        run = convolve if self.fixed else _plain
-        return run(x, kernel, 1, self.padding[0], self.strides) + bias[None, None, None]
+        if self.fixed:
+            made = convolve(x, kernel, 1, self.padding[0], self.strides)
+        else:
+            made = jax.lax.platform_dependent(
+                x, kernel, cpu=in_phases, default=lambda x, kernel: _plain(x, kernel, 1, self.padding[0], self.strides)
+            )
+        return made + bias[None, None, None]
