@@ -11,11 +11,10 @@ step. Writes table.csv, fields.nc and figure.png.
 import math
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jax_repaint import SHIPPED, command, evaluate, files, methods, model, observe, train
+from jax_repaint import SHIPPED, command, distributed, evaluate, files, methods, model, observe, train
 from jax_repaint.cases import block_length, files_of, held_out, pick
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, carve
@@ -46,7 +45,7 @@ def fit(path: str, fields: Fields, train_range: str, test_range: str, steps: int
     config = brief_config(path, train_range, validation_range, test_range)
     parts = split_fields(fields, config.data)
     # All devices share a batch evenly.
-    devices = jax.device_count()
+    devices = distributed.training_devices().size
     config.train.batch = max(min(16, parts.train.size) // devices, 1) * devices
     config.train.epochs = max(math.ceil(steps * config.train.batch / parts.train.size), 1)
     config.train.warmup_epochs = 0.1 * config.train.epochs

@@ -29,7 +29,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax_repaint.errors import InputError
 
 CORES = 8  # that are devices of their own, at most: the more there are, the fewer fields each has at a time
-COPIES = 2**31  # bytes of the data that the cores of one CPU may have between them, in training
 FLAGS = flags.FLAGS
 Result = TypeVar("Result")
 
@@ -42,13 +41,19 @@ def use_cores() -> None:
     if any(name in FLAGS and FLAGS[name].value for name in ("distributed", "coordinator")):
         # Processes that compute together may be as many as the cores.
         return
-    if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if _cpu_devices_asked():
         return
     # What taskset, Slurm or a container leaves of them; macOS does not tell.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # In a program that has used JAX already it is too late.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", min(cores, CORES))
+
+
+def _cpu_devices_asked() -> bool:
+    """Whether the environment says how many devices a CPU has."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags
 
 
 def define_flags() -> None:
@@ -124,22 +129,24 @@ def _initialize(coordinator: str | None, index: int | None, count: int | None) -
 # Arrays on several devices. A mesh of None stands for one device, on which nothing is placed.
 
 
-def over_all_devices(batch: int, size: int = 0) -> Mesh | None:
-    """A mesh with the one axis "data", over all devices of all processes; None for one device.
+def training_devices() -> np.ndarray:
+    """All devices of all processes.
 
-    Of the cores of one CPU, as many as divide the batch and whose copies of the data stay below COPIES. What memory is
-    free does not count: a run goes on with as many devices as it began with.
+    Cores that are devices because nobody said otherwise (`use_cores`) are one: each would have a copy of the data, and
+    a run that goes on where there are more or fewer of them would not be the same to the last bit.
+    """
+    devices = np.asarray(jax.devices(), object)
+    alone = jax.process_count() == 1 and jax.default_backend() == "cpu" and not _cpu_devices_asked()
+    return devices[:1] if alone else devices
 
-    Args:
-      size: bytes of the data that every device has.
+
+def over_all_devices(batch: int) -> Mesh | None:
+    """A mesh with the one axis "data", over `training_devices`; None for one device.
 
     Raises:
       InputError: a batch cannot be divided evenly among them.
     """
-    devices = np.asarray(jax.devices(), object)
-    if jax.process_count() == 1 and jax.default_backend() == "cpu":
-        most = min(devices.size, max(COPIES // max(size, 1), 1))
-        devices = devices[: next(n for n in range(most, 0, -1) if batch % n == 0)]
+    devices = training_devices()
     if batch % devices.size:
         raise InputError(f"train.batch must be a multiple of the number of devices, {devices.size}, got {batch}")
     return Mesh(devices, ("data",), axis_types=(AxisType.Auto,)) if devices.size > 1 else None

@@ -210,12 +210,10 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     """
     workdir = Path(workdir)
     check_config(config)
-    # Before the fields are read, which may take long.
-    distributed.over_all_devices(config.train.batch)
+    mesh = distributed.over_all_devices(config.train.batch)
     if fields is None:
         settings = config.data.fields, config.data.frames, config.data.twin_seed
         fields = distributed.at_all(lambda: load_fields(*settings))
-    mesh = distributed.over_all_devices(config.train.batch, fields.velocity.nbytes)
     fingerprint = fields.hash()
     identity = (workdir, config.to_dict(), {"fields": fingerprint, "name": fields.name})
     distributed.check_same(json.dumps(identity[1:]), "configuration and data")
