@@ -7,9 +7,6 @@ All but `plain` start from the best linear estimate. Every stage of `multistage`
 `adaptive` gives, its S2 `two_stage`, so that these two are not run again. The RePaint family takes up to a hundred
 times the network calls of a posterior sampler, so of its ensembles two members are drawn, from which follows what the
 mean of sixteen would be; `full` draws sixteen of every method. `:smoke` tries it in a few minutes on two cores.
-
-Processes that have a core each are a third faster than one process on all cores: start it once for each core with
-`taskset -c I`, --process_index=I and --process_count.
 """
 
 from jax_repaint import methods
