@@ -94,7 +94,7 @@ def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int
 
 def chunk_of(members: int, rows: int, devices: int) -> int:
     """Members a call, as many on each device that it needs: at most `rows`, but one a device; alike in all calls."""
-    chunk = math.ceil(members / math.ceil(members / rows))
+    chunk = math.ceil(members / math.ceil(members / max(rows, devices)))
     each = max(min(-(-chunk // devices), rows // devices), 1)
     return each * min(-(-chunk // each), devices)
 
