@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import measure, repaint
 from benchmarks import unet as unet_benchmark
-from jax_repaint import command, device, ensemble, guide, observe, plots
+from jax_repaint import command, device, ensemble, gains, observe, plots
 from jax_repaint.array_types import Array
 from jax_repaint.denoise import EpsDenoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
@@ -100,7 +100,7 @@ class Line:
 
     def gains(self) -> object:
         """What is made once for a pattern: the linear analysis, and the gains of the levels."""
-        made = linear.analysis(self.prior, self.seen), guide.kalman_gains(self.prior, self.seen, self.hyper.sigma)
+        made = linear.analysis(self.prior, self.seen), gains.kalman_gains(self.prior, self.seen, self.hyper.sigma)
         return jax.block_until_ready(made)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from jax_repaint import device, ensemble, guide
+from jax_repaint import device, ensemble, gains, guide
 from jax_repaint.cases import Case
 from jax_repaint.methods import linear_samples
 from jax_repaint.model import Model
@@ -69,10 +69,13 @@ def left_of(
     return left
 
 
-def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int, int]:
+def shape_of(study: Study, left: dict[Where, list[int]], rows: int, alike: gains.Rows) -> tuple[int, int]:
     """Points and cases of a batch of about `rows` members: all points of as many cases as fit, or some of one case.
 
     All batches are of about the same size, so that little of the last one is filled up.
+
+    Args:
+      alike: rows of the observations, the same for all cases of a posterior sampler.
     """
     first = study.points[next(iter(left.values()))[0]]
     members, most = first.members, max(map(len, left.values()))
@@ -81,9 +84,8 @@ def shape_of(study: Study, left: dict[Where, list[int]], rows: int) -> tuple[int
         # Posterior samplers take points one by one: each has gains of its own.
         most = 1
         gaussian, program = study.models[first.model].gaussian, study.programs[first.number]
-        size = max(where.size for where in left)
         levels = 0 if program is None else program.calls
-        fitting = ensemble.most_own_bytes() // ensemble.own_bytes(size, gaussian, levels)
+        fitting = ensemble.most_own_bytes() // ensemble.own_bytes(alike, gaussian, levels)
     points = min(max(rows // members, 1), most)
     points = math.ceil(most / math.ceil(most / points))
     cases = max(min(rows // (points * members), fitting), 1) if points == most else 1
@@ -161,7 +163,7 @@ class Sampler:
         budget = int(study.config.memory_gb * 1e9) or device.free_memory()
         rows = study.config.batch or device.usual_batch()
         while True:
-            made.shape = shape_of(study, left, rows)
+            made.shape = shape_of(study, left, rows, gains.rows_of(made.trained.gaussian, example.case.observation))
             devices = jax.local_device_count()
             made.chunk = chunk_of(made.members * math.prod(made.shape), rows, devices)
             try:
@@ -203,8 +205,9 @@ class Sampler:
             shared = self.trained.denoiser, known, self.trained.steps
             compiled = device.compile_ahead(ensemble.repaint_rows, rows, (keys, stages, numbers), shared)
         else:
-            gaussian, size = self.trained.gaussian, example.case.observation.size
-            batch = ensemble.frame_batches([size] * self.shape[1], self.members, self.chunk, gaussian, program.calls)
+            gaussian = self.trained.gaussian
+            alike = [gains.rows_of(gaussian, example.case.observation)] * self.shape[1]
+            batch = ensemble.frame_batches(alike, self.members, self.chunk, gaussian, program.calls)
             frames, (_, members) = len(batch[0]), ensemble.batch_shape(self.members, self.chunk)
             rows, numbers = np.zeros(members, np.int32), np.zeros(members, np.float32)
             keys = jax.eval_shape(lambda: ensemble.member_keys(0, range(members), range(frames)))

@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from absl import flags, logging
 
-from jax_repaint import calibration, command, device, files, methods, metrics, model, observe
+from jax_repaint import calibration, command, device, files, gains, methods, metrics, model, observe
 from jax_repaint.calibration import Calibration
 from jax_repaint.cases import data_of, make_cases, observation_of, prior_of
 from jax_repaint.data.fields import Fields, Split
@@ -103,8 +103,8 @@ def learn(
     cases = make_cases(trained, fields, numbers, patterns, seed)
     whole, made, evidence = [], [], []
     chunk = chunk or device.usual_batch()
-    sizes = [case.observation.size for case in cases]
-    batches = frame_batches(sizes, members, chunk, trained.gaussian, methods.LEVELS)
+    rows = [gains.rows_of(trained.gaussian, case.observation) for case in cases]
+    batches = frame_batches(rows, members, chunk, trained.gaussian, methods.LEVELS)
     for batch in tqdm.tqdm(batches, unit="batch", disable=None):
         mine = [cases[i] for i in batch]
         ensembles = methods.run_method(name, trained, fields, mine, members, seed, chunk).members

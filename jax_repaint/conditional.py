@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from jax_repaint import guide
+from jax_repaint import gains, guide
 from jax_repaint.array_types import Array, Field, Float, Key, Level
 from jax_repaint.denoise import PrincipalGaussian, precondition
 from jax_repaint.nets import unet
@@ -46,7 +46,7 @@ class ConditionalDenoiser:
         """
         x = x * self.gaussian.ocean
         estimate = guide.kalman(lambda x: self.gaussian(x, sigma), x, sigma, sigma, evidence)
-        error = guide.remaining_variance(self.gaussian, evidence.observation, evidence.gain, sigma)
+        error = gains.remaining_variance(self.gaussian, evidence.observation, evidence.gain, sigma)
         return self._correct(x, estimate, error, share_observed(evidence), sigma, dropout)
 
     def _correct(

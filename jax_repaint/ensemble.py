@@ -15,12 +15,12 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_repaint import guide, sample
+from jax_repaint import gains, guide, sample
 from jax_repaint.array_types import Array, Float, Int, Key
 from jax_repaint.denoise import Denoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.posterior import Posterior, linear_sample, posterior
-from jax_repaint.prior.analysis import Analysis
+from jax_repaint.prior.analysis import Analysis, PrincipalAnalysis
 from jax_repaint.sample import Known, Outcome, Repaint, repaint_stages
 from jax_repaint.schedule import Schedule
 
@@ -320,6 +320,7 @@ def _member(
 # What each frame has of its own; the coast and the prior are the same for all. Levels stay in front of frames, where
 # the scan over them needs them.
 _EVIDENCE = guide.Evidence(ocean=None, observation=0, noise=0, gaussian=None, gain=1, regimes=None)
+_PRINCIPAL = PrincipalAnalysis(_EVIDENCE.replace(gain=0), 0)
 # Bytes that the frames of a call may have of their own; twelve of 96 rows and 16 levels have a seventh of it.
 _OWN_BYTES = 2**30
 
@@ -349,12 +350,14 @@ def posterior_frames(
       denoiser, gaussian, hyper: the same for all.
     """
 
+    axes = _PRINCIPAL if isinstance(analysis, PrincipalAnalysis) else 0
+
     # Members outside: they are what devices share, and an axis that is merged with others stays shared only in front.
     def members(keys: Key, sign: Float[Array, ""]) -> Float[Array, "f y x c"]:
         def one(key: Key, evidence: guide.Evidence, analysis: Analysis) -> Float[Array, "y x c"]:
             return _member(key, sign, denoiser, evidence, gaussian, analysis, hyper)
 
-        return jax.vmap(one, (0, _EVIDENCE, 0))(keys, evidence, analysis)
+        return jax.vmap(one, (0, _EVIDENCE, axes))(keys, evidence, analysis)
 
     return jax.vmap(members)(*per_row)
 
@@ -363,12 +366,16 @@ def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
     """Evidence of f frames for `posterior_frames`; observation and noise get an axis in front, gains one behind levels.
 
     Raises:
-      InputError: frames with other numbers of rows or another prior.
+      InputError: frames with other numbers of rows, another prior, or gains of another kind.
     """
     first = evidence[0]
     sizes = sorted({one.observation.size for one in evidence})
     if len(sizes) > 1:
         raise InputError(f"frames that are sampled together need as many rows each, got {sizes} (frame_batches)")
+    if len({one.gain is not None and one.gain.by_blocks for one in evidence}) > 1:
+        raise InputError(
+            "frames that are sampled together need gains of one kind, all by blocks or none (frame_batches)"
+        )
     for one in evidence[1:]:
         if not (_same(one.gaussian, first.gaussian) and _same(one.regimes, first.regimes)):
             raise InputError("frames that are sampled together need the same prior")
@@ -381,8 +388,14 @@ def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
 
 
 def stack_analyses(analyses: Sequence[Analysis]) -> Analysis:
-    """Analyses of f frames for `posterior_frames`; every leaf gets an axis in front."""
-    return jax.tree.map(lambda *leaf: jnp.stack(leaf), *analyses)
+    """Analyses of f frames for `posterior_frames`; every leaf gets an axis in front, but for those of the prior."""
+    first = analyses[0]
+    if not isinstance(first, PrincipalAnalysis):
+        return jax.tree.map(lambda *leaf: jnp.stack(leaf), *analyses)
+    common = {"ocean": first.evidence.ocean, "gaussian": first.evidence.gaussian}
+    own = [one.replace(evidence=one.evidence.replace(ocean=None, gaussian=None)) for one in analyses]
+    stacked = jax.tree.map(lambda *leaf: jnp.stack(leaf), *own)
+    return stacked.replace(evidence=stacked.evidence.replace(**common))
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -391,6 +404,13 @@ def _same(one: Any, other: Any) -> bool:
         return True
     (leaves, kind), (others, other_kind) = jax.tree.flatten(one), jax.tree.flatten(other)
     return kind == other_kind and all(a is b or np.array_equal(a, b) for a, b in zip(leaves, others, strict=True))
+
+
+def _rows_of(gaussian: PrincipalGaussian, evidence: guide.Evidence) -> gains.Rows:
+    """Rows as the gains have them: those of `pigdm` are of another prior than the analysis."""
+    if evidence.gain is None:
+        return gains.rows_of(gaussian, evidence.observation)
+    return gains.Rows(evidence.observation.size, evidence.gain.by_blocks)
 
 
 def batch_shape(members: int, chunk: int, devices: int | None = None) -> tuple[int, int]:
@@ -404,33 +424,36 @@ def batch_shape(members: int, chunk: int, devices: int | None = None) -> tuple[i
     return max(chunk // together, 1), together
 
 
-def own_bytes(rows: int, gaussian: PrincipalGaussian, levels: int) -> int:
-    """Bytes of the linear analysis and of the gains of one frame with this many rows."""
-    size = rows * gaussian.mean.shape[-1]
-    return 4 * size * (gaussian.mean.size + levels * (size + gaussian.variance.size))
+def own_bytes(rows: gains.Rows, gaussian: PrincipalGaussian, levels: int) -> int:
+    """Bytes of the gain of the linear analysis and of the gains of the levels, of one frame with these rows."""
+    components, rank = gaussian.mean.shape[-1], gaussian.variance.size
+    size = rows.size * components
+    if rows.by_blocks:
+        return 4 * (levels + 1) * (size * (components + rank) + 1)
+    return 4 * (size * (gaussian.mean.size + levels * (size + rank)) + levels)
 
 
 def frame_batches(
-    sizes: Sequence[int],
+    rows: Sequence[gains.Rows],
     members: int,
     chunk: int,
     gaussian: PrincipalGaussian,
     levels: int,
     devices: int | None = None,
 ) -> list[list[int]]:
-    """Numbers of the frames that are sampled together: of one size, as many as `chunk` and memory allow.
+    """Numbers of the frames that are sampled together: with rows alike, as many as `chunk` and memory allow.
 
-    Batches of a size have as many frames each. The last one is filled up with its last frame, whose result comes twice:
-    a shorter one would be another program.
+    Batches of rows alike have as many frames each. The last one is filled up with its last frame, whose result comes
+    twice: a shorter one would be another program.
 
     Args:
-      sizes: rows of each frame's observation.
+      rows: of each frame's observation (gains.rows_of).
       levels: of the gains.
     """
     made, own = [], most_own_bytes(devices)
-    for size in dict.fromkeys(sizes):
-        mine = [number for number, other in enumerate(sizes) if other == size]
-        most = min(batch_shape(members, chunk, devices)[0], max(own // own_bytes(size, gaussian, levels), 1))
+    for alike in dict.fromkeys(rows):
+        mine = [number for number, other in enumerate(rows) if other == alike]
+        most = min(batch_shape(members, chunk, devices)[0], max(own // own_bytes(alike, gaussian, levels), 1))
         each = -(-len(mine) // -(-len(mine) // most))
         for start in range(0, len(mine), each):
             batch = mine[start : start + each]
@@ -488,9 +511,9 @@ def posterior_ensemble(
     signs = np.where(antithetic & (number % 2 == 1), -1, 1).astype(np.float32)
     count = None if devices is None else len(devices)
     _, together = batch_shape(members, chunk, count)
-    sizes = [one.observation.size for one in evidence]
+    rows = [_rows_of(gaussian, one) for one in evidence]
     made: list[Any] = [None] * len(frames)
-    for batch in frame_batches(sizes, members, chunk, gaussian, hyper.calls, count):
+    for batch in frame_batches(rows, members, chunk, gaussian, hyper.calls, count):
         seen, found = stack_evidence([evidence[i] for i in batch]), stack_analyses([analyses[i] for i in batch])
         shared = denoiser, seen, gaussian, found, hyper
         x = in_chunks(posterior_frames, number, (keys[np.asarray(batch)].T, signs), together, shared, devices)

@@ -33,10 +33,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import export as jax_export
 
-from jax_repaint import ensemble, guide, inpaint, metrics, observe, provenance
+from jax_repaint import ensemble, gains, guide, inpaint, metrics, observe, provenance
 from jax_repaint import model as models
 from jax_repaint.array_types import Array, Field, Float, Values
 from jax_repaint.calibration import Calibration, correct
@@ -48,46 +47,28 @@ from jax_repaint.files import check_writable, whole_file
 from jax_repaint.methods import levels_of
 from jax_repaint.model import Model
 from jax_repaint.observe import Observation
+from jax_repaint.prior.analysis import PrincipalAnalysis
 
 PROGRAM, GRID, DESCRIPTION = FILES = "inpaint.jaxexport", "grid.npz", "program.json"
 PLATFORMS = ("cpu", "cuda")
 METHODS = ("kalman", "given")
 
 
-@struct.dataclass
-class Factors:
-    """A linear analysis like `prior.analysis.Analysis`, whose gain stays in the factors of `guide.Gain`.
+def _variance(evidence: guide.Evidence) -> Field:
+    """Posterior variance diag(C - G A C) of the gain of sigma = inf, in the units of the observation; zero on land."""
+    gaussian, observation = evidence.gaussian, evidence.observation
+    excess = gaussian.variance - gaussian.rest
 
-    Attributes:
-      evidence: with the gain of sigma = inf.
-    """
+    def learnt(unit: Values) -> Field:
+        seen = evidence.spread(unit)
+        covariance = gaussian.combine(excess * gaussian.project(seen))
+        gained = gains.increment(gaussian, observation, evidence.gain, unit, jnp.inf)
+        return gained * (gaussian.rest * seen + covariance)
 
-    evidence: guide.Evidence
-
-    def mean(self, values: Values) -> Field:
-        """Posterior mean for observed values (m, c)."""
-        return self.update(self.evidence.gaussian.mean, values)
-
-    def update(self, field: Field, values: Values) -> Field:
-        """field + G (values - A field)."""
-        observation = self.evidence.observation.replace(values=values)
-        return guide.kalman(lambda x: x, field, jnp.inf, jnp.inf, self.evidence.replace(observation=observation))
-
-    @property
-    def variance(self) -> Field:
-        """Posterior variance diag(C - G A C), in the units of the observation; zero on land."""
-        gaussian, evidence = self.evidence.gaussian, self.evidence
-        excess = gaussian.variance - gaussian.rest
-
-        def learnt(unit: Values) -> Field:
-            seen = evidence.spread(unit)
-            covariance = gaussian.combine(excess * gaussian.project(seen))
-            return self.update(jnp.zeros_like(seen), unit) * (gaussian.rest * seen + covariance)
-
-        size = evidence.observation.values.size
-        units = jnp.eye(size).reshape(size, *evidence.observation.values.shape)
-        prior = jnp.einsum("r,ryxc->yxc", excess, jnp.square(gaussian.direction)) + gaussian.rest
-        return gaussian.ocean * jnp.maximum(prior - jax.vmap(learnt)(units).sum(0), 0.0)
+    size = observation.values.size
+    units = jnp.eye(size).reshape(size, *observation.values.shape)
+    prior = jnp.einsum("r,ryxc->yxc", excess, jnp.square(gaussian.direction)) + gaussian.rest
+    return gaussian.ocean * jnp.maximum(prior - jax.vmap(learnt)(units).sum(0), 0.0)
 
 
 def program(
@@ -95,7 +76,7 @@ def program(
 ) -> Callable[..., tuple[Array, ...]]:
     """The function of the module docstring, for any number of rows, with or without a calibration.
 
-    The gains are found in float32 by a QR decomposition (guide.kalman_gain), where `evaluate` solves in float64.
+    The gains are found in float32 by a QR decomposition (gains.kalman_gain), where `evaluate` solves in float64.
 
     Raises:
       InputError: fewer than four members, an odd number of them, or another method than METHODS.
@@ -124,13 +105,14 @@ def program(
             valid=valid,
         )
         observation = observe.pad_grid(observation, trained.ocean.shape, trained.padded)
-        noise = guide.noise_covariance(observation)
+        noise = gains.noise_covariance(observation)
 
-        def gain(level: Float[Array, ""]) -> guide.Gain:
-            return guide.kalman_gain(gaussian, observation, noise, level)
+        def gain(level: Float[Array, ""]) -> gains.Gain:
+            return gains.kalman_gain(gaussian, observation, noise, level)
 
         evidence = guide.Evidence(gaussian.ocean, observation, noise, gaussian, jax.lax.map(gain, hyper.sigma))
-        analysis = Factors(evidence.replace(gain=gain(jnp.float32(jnp.inf))))
+        linear = evidence.replace(gain=gain(jnp.float32(jnp.inf)))
+        analysis = PrincipalAnalysis(linear, _variance(linear))
         keys = ensemble.member_keys(seed, [0], range(members))[0][number // 2]
         x = ensemble.posterior_rows(jnp.asarray(number), (keys, signs), denoiser, evidence, gaussian, analysis, hyper)
         made = jnp.where(ocean[None], standardiser.restore(crop(x, trained.ocean.shape)), jnp.nan)

@@ -24,7 +24,7 @@ import xarray as xr
 from absl import flags, logging
 
 import jax_repaint
-from jax_repaint import command, device, files, methods, metrics, observe, plots, provenance
+from jax_repaint import command, device, files, gains, methods, metrics, observe, plots, provenance
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.cases import OBSERVATION_ERROR, Case, hold_out_of, prior_of
@@ -128,10 +128,10 @@ def inpaint(
     _warn_of_times(frames)
     calibration = None if raw else calibration_of(trained, method, members)
     made: dict[int, Estimate] = {}
-    sizes = [frame.observation.size for frame in frames]
+    rows = [gains.rows_of(trained.gaussian, _padded(trained, frame)) for frame in frames]
     hidden = None if progress and len(frames) > 1 else True
     with tqdm.tqdm(total=len(frames), unit="field", disable=hidden) as bar:
-        for batch in frame_batches(sizes, members, chunk, trained.gaussian, methods.LEVELS):
+        for batch in frame_batches(rows, members, chunk, trained.gaussian, methods.LEVELS):
             if progress:
                 _announce(trained, frames[batch[0]], len(batch), members, method)
             mine = [frames[i] for i in batch]
@@ -343,6 +343,11 @@ def calibration_of(trained: Model, method: str, members: int) -> Calibration | N
     return None
 
 
+def _padded(trained: Model, frame: Observed) -> observe.Observation:
+    """The observation of a field on the padded grid, in m/s."""
+    return observe.pad_grid(frame.observation, trained.ocean.shape, trained.padded)
+
+
 def _case(trained: Model, frame: Observed) -> Case:
     """The observations of one field in the units and on the grid of the network, and the linear analysis of them."""
     mean, std = (jnp.asarray(part)[None] for part in (trained.standardiser.mean, trained.standardiser.std))
@@ -359,7 +364,7 @@ def _case(trained: Model, frame: Observed) -> Case:
             f"the standard error of an observation is {errors.max():.2g} m/s, more than {LARGEST_ERROR:g}; is a fill "
             "value undeclared?"
         )
-    observation = observe.pad_grid(given, trained.ocean.shape, trained.padded).replace(
+    observation = _padded(trained, frame).replace(
         values=jnp.where(valid, (given.values - mean) / std, 0.0), sigma=jnp.where(valid, given.sigma / std, 1.0)
     )
     observed = np.asarray(given.on_grid(trained.ocean.shape)[0])

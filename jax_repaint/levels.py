@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from jax_repaint import command, files, guide, metrics, model
+from jax_repaint import command, files, gains, guide, metrics, model
 from jax_repaint.array_types import Array, Field, Float, Key, Level
 from jax_repaint.cases import block_length, data_of, make_cases, pick
 from jax_repaint.data.fields import Fields, prepare_with_gaps
@@ -56,7 +56,7 @@ def _errors(
         x = x0 + sigma * jax.random.normal(jax.random.fold_in(key, number), x0.shape)
         estimates = denoiser(x, sigma), gaussian(x, sigma)
         if evidence.observation is not None:
-            here = evidence.replace(gain=guide.kalman_gain(gaussian, evidence.observation, evidence.noise, sigma))
+            here = evidence.replace(gain=gains.kalman_gain(gaussian, evidence.observation, evidence.noise, sigma))
             informed = hasattr(denoiser, "given")
             estimates = tuple(guide.kalman(lambda x, e=e: e, x, sigma, sigma, here) for e in estimates)
             if informed:
@@ -94,7 +94,7 @@ def denoising_errors(
     for case, key, x0, scored in zip(cases, keys, frames, present[..., None], strict=True):
         evidence = guide.Evidence(trained.gaussian.ocean)
         if pattern:
-            noise = guide.noise_covariance(case.observation)
+            noise = gains.noise_covariance(case.observation)
             evidence = guide.Evidence(evidence.ocean, case.observation, noise, trained.gaussian)
         levels = jnp.asarray(sigmas, jnp.float32)
         parts = jnp.asarray(x0), jnp.asarray(scored, jnp.float32), evidence, key

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_repaint import device, metrics, sample
+from jax_repaint import device, gains, metrics, sample
 from jax_repaint.calibration import Gate
 from jax_repaint.cases import OBSERVATION_ERROR, Case, gp_analysis, hold_out, known_of, prior_of
 from jax_repaint.checks import whole_number
@@ -172,8 +172,8 @@ def run_method(
     elif name in POSTERIOR:
         hyper = levels_of(trained, name, count)
         made = [np.empty(0)] * len(cases)
-        sizes = [case.observation.size for case in cases]
-        for batch in frame_batches(sizes, members, chunk, trained.gaussian, hyper.calls):
+        rows = [gains.rows_of(trained.gaussian, case.observation) for case in cases]
+        for batch in frame_batches(rows, members, chunk, trained.gaussian, hyper.calls):
             mine = [cases[i] for i in batch]
             evidence = [
                 evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian) for case in mine

@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jax_repaint import distributed, guide, model, observe
+from jax_repaint import distributed, gains, guide, model, observe
 from jax_repaint.array_types import Array, Field, Float, Key, Level
 from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data.fields import Standardiser
@@ -150,14 +150,14 @@ def _make_conditional_loss(config: ConfigDict, gaussian: PrincipalGaussian, grap
         if present is not None:
             seen = seen.within(present[..., 0])
         values = seen.values + seen.sigma * jax.random.normal(noise, seen.values.shape)
-        return guide.Evidence(gaussian.ocean, seen.replace(values=values), guide.noise_covariance(seen), gaussian)
+        return guide.Evidence(gaussian.ocean, seen.replace(values=values), gains.noise_covariance(seen), gaussian)
 
     def loss(params: dict, x0: Field, key: Key, place: Level, training: bool, present: Array | None = None) -> Level:
         sigma = level_at(place, config)
         noise, pattern, dropout = jax.random.split(key, 3)
         x = x0 + sigma * jax.random.normal(noise, x0.shape)
         evidence = observe_some(x0, pattern, present)
-        gain = guide.kalman_gain(gaussian, evidence.observation, evidence.noise, sigma)
+        gain = gains.kalman_gain(gaussian, evidence.observation, evidence.noise, sigma)
         evidence = evidence.replace(gain=gain)
         if graphdef is None:
             estimate = guide.kalman(lambda x: gaussian(x, sigma), x, sigma, sigma, evidence)
@@ -165,7 +165,7 @@ def _make_conditional_loss(config: ConfigDict, gaussian: PrincipalGaussian, grap
             denoiser = ConditionalDenoiser(params, gaussian, graphdef)
             estimate = denoiser.given(x, sigma, evidence, dropout if training else None)
         # Of all ocean cells, with gaps too: a weight that network and Gaussian share.
-        expected = guide.remaining_variance(gaussian, evidence.observation, gain, sigma)
+        expected = gains.remaining_variance(gaussian, evidence.observation, gain, sigma)
         ocean = gaussian.ocean
         counted = ocean if present is None else _present_cells(ocean, ocean, present)
         error = counted * (estimate - x0)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jax_repaint import guide, transition
+from jax_repaint import gains, guide, transition
 from jax_repaint.array_types import Array, Field, Float, Key, Level
 from jax_repaint.checks import check_number, whole_number
 from jax_repaint.denoise import Denoiser, PrincipalGaussian, Regimes
@@ -107,7 +107,7 @@ def evidence_for(
 ) -> guide.Evidence:
     """What `posterior` needs to know of one pattern, with the gains of its levels where the correction has them.
 
-    Made outside of jit and vmap (guide.kalman_gains). Frames that share the pattern differ in
+    Made outside of jit and vmap (gains.kalman_gains). Frames that share the pattern differ in
     `evidence.observation.values` alone, and the gains of the latest patterns are kept.
 
     Args:
@@ -115,7 +115,7 @@ def evidence_for(
       ocean: (y, x, 1), 1 on ocean.
       observation: in standardised units; may be left out for the correction `none` only.
       gaussian: prior of `kalman`, `cov_pigdm` and `given`; of `regimes` their mixture.
-      correlation: of the errors of u and v (guide.noise_covariance); the same as of the analysis to start from.
+      correlation: of the errors of u and v (gains.noise_covariance); the same as of the analysis to start from.
 
     Raises:
       InputError: the correction needs an observation or a Gaussian prior that was not given, a prior of another grid
@@ -131,7 +131,7 @@ def evidence_for(
             f"an observation is at cell {int(observation.cells.max())} of a grid of {ocean.size}; was it made for "
             "another grid, or not padded (observe.pad_grid)?"
         )
-    known = guide.Evidence(ocean, observation, guide.noise_covariance(observation, correlation))
+    known = guide.Evidence(ocean, observation, gains.noise_covariance(observation, correlation))
     if hyper.correction == "pigdm":
         gaussian = guide.white(ocean, observation.values.shape[-1])
     elif hyper.correction not in ("kalman", "cov_pigdm", "given", "regimes"):
@@ -146,20 +146,20 @@ def evidence_for(
                 f"the prior is of another grid or coast: {prior.ocean.shape[:2]} with {int(prior.ocean.sum())} ocean "
                 f"cells, the field is {ocean.shape[:2]} with {int(ocean.sum())}"
             )
-    gains = [_gains(prior, observation, np.asarray(hyper.sigma), correlation) for prior in each]
+    found = [_gains(prior, observation, np.asarray(hyper.sigma), correlation) for prior in each]
     if mixture:
-        return known.replace(regimes=gaussian, gain=jax.tree.map(lambda *g: jnp.stack(g, 1), *gains))
-    return known.replace(gaussian=gaussian, gain=gains[0])
+        return known.replace(regimes=gaussian, gain=jax.tree.map(lambda *g: jnp.stack(g, 1), *found))
+    return known.replace(gaussian=gaussian, gain=found[0])
 
 
-_kept: dict[bytes, guide.Gain] = {}
+_kept: dict[bytes, gains.Gain] = {}
 KEPT_BYTES = 2**28
 
 
 def _gains(
     gaussian: PrincipalGaussian, observation: Observation, sigma: np.ndarray, correlation: float | np.ndarray
-) -> guide.Gain:
-    """guide.kalman_gains, from those of the latest patterns where it has been made before."""
+) -> gains.Gain:
+    """gains.kalman_gains, from those of the latest patterns where it has been made before."""
     blank = observation.replace(values=jnp.zeros_like(observation.values))
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves((gaussian, blank, sigma, np.asarray(correlation, np.float32))):
@@ -167,7 +167,7 @@ def _gains(
     name = digest.digest()
     gain = _kept.pop(name, None)
     if gain is None:
-        gain = guide.kalman_gains(gaussian, observation, sigma, correlation)
+        gain = gains.kalman_gains(gaussian, observation, sigma, correlation)
     _kept[name] = gain
     while len(_kept) > 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(_kept)) > KEPT_BYTES:
         _kept.pop(next(iter(_kept)))
@@ -201,7 +201,7 @@ def linear_sample(
     """
     values = evidence.observation.values
     errors = draw(key, values.shape, values.dtype)
-    errors = jnp.einsum("mcd,md->mc", jnp.linalg.cholesky(evidence.noise), errors, precision=guide.HIGHEST)
+    errors = jnp.einsum("mcd,md->mc", jnp.linalg.cholesky(evidence.noise), errors, precision=gains.HIGHEST)
     mean = analysis.mean(values)
     return mean + sign * (analysis.update(prior_draw, values + errors) - mean)
 
@@ -213,7 +213,7 @@ class _Level(NamedTuple):
     sigma: Array
     following: Array
     extrapolation: Array
-    gain: guide.Gain | None
+    gain: gains.Gain | None
 
 
 def posterior(

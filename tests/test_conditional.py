@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_repaint import guide, model, observe, train
+from jax_repaint import gains, guide, model, observe, train
 from jax_repaint.conditional import ConditionalDenoiser, share_observed
 from jax_repaint.data.fields import Standardiser, prepare
 from jax_repaint.denoise import AnchoredDenoiser
@@ -81,9 +81,9 @@ def test_a_silent_network_gives_the_exact_gaussian_estimate(silent, prior, truth
     gain = np.linalg.solve(stacked @ covariance @ stacked.T + errors, stacked @ covariance).T
     exact = mean + gain @ (seen - stacked @ mean)
 
-    noise = guide.noise_covariance(observation)
+    noise = gains.noise_covariance(observation)
     evidence = guide.Evidence(prior.ocean, observation, noise, prior)
-    evidence = evidence.replace(gain=jax.jit(guide.kalman_gain)(prior, observation, noise, jnp.float32(sigma)))
+    evidence = evidence.replace(gain=jax.jit(gains.kalman_gain)(prior, observation, noise, jnp.float32(sigma)))
     found = np.asarray(GIVEN(silent, x, jnp.float32(sigma), evidence)).reshape(-1)[wet]
     np.testing.assert_allclose(found, exact, atol=2e-5)
 
@@ -108,8 +108,8 @@ def test_without_observations_it_is_the_network_it_grew_from(grown, prior, truth
 
 def at_level(prior, observation, sigma):
     """The evidence of an observation at one level."""
-    noise = guide.noise_covariance(observation)
-    gain = jax.jit(guide.kalman_gain)(prior, observation, noise, jnp.float32(sigma))
+    noise = gains.noise_covariance(observation)
+    gain = jax.jit(gains.kalman_gain)(prior, observation, noise, jnp.float32(sigma))
     return guide.Evidence(prior.ocean, observation, noise, prior, gain)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from jax_repaint import ensemble, guide, observe
+from jax_repaint import ensemble, gains, guide, observe
 from jax_repaint.denoise import PrincipalGaussian, Regimes
 from jax_repaint.ensemble import (
     batch_shape,
@@ -522,14 +522,18 @@ def test_frames_of_a_batch_are_one_call(gaussian, three, correction, monkeypatch
     ],
 )
 def test_batches_of_frames_are_full(gaussian, sizes, chunk, expected):
-    assert frame_batches(sizes, 4, chunk, gaussian, 16, 1) == expected
+    rows = [gains.Rows(size, False) for size in sizes]
+    assert frame_batches(rows, 4, chunk, gaussian, 16, 1) == expected
 
 
-def test_own_bytes_are_those_of_gains_and_analysis(gaussian, three):
+def test_own_bytes_are_those_of_gains_and_analysis(gaussian):
+    """Of points with corners in common, whose gains are whole matrices."""
+    at = np.linspace(2, 5, 30)
+    seen = observe.from_points(at, at, np.zeros((30, 2)), 0.1, *map(np.arange, OCEAN.shape), OCEAN)
     hyper = Posterior.create(10.0, 0.02, 5)
-    evidence, analysis = evidence_for(hyper, gaussian.ocean, three[2], gaussian), linear.analysis(gaussian, three[2])
+    evidence, analysis = evidence_for(hyper, gaussian.ocean, seen, gaussian), linear.analysis(gaussian, seen)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((evidence.gain, analysis.gain)))
-    assert own_bytes(three[2].size, gaussian, 5) == held
+    assert own_bytes(gains.rows_of(gaussian, seen), gaussian, 5) == held
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
 
 import jax_repaint
-from jax_repaint import export, guide, inpaint, memory, methods, metrics, model, observe
+from jax_repaint import export, gains, guide, inpaint, memory, methods, metrics, model, observe
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.cases import make_cases
 from jax_repaint.data import readers
@@ -1204,8 +1204,8 @@ def test_an_exported_program_makes_the_same_members_without_this_package(trained
 def test_the_program_knows_the_variance_of_the_linear_estimate(trained):
     (frame,) = collect(table(6, sigma=0.02), GRID)
     observation = observe.pad_grid(frame.observation, GRID.ocean.shape, trained.padded)
-    noise = guide.noise_covariance(observation)
-    gain = guide.kalman_gain(trained.gaussian, observation, noise, jnp.float32(jnp.inf))
+    noise = gains.noise_covariance(observation)
+    gain = gains.kalman_gain(trained.gaussian, observation, noise, jnp.float32(jnp.inf))
     factors = export.Factors(guide.Evidence(trained.gaussian.ocean, observation, noise, trained.gaussian, gain))
     exact = linear.analysis(trained.gaussian, observation).variance
     np.testing.assert_allclose(factors.variance, exact, rtol=1e-3, atol=1e-6)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_repaint import guide, memory, observe, transition
+from jax_repaint import gains, guide, memory, observe, transition
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.posterior import Posterior, antithetic, evidence_for, linear_sample, posterior
-from jax_repaint.prior.analysis import Analysis
+from jax_repaint.prior.analysis import DenseAnalysis
 
 SHAPE = (16, 24)
 NOISE = 0.05
@@ -78,9 +78,9 @@ def linear(dense, gaussian, observation, ocean):
     variance = np.zeros(2 * ocean.size)
     variance[sea] = np.diag(left)
     arrays = full.reshape(*SHAPE, 2, -1, 2), variance.reshape(*SHAPE, 2)
-    # Analysis multiplies by `valid`, which strict promotion forbids for booleans.
+    # The analysis multiplies by `valid`, which strict promotion forbids for booleans.
     rows = observation.replace(valid=observation.valid.astype(jnp.float32))
-    return Analysis(rows, gaussian.mean, *(jnp.asarray(v, jnp.float32) for v in arrays)), left
+    return DenseAnalysis(rows, gaussian.mean, *(jnp.asarray(v, jnp.float32) for v in arrays)), left
 
 
 def conditional(dense, x, sigma, mean, noise):
@@ -119,8 +119,8 @@ def test_conditional_covariance_is_the_dense_inverse(gaussian, dense, sigma):
     exact = np.linalg.inv(np.linalg.inv(covariance) + np.eye(len(covariance)) / sigma**2)
     e = on_sea(gaussian.direction, dense)
     variance, rest = np.asarray(gaussian.variance, float), float(gaussian.rest)
-    left = guide.conditional_variance(rest, sigma)
-    mine = (e.T * (guide.conditional_variance(variance, sigma) - left)) @ e + left * np.eye(e.shape[1])
+    left = gains.conditional_variance(rest, sigma)
+    mine = (e.T * (gains.conditional_variance(variance, sigma) - left)) @ e + left * np.eye(e.shape[1])
     np.testing.assert_allclose(mine, exact, atol=1e-6 * np.abs(exact).max())
 
 
@@ -144,7 +144,7 @@ def test_corrections_of_the_exact_denoiser_are_exact(gaussian, observation, dens
 
 
 def test_correlated_errors_weigh_as_in_dense_algebra(gaussian, observation, dense):
-    gain = guide.kalman_gains(gaussian, observation, np.array([0.5, np.inf]), correlation=0.7)
+    gain = gains.kalman_gains(gaussian, observation, np.array([0.5, np.inf]), correlation=0.7)
     sea, covariance, a, _ = dense
     noise = NOISE**2 * np.kron(np.eye(len(a) // 2), [[1, 0.7], [0.7, 1]])
     valid = np.asarray(observation.valid)
@@ -162,22 +162,22 @@ def test_corners_on_land_have_no_part_in_gains(gaussian, ocean):
         observe.from_weights(cells, np.concatenate([0.6 * ones, share * ones], 1), np.zeros((2, 2)), NOISE, 2)
         for share in (0.4, 0.0)
     )
-    noise = guide.noise_covariance(seen)
+    noise = gains.noise_covariance(seen)
     for make in (
-        lambda one: guide.kalman_gains(gaussian, one, np.array([0.5])),
-        lambda one: guide.kalman_gain(gaussian, one, noise, jnp.float32(0.5)),
+        lambda one: gains.kalman_gains(gaussian, one, np.array([0.5])),
+        lambda one: gains.kalman_gain(gaussian, one, noise, jnp.float32(0.5)),
     ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), make(seen), make(less))
-    gain = guide.kalman_gain(gaussian, seen, noise, jnp.float32(0.5))
-    left = [float(guide.remaining_variance(gaussian, one, gain, jnp.float32(0.5))) for one in (seen, less)]
+    gain = gains.kalman_gain(gaussian, seen, noise, jnp.float32(0.5))
+    left = [float(gains.remaining_variance(gaussian, one, gain, jnp.float32(0.5))) for one in (seen, less)]
     assert left[0] == pytest.approx(left[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.02, 1.0, 80.0, np.inf])
 def test_gains_on_the_device_are_those_of_the_host(gaussian, observation, sigma):
-    host = jax.tree.map(lambda g: g[0], guide.kalman_gains(gaussian, observation, np.array([sigma]), correlation=0.4))
-    noise = guide.noise_covariance(observation, 0.4)
-    device = jax.jit(guide.kalman_gain)(gaussian, observation, noise, jnp.float32(sigma))
+    host = jax.tree.map(lambda g: g[0], gains.kalman_gains(gaussian, observation, np.array([sigma]), correlation=0.4))
+    noise = gains.noise_covariance(observation, 0.4)
+    device = jax.jit(gains.kalman_gain)(gaussian, observation, noise, jnp.float32(sigma))
     for ours, exact in zip(jax.tree.leaves(device), jax.tree.leaves(host), strict=True):
         np.testing.assert_allclose(ours, exact, atol=1e-4 * np.abs(exact).max())
 
@@ -187,8 +187,8 @@ def test_remaining_variance_is_the_dense_trace(gaussian, observation, dense, sig
     sea, covariance, a, _ = dense
     given_x = np.linalg.inv(np.linalg.inv(covariance) + np.eye(sea.size) / sigma**2)
     left = given_x - given_x @ a.T @ np.linalg.solve(a @ given_x @ a.T + NOISE**2 * np.eye(len(a)), a @ given_x)
-    gain = jax.tree.map(lambda g: g[0], guide.kalman_gains(gaussian, observation, np.array([sigma])))
-    found = jax.jit(guide.remaining_variance)(gaussian, observation, gain, jnp.float32(sigma))
+    gain = jax.tree.map(lambda g: g[0], gains.kalman_gains(gaussian, observation, np.array([sigma])))
+    found = jax.jit(gains.remaining_variance)(gaussian, observation, gain, jnp.float32(sigma))
     assert float(found) == pytest.approx(np.trace(left) / sea.size, rel=1e-4)
 
 
@@ -306,8 +306,8 @@ def test_errors_of_a_linear_sample_are_correlated_as_told():
     ocean, sigma = np.ones((4, 4), bool), np.array([0.3, 1.1])
     seen = observe.from_cells(ocean, np.zeros((4, 4, 2)), sigma, ocean)
     gain = jnp.einsum("km,cd->kcmd", jnp.eye(16), jnp.eye(2)).reshape(4, 4, 2, 16, 2)
-    analysis = Analysis(seen, jnp.zeros((4, 4, 2)), gain, jnp.zeros((4, 4, 2)))
-    evidence = guide.Evidence(jnp.ones((4, 4, 1)), seen, guide.noise_covariance(seen, 0.8))
+    analysis = DenseAnalysis(seen, jnp.zeros((4, 4, 2)), gain, jnp.zeros((4, 4, 2)))
+    evidence = guide.Evidence(jnp.ones((4, 4, 1)), seen, gains.noise_covariance(seen, 0.8))
     draws = jax.vmap(lambda key: linear_sample(key, analysis, jnp.zeros((4, 4, 2)), evidence))
     samples = np.asarray(jax.jit(draws)(jax.random.split(jax.random.key(0), 3000)), float)
     np.testing.assert_allclose(np.cov(samples.reshape(-1, 2).T), [[0.09, 0.264], [0.264, 1.21]], rtol=0.03)
@@ -418,13 +418,13 @@ def test_land_keeps_the_start_and_pairs_mirror_every_draw(gaussian, observation,
 def test_more_observations_than_memory_holds_are_refused(gaussian, observation, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1_000_000)
     with pytest.raises(InputError, match=r"32 observed positions at 16 noise levels need .* 16 fit"):
-        guide.kalman_gains(gaussian, observation, np.full(16, 1.0))
+        gains.kalman_gains(gaussian, observation, np.full(16, 1.0))
 
 
 def test_gains_of_a_pattern_are_made_once(gaussian, observation, monkeypatch):
     made = []
-    make = guide.kalman_gains
-    monkeypatch.setattr(guide, "kalman_gains", lambda *args: made.append(args) or make(*args))
+    make = gains.kalman_gains
+    monkeypatch.setattr(gains, "kalman_gains", lambda *args: made.append(args) or make(*args))
     hyper = Posterior.create(2.7, count=3)
     first = evidence_for(hyper, gaussian.ocean, observation, gaussian)
     other = evidence_for(hyper, gaussian.ocean, observation.replace(values=observation.values + 1), gaussian)
@@ -440,9 +440,9 @@ def test_kept_gains_are_of_the_same_correlation(gaussian, observation):
     hyper = Posterior.create(2.7, count=2)
     for correlation in (0.0, 0.6, -0.3, 0.0):
         found = evidence_for(hyper, gaussian.ocean, observation, gaussian, correlation)
-        exact = guide.kalman_gains(gaussian, observation, np.asarray(hyper.sigma), correlation)
+        exact = gains.kalman_gains(gaussian, observation, np.asarray(hyper.sigma), correlation)
         np.testing.assert_array_equal(found.gain.inverse, exact.inverse)
-        np.testing.assert_array_equal(found.noise, guide.noise_covariance(observation, correlation))
+        np.testing.assert_array_equal(found.noise, gains.noise_covariance(observation, correlation))
 
 
 def test_mistakes_are_named(gaussian, observation):
@@ -483,7 +483,7 @@ def test_mistakes_are_named(gaussian, observation):
     with pytest.raises(InputError, match="another grid, or not padded"):
         evidence_for(hyper, gaussian.ocean, observation.replace(cells=observation.cells + 200), gaussian)
     with pytest.raises(InputError, match="positive"):
-        guide.kalman_gains(gaussian, observation, np.zeros(1))
+        gains.kalman_gains(gaussian, observation, np.zeros(1))
     with pytest.raises(InputError, match="correlation"):
         evidence_for(hyper, gaussian.ocean, observation, gaussian, 1.0)
     evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)

@@ -6,28 +6,33 @@
 G depends on the pattern and the noise alone, so one analysis serves every frame that shares them.
 """
 
+import abc
+
 import jax
+import jax.numpy as jnp
 from flax import struct
 
+from jax_repaint import gains, guide
 from jax_repaint.array_types import Array, Field, Float, Key, Values
 from jax_repaint.observe import Observation
 
 
-@struct.dataclass
-class Analysis:
+class Analysis(abc.ABC):
     """Gain and error of a linear estimate for one pattern.
 
     Attributes:
       observation: the pattern; its values are not used.
       background: prior mean (y, x, c), in the units of the observation.
-      gain: (y, x, c, m, c); zero on land.
       variance: posterior variance (y, x, c); zero on land.
     """
 
     observation: Observation
     background: Field
-    gain: Float[Array, "y x c m c"]
     variance: Field
+
+    @abc.abstractmethod
+    def increment(self, innovation: Values) -> Field:
+        """G d, zero on land; d (m, c) is 0 on padded rows."""
 
     def mean(self, values: Values) -> Field:
         """Posterior mean for observed values (m, c); vmap over values for frames that share the pattern."""
@@ -36,10 +41,7 @@ class Analysis:
     def update(self, field: Field, values: Values) -> Field:
         """field + G (values - A field)."""
         misfit = values - self.observation.apply(field)
-        innovation = jax.numpy.where(self.observation.valid[:, None], misfit, 0.0)
-        # The only product in float32 whose error shows (TPU and TF32 round its inputs to ten bits or fewer).
-        precision = jax.lax.Precision.HIGHEST
-        return field + jax.numpy.einsum("yxcmd,md->yxc", self.gain, innovation, precision=precision)
+        return field + self.increment(jnp.where(self.observation.valid[:, None], misfit, 0.0))
 
     def sample(self, key: Key, prior_draw: Field, values: Values) -> Field:
         """A posterior sample from a prior draw x_p (Matheron's rule; Doucet 2010, eq. 6).
@@ -48,3 +50,49 @@ class Analysis:
         """
         noise = self.observation.sigma * jax.random.normal(key, values.shape, values.dtype)
         return self.update(prior_draw, values + noise)
+
+
+@struct.dataclass
+class DenseAnalysis(Analysis):
+    """An analysis with its gain as one matrix.
+
+    Attributes:
+      gain: (y, x, c, m, c); zero on land.
+    """
+
+    observation: Observation
+    background: Field
+    gain: Float[Array, "y x c m c"]
+    variance: Field
+
+    def increment(self, innovation: Values) -> Field:
+        """See Analysis."""
+        # Rounded factors (TPU, TF32) would show.
+        return jnp.einsum("yxcmd,md->yxc", self.gain, innovation, precision=gains.HIGHEST)
+
+
+@struct.dataclass
+class PrincipalAnalysis(Analysis):
+    """An analysis of a PrincipalGaussian with its gain in the factors of `gains.Gain`.
+
+    Attributes:
+      evidence: with the gain of sigma = inf.
+    """
+
+    evidence: guide.Evidence
+    variance: Field
+
+    @property
+    def observation(self) -> Observation:
+        """See Analysis."""
+        return self.evidence.observation
+
+    @property
+    def background(self) -> Field:
+        """See Analysis."""
+        return self.evidence.gaussian.mean
+
+    def increment(self, innovation: Values) -> Field:
+        """See Analysis."""
+        given = self.evidence
+        return gains.increment(given.gaussian, given.observation, given.gain, innovation, jnp.inf)

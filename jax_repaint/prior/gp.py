@@ -24,7 +24,7 @@ from flax import struct
 from jax_repaint.array_types import Array, Cells, Field, Float, Int, Key, Scalar
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
-from jax_repaint.prior.analysis import Analysis
+from jax_repaint.prior.analysis import DenseAnalysis
 
 NAMES = ("rbf_legacy", "rbf", "matern32", "matern52", "divergence_free")
 BACKGROUNDS = ("zero", "constant", "climatology")
@@ -167,7 +167,7 @@ def background(kind: str, velocity: np.ndarray, ocean: np.ndarray) -> np.ndarray
 
 def analysis(
     kernel: Kernel, observation: Observation, ocean: Cells, positions: np.ndarray, background: Field
-) -> Analysis:
+) -> DenseAnalysis:
     """The analysis of one pattern; its `mean` serves every frame that shares pattern and errors.
 
         G = K A^T (A K A^T + R)^{-1},    variance = diag(K - G A K)
@@ -200,7 +200,7 @@ def analysis(
     with _float64():
         wide, sigma = _wide(kernel), np.asarray(observation.sigma, float)
         gain, variance, used = map(np.asarray, _analysis(wide, cells, weights, sigma, ocean, positions))
-    return Analysis(
+    return DenseAnalysis(
         observation=observation.replace(sigma=jnp.asarray(used)),
         background=jnp.asarray(background, jnp.float32),
         gain=jnp.asarray(gain),

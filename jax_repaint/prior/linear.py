@@ -13,15 +13,16 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from jax_repaint import guide, memory
+from jax_repaint import gains, guide, memory
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
-from jax_repaint.prior.analysis import Analysis
+from jax_repaint.prior.analysis import Analysis, DenseAnalysis, PrincipalAnalysis
 
 OVERSAMPLING = 32
 POWER_PASSES = 3
@@ -267,50 +268,89 @@ def truncate(gaussian: PrincipalGaussian, rank: int, rest: float = 1.0) -> Princ
 def analysis(gaussian: PrincipalGaussian, observation: Observation, correlation: float | np.ndarray = 0.0) -> Analysis:
     """The posterior of one pattern, G = Sigma A^T (A Sigma A^T + R)^-1, its variance diag(Sigma - G A Sigma).
 
-    Solved in float64 on the host, returned in float32; both in the units of the prior.
+    Solved in float64 on the host, returned in float32; both in the units of the prior. The gain is one matrix, or in
+    factors where `gains.rows_of` says so.
 
     Args:
       gaussian: prior.
       observation: pattern and errors; its values are not used.
-      correlation: of the errors of u and v (guide.noise_covariance).
+      correlation: of the errors of u and v (gains.noise_covariance).
 
     Raises:
       InputError: the gain and what it is made of do not fit into the memory that is left.
     """
-    values = gaussian.direction.shape[-1]
-    # The gain as (cells, c, m c) in float32, its parts, and as much again for the covariance.
-    needed, free = 4 * 4 * gaussian.ocean.size * observation.size * values**2, memory.available()
+    if gains.rows_of(gaussian, observation).by_blocks:
+        return _by_blocks(gaussian, observation, correlation)
+    return _dense(gaussian, observation, correlation)
+
+
+def _check_memory(needed: int, gaussian: PrincipalGaussian, observation: Observation) -> None:
+    free = memory.available()
     if needed > free:
         raise InputError(
             f"the analysis of {observation.size} observed positions on {gaussian.ocean.size} cells does not fit into "
             f"the memory: it needs {needed / 1e9:.2g} GB and {free / 1e9:.2g} are free; take fewer frames or patterns "
             "at a time"
         )
-    gain = guide.exact_gains(gaussian, observation, np.array([np.inf]), correlation)
+
+
+def _by_blocks(
+    gaussian: PrincipalGaussian, observation: Observation, correlation: float | np.ndarray
+) -> PrincipalAnalysis:
+    """The analysis of rows that see cells of their own.
+
+    x = E z + w,   z ~ N(0, D),   w ~ N(0, rest I),   D = diag(lambda_i - rest)
+    Cov[x | y] = Cov[w | y, z] + H Cov[z | y] H^T,    H = (I - rest A^T K^-1 A) E,   Cov[z | y] = D^(1/2) M^-1 D^(1/2)
+    """
+    field, rank = gaussian.mean.size, gaussian.variance.size
+    # The directions in float64, what of them the observations leave, and that turned.
+    _check_memory(3 * 8 * field * rank, gaussian, observation)
+    noise = gains.noise_covariance(observation, correlation)
+    gain = jax.tree.map(
+        lambda leaf: leaf[0], gains.kalman_gains(gaussian, observation, np.array([np.inf]), correlation)
+    )
+    evidence = guide.Evidence(gaussian.ocean, observation, noise, gaussian, gain)
+    seen, leading = gains.seen_by(gaussian, observation)
+    blocks = gains.Blocks.of(gaussian, seen, leading, np.asarray(noise, np.float64), np.inf)
+    rest, ocean, components = float(gaussian.rest), np.asarray(gaussian.ocean), gaussian.mean.shape[-1]
+    left = np.asarray(gaussian.direction, np.float64).reshape(rank, ocean.size, components).transpose(1, 2, 0)
+    scattered = seen.T @ blocks.weighed.reshape(observation.size, -1)
+    left = (left - rest * scattered.reshape(left.shape)).reshape(-1, rank)
+    turned = scipy.linalg.solve_triangular(blocks.factor, (left * blocks.root).T, lower=True)
+    precision = np.einsum("mcc->mc", blocks.inverse)
+    own = rest - rest**2 * (seen.multiply(seen).T @ precision)
+    variance = own + np.einsum("rv,rv->v", turned, turned).reshape(own.shape)
+    return PrincipalAnalysis(evidence, jnp.asarray(variance.reshape(gaussian.mean.shape) * ocean, jnp.float32))
+
+
+def _dense(gaussian: PrincipalGaussian, observation: Observation, correlation: float | np.ndarray) -> DenseAnalysis:
+    # The gain as (cells, c, m c) in float32, its parts, and as much again for the covariance.
+    _check_memory(4 * 4 * gaussian.mean.size * observation.values.size, gaussian, observation)
+    gain = gains.exact_gains(gaussian, observation, np.array([np.inf]), correlation)
     inverse, along = gain.inverse[0], gain.along[0]
     direction, ocean = np.asarray(gaussian.direction), np.asarray(gaussian.ocean)
     grid, components = ocean.shape[:2], direction.shape[-1]
     rows, rest = observation.size, float(gaussian.rest)
-    seen, leading = guide.seen_by(gaussian, observation)
+    seen, leading = gains.seen_by(gaussian, observation)
     used = np.unique(seen.indices[seen.data != 0])
     weights = seen[:, used].toarray()
 
     def with_rest(of_rows: np.ndarray, of_directions: np.ndarray) -> np.ndarray:
         """rest A^T of_rows + E of_directions as (cells, c, m c)."""
         leading = np.tensordot(direction.reshape(len(direction), -1), of_directions.astype(np.float32), (0, 0))
-        gains = leading.reshape(ocean.size, components, rows, components)
-        gains[used] += (rest * np.tensordot(weights, of_rows, (0, 0))).astype(np.float32)
-        return gains.reshape(*grid, components, rows, components)
+        whole = leading.reshape(ocean.size, components, rows, components)
+        whole[used] += (rest * np.tensordot(weights, of_rows, (0, 0))).astype(np.float32)
+        return whole.reshape(*grid, components, rows, components)
 
-    gains = with_rest(inverse, along)
+    matrix = with_rest(inverse, along)
     same = np.eye(rows * components).reshape((rows, components) * 2)
     excess = np.asarray(gaussian.variance) - rest
     covariance = with_rest(same, excess[:, None, None] * np.moveaxis(leading, -1, 0))
-    variance = prior_variance(gaussian) - np.einsum("yxcmd,yxcmd->yxc", gains, covariance)
-    return Analysis(
+    variance = prior_variance(gaussian) - np.einsum("yxcmd,yxcmd->yxc", matrix, covariance)
+    return DenseAnalysis(
         observation=observation,
         background=gaussian.mean,
-        gain=jnp.asarray(gains),
+        gain=jnp.asarray(matrix),
         variance=jnp.asarray(np.maximum(variance, 0) * ocean, jnp.float32),
     )
 
@@ -324,13 +364,18 @@ def prior_variance(gaussian: PrincipalGaussian) -> np.ndarray:
 
 def estimate(gaussian: PrincipalGaussian, observation: Observation, values: np.ndarray) -> np.ndarray:
     """Posterior means (n, y, x, c) of n frames that share a pattern, from values (n, m, c), without the gain itself."""
-    gain = guide.exact_gains(gaussian, observation, np.array([np.inf]))
+    gain = gains.exact_gains(gaussian, observation, np.array([np.inf]))
     mean = gaussian.mean
     misfit = (values - np.asarray(observation.apply(mean))) * np.asarray(observation.valid)[:, None]
     along = np.einsum("rmc,nmc->nr", gain.along[0], misfit)
-    weighed = np.einsum("mcpd,npd->nmc", gain.inverse[0], misfit)
     leading = np.tensordot(along, np.asarray(gaussian.direction), 1)
     ocean, weights = np.asarray(gaussian.ocean), np.asarray(observation.weights, np.float64)
+    if gain.by_blocks:
+        corners = leading.reshape(len(values), ocean.size, -1)[:, np.asarray(observation.cells)]
+        left = misfit - np.einsum("mk,nmkc->nmc", weights, corners)
+        weighed = np.einsum("mcd,nmd->nmc", gain.inverse[0], left)
+    else:
+        weighed = np.einsum("mcpd,npd->nmc", gain.inverse[0], misfit)
     scattered = np.zeros((len(weighed), ocean.size, weighed.shape[-1]))
     np.add.at(scattered, (slice(None), np.asarray(observation.cells)), weights[..., None] * weighed[:, :, None])
     found = np.asarray(mean) + leading + float(gaussian.rest) * scattered.reshape(leading.shape) * ocean
