@@ -183,14 +183,10 @@ def _levels_by_blocks(
     noise: Float[np.ndarray, "m c c"],
     sigma: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """K^-1, `along` and log det S = log det K + log det M of every level."""
-    rows, components, rank = leading.shape
+    """K^-1, `along` and log det S of every level."""
     for level in sigma:
         blocks = Blocks.of(gaussian, seen, leading, noise, level)
-        right = blocks.root[:, None] * blocks.weighed.reshape(rows * components, rank).T
-        along = blocks.root[:, None] * scipy.linalg.cho_solve((blocks.factor, True), right)
-        log_det = 2 * np.log(np.diag(blocks.factor)).sum() - np.linalg.slogdet(blocks.inverse)[1].sum()
-        yield blocks.inverse, along.reshape(rank, rows, components), log_det
+        yield blocks.inverse, blocks.along(), blocks.log_det()
 
 
 class Blocks(NamedTuple):
@@ -229,6 +225,21 @@ class Blocks(NamedTuple):
         inner = root[:, None] * (leading.reshape(flat).T @ weighed.reshape(flat)) * root
         factor = scipy.linalg.cholesky(np.eye(root.size) + inner, lower=True)
         return cls(inverse, weighed, root, factor)
+
+    def along(self) -> Float[np.ndarray, "r m c"]:
+        """(c_i - c_rest) e_i^T A^T S^-1."""
+        rows, components, rank = self.weighed.shape
+        right = self.root[:, None] * self.weighed.reshape(rows * components, rank).T
+        along = self.root[:, None] * scipy.linalg.cho_solve((self.factor, True), right)
+        return along.reshape(rank, rows, components)
+
+    def log_det(self) -> float:
+        """log det S = log det K + log det M."""
+        return float(2 * np.log(np.diag(self.factor)).sum() - np.linalg.slogdet(self.inverse)[1].sum())
+
+    def gain(self) -> Gain:
+        """In float32."""
+        return Gain(*(jnp.asarray(part, jnp.float32) for part in (self.inverse, self.along(), self.log_det())), True)
 
 
 def seen_by(
@@ -277,7 +288,7 @@ def _check_memory(rows: Rows, gaussian: PrincipalGaussian, levels: int) -> None:
         return size * (4 * levels * (across + rank) + 8 * (6 * across + 4 * rank) + 4 * CORNERS * rank)
 
     if needed(rows.size) > free:
-        fit = next((count for count in reversed(BUCKETS) if needed(count) <= free), 0)
+        fit = int(free / needed(1)) if rows.by_blocks else next((n for n in reversed(BUCKETS) if needed(n) <= free), 0)
         raise InputError(
             f"{rows.size} observed positions at {levels} noise levels need "
             f"{needed(rows.size) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {fit} fit: "

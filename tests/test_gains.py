@@ -255,5 +255,6 @@ def test_memory_grows_with_the_rows_and_not_with_their_square(gaussian, monkeypa
     monkeypatch.setattr(memory, "available", lambda: 2**25)
     with pytest.raises(InputError, match=r"observed positions at 16 noise levels need .* fit: thin"):
         gains.kalman_gains(prior, observation, np.full(16, 1.0))
+    monkeypatch.setattr(memory, "available", lambda: 2**24)
     with pytest.raises(InputError, match="does not fit into the memory"):
         linear.analysis(prior, observation)

@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
@@ -303,15 +302,12 @@ def _by_blocks(
     Cov[x | y] = Cov[w | y, z] + H Cov[z | y] H^T,    H = (I - rest A^T K^-1 A) E,   Cov[z | y] = D^(1/2) M^-1 D^(1/2)
     """
     field, rank = gaussian.mean.size, gaussian.variance.size
-    # The directions in float64, what of them the observations leave, and that turned.
-    _check_memory(3 * 8 * field * rank, gaussian, observation)
+    # The directions in float64, what of them the observations leave, and that turned; and what rows see of them.
+    _check_memory(8 * rank * (3 * field + 4 * observation.values.size), gaussian, observation)
     noise = gains.noise_covariance(observation, correlation)
-    gain = jax.tree.map(
-        lambda leaf: leaf[0], gains.kalman_gains(gaussian, observation, np.array([np.inf]), correlation)
-    )
-    evidence = guide.Evidence(gaussian.ocean, observation, noise, gaussian, gain)
     seen, leading = gains.seen_by(gaussian, observation)
     blocks = gains.Blocks.of(gaussian, seen, leading, np.asarray(noise, np.float64), np.inf)
+    evidence = guide.Evidence(gaussian.ocean, observation, noise, gaussian, blocks.gain())
     rest, ocean, components = float(gaussian.rest), np.asarray(gaussian.ocean), gaussian.mean.shape[-1]
     left = np.asarray(gaussian.direction, np.float64).reshape(rank, ocean.size, components).transpose(1, 2, 0)
     scattered = seen.T @ blocks.weighed.reshape(observation.size, -1)
