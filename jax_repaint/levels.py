@@ -51,19 +51,19 @@ def _errors(
     """Mean square errors of network and Gaussian on one frame at every level, over the cells where `scored` is 1."""
     count = scored.sum() * x0.shape[-1]
 
-    def one(now: tuple[Level, Array]) -> Float[Array, "2"]:
-        sigma, number = now
+    def one(now: tuple[Level, Array, gains.Gain | None]) -> Float[Array, "2"]:
+        sigma, number, gain = now
         x = x0 + sigma * jax.random.normal(jax.random.fold_in(key, number), x0.shape)
         estimates = denoiser(x, sigma), gaussian(x, sigma)
         if evidence.observation is not None:
-            here = evidence.replace(gain=gains.kalman_gain(gaussian, evidence.observation, evidence.noise, sigma))
+            here = evidence.replace(gain=gain)
             informed = hasattr(denoiser, "given")
             estimates = tuple(guide.kalman(lambda x, e=e: e, x, sigma, sigma, here) for e in estimates)
             if informed:
                 estimates = denoiser.given(x, sigma, here), estimates[1]
         return jnp.stack([jnp.sum(scored * (e - x0) ** 2) / count for e in estimates])
 
-    return jax.lax.map(one, (sigmas, jnp.arange(len(sigmas), dtype=jnp.int32)))
+    return jax.lax.map(one, (sigmas, jnp.arange(len(sigmas), dtype=jnp.int32), evidence.gain))
 
 
 def denoising_errors(
@@ -94,8 +94,10 @@ def denoising_errors(
     for case, key, x0, scored in zip(cases, keys, frames, present[..., None], strict=True):
         evidence = guide.Evidence(trained.gaussian.ocean)
         if pattern:
-            noise = gains.noise_covariance(case.observation)
-            evidence = guide.Evidence(evidence.ocean, case.observation, noise, trained.gaussian)
+            evidence = guide.Evidence(
+                evidence.ocean, case.observation, gains.noise_covariance(case.observation), trained.gaussian,
+                gains.kalman_gains(trained.gaussian, case.observation, sigmas),
+            )  # fmt: skip
         levels = jnp.asarray(sigmas, jnp.float32)
         parts = jnp.asarray(x0), jnp.asarray(scored, jnp.float32), evidence, key
         rows.append(np.asarray(_errors(trained.denoiser, trained.gaussian, levels, *parts)))

@@ -388,8 +388,27 @@ def swath(ocean: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray
     return ocean & (distance <= width / 2)
 
 
+def gaps(ocean: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """All ocean cells but those under patches that hide a fraction of them: a radar with outages, or clouds.
+
+    A cell is hidden where white noise, smoothed by a Gaussian of a twelfth of the shorter side of the grid, is highest.
+    (y, x) bool.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"fraction of hidden cells must be in (0, 1), got {fraction}")
+    flat = np.flatnonzero(ocean)
+    hidden = round(fraction * flat.size)
+    if not 0 < hidden < flat.size:
+        raise InputError(f"gaps of {fraction:g} of {flat.size} ocean cells leave nothing to observe or to fill")
+    rough = rng.standard_normal(ocean.shape)
+    smooth = ndimage.gaussian_filter(rough, min(ocean.shape) / 12).reshape(-1)[flat]
+    observed = np.zeros(ocean.size, bool)
+    observed[flat[np.argsort(smooth)[: flat.size - hidden]]] = True
+    return observed.reshape(ocean.shape)
+
+
 def parse(spec: str, ocean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The observed cells that a text names: `line:22`, `walk:90`, `cells:0.02`, `swath:3`. (y, x) bool."""
+    """The observed cells that a text names: `line:22`, `walk:90`, `cells:0.02`, `swath:3`, `gaps:0.3`. (y, x) bool."""
     kind, _, value = spec.partition(":")
     try:
         if kind == "line":
@@ -400,11 +419,13 @@ def parse(spec: str, ocean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
             return cells(ocean, float(value), rng)
         if kind == "swath":
             return swath(ocean, int(value), rng)
+        if kind == "gaps":
+            return gaps(ocean, float(value), rng)
     except InputError:
         raise
     except ValueError:
         pass
-    raise InputError(f"pattern {spec!r} is not one of line:ROW, walk:CELLS, cells:FRACTION, swath:WIDTH")
+    raise InputError(f"pattern {spec!r} is not one of line:ROW, walk:CELLS, cells:FRACTION, swath:WIDTH, gaps:FRACTION")
 
 
 def pattern_table(ocean: np.ndarray, count: int, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -299,9 +299,29 @@ def test_swath_is_on_the_ocean(ocean):
     assert not (observed & ~ocean).any()
 
 
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.8])
+def test_gaps_hide_a_fraction_of_the_ocean_in_patches(ocean, fraction):
+    sizes = []
+    for seed in range(5):
+        observed = observe.parse(f"gaps:{fraction}", ocean, np.random.default_rng(seed))
+        assert not (observed & ~ocean).any()
+        hidden = ocean & ~observed
+        assert hidden.sum() == round(fraction * ocean.sum())
+        # Neighbours of a hidden cell are hidden too, far more often than of one drawn alone.
+        east = ocean[:, 1:] & ocean[:, :-1]
+        assert hidden[:, 1:][east & hidden[:, :-1]].mean() > (1 + fraction) / 2
+        sizes.append(ndimage.label(hidden)[1])
+    assert np.mean(sizes) < 30
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("gaps:0", r"hidden cells must be in \(0, 1\), got 0"),
+        ("gaps:1", r"hidden cells must be in \(0, 1\), got 1"),
+        ("gaps:nan", r"hidden cells must be in \(0, 1\)"),
+        ("gaps:1e-9", "leave nothing to observe or to fill"),
+        ("gaps", "'gaps' is not one of"),
         ("line:44", "row 44 is outside the grid, which has rows 0..43"),
         ("line:-1", "row -1 is outside"),
         ("line:x", "'line:x' is not one of line:ROW"),
