@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 from benchmarks import anchor, gradient, measure, repaint
+from benchmarks import gains as gains_benchmark
 from benchmarks import train as train_benchmark
 from benchmarks import unet as unet_benchmark
 from jax_repaint.errors import InputError
@@ -101,6 +102,23 @@ def test_gradients_of_a_loop_are_the_same(monkeypatch):
     monkeypatch.setitem(NETWORKS, "tiny", TINY)
     ours, theirs = (gradient.calls("tiny", 1, 2)[form]() for form in ("loop", "library"))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_gains_smoke(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, gains_benchmark, rows=["96"], out=str(tmp_path / "gains.json"))
+    results = json.loads((tmp_path / "gains.json").read_text())
+    assert "over points" in capsys.readouterr().out
+    few, _, many, points = results["rows"]
+    assert not few["by_blocks"]
+    assert many["by_blocks"]
+    assert not points["by_blocks"]
+    for r in results["rows"]:
+        check_spread(r["seconds"])
+    # 17 gains of 160 rows by blocks: 2 x 2 numbers of each row and 256 directions of its values, and one number.
+    assert many["megabytes"] == pytest.approx(17 * 4 * (160 * (4 + 2 * 256) + 1) / 1e6)
+    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(smoke=False, rows=["5000"], rounds=1, out=None))
+    with pytest.raises(InputError, match="--rows must be below"):
+        gains_benchmark.main([])
 
 
 @pytest.mark.slow
