@@ -54,7 +54,7 @@ PLATFORMS = ("cpu", "cuda")
 METHODS = ("kalman", "given")
 
 
-def _variance(evidence: guide.Evidence) -> Field:
+def linear_variance(evidence: guide.Evidence) -> Field:
     """Posterior variance diag(C - G A C) of the gain of sigma = inf, in the units of the observation; zero on land."""
     gaussian, observation = evidence.gaussian, evidence.observation
     excess = gaussian.variance - gaussian.rest
@@ -112,7 +112,7 @@ def program(
 
         evidence = guide.Evidence(gaussian.ocean, observation, noise, gaussian, jax.lax.map(gain, hyper.sigma))
         linear = evidence.replace(gain=gain(jnp.float32(jnp.inf)))
-        analysis = PrincipalAnalysis(linear, _variance(linear))
+        analysis = PrincipalAnalysis(linear, linear_variance(linear))
         keys = ensemble.member_keys(seed, [0], range(members))[0][number // 2]
         x = ensemble.posterior_rows(jnp.asarray(number), (keys, signs), denoiser, evidence, gaussian, analysis, hyper)
         made = jnp.where(ocean[None], standardiser.restore(crop(x, trained.ocean.shape)), jnp.nan)
