@@ -60,5 +60,6 @@ class ConditionalDenoiser:
 
 def share_observed(evidence: guide.Evidence) -> Float[Array, "y x 1"]:
     """How much of each cell the observations see, 0..1: 1 in an observed cell, the weights of points between cells."""
-    ones = evidence.observation.valid.astype(jnp.float32)[:, None]
-    return jnp.minimum(evidence.spread(ones), 1.0)
+    seen = evidence.observation
+    ones, share = seen.valid.astype(jnp.float32)[:, None], seen.weights if seen.share is None else seen.share
+    return jnp.minimum(evidence.replace(observation=seen.replace(weights=share)).spread(ones), 1.0)

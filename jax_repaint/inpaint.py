@@ -128,12 +128,12 @@ def inpaint(
     _warn_of_times(frames)
     calibration = None if raw else calibration_of(trained, method, members)
     made: dict[int, Estimate] = {}
-    rows = [gains.rows_of(trained.gaussian, _padded(trained, frame)) for frame in frames]
+    rows = [gains.rows_of(trained.gaussian, _observation(trained, frame, method)) for frame in frames]
     hidden = None if progress and len(frames) > 1 else True
     with tqdm.tqdm(total=len(frames), unit="field", disable=hidden) as bar:
         for batch in frame_batches(rows, members, chunk, trained.gaussian, methods.LEVELS):
             if progress:
-                _announce(trained, frames[batch[0]], len(batch), members, method)
+                _announce(trained, rows[batch[0]], len(batch), members, method)
             mine = [frames[i] for i in batch]
             made |= zip(batch, estimate(trained, mine, members, seed, method, calibration, chunk), strict=True)
             bar.update(len(made) - bar.n)
@@ -233,7 +233,7 @@ def estimate(
       InputError: members that are not finite.
     """
     chunk = chunk or device.usual_batch()
-    cases = [_case(trained, frame) for frame in frames]
+    cases = [_case(trained, frame, method) for frame in frames]
     ensembles = methods.run_method(method, trained, None, cases, members, seed, chunk).members
     for case, made in zip(cases, ensembles, strict=True):
         fine = np.isfinite(made[:, trained.ocean]).all((1, 2))
@@ -274,8 +274,8 @@ def _estimate(
     else:
         half = metrics.half_width(len(made), antithetic) * std
         low, high = made.mean(0) - half, made.mean(0) + half
-    _, values = case.observation.on_grid(trained.padded)
-    values = np.where(case.observed[..., None], trained.to_velocity(values), np.nan).astype(np.float32)
+    _, values = frame.observation.on_grid(trained.ocean.shape)
+    values = np.where(case.observed[..., None], values, np.nan).astype(np.float32)
     misfit = misfit_of(frame.observation, made.mean(0))
     return Estimate(case.time, made, prior_mean, std, low, high, case.observed, values, misfit)
 
@@ -314,7 +314,7 @@ def _weights(
         out = np.zeros(given.size, bool)
         out[hold_out_of(places, seed, case.frame)] = True
         held.append(out)
-        less.append(_case(trained, frame._replace(observation=given.rows(jnp.asarray(~out)))))
+        less.append(_case(trained, frame._replace(observation=given.rows(jnp.asarray(~out))), method))
     ensembles = methods.run_method(method, trained, None, less, members, seed, chunk).members
     weights = []
     for frame, case, out, made in zip(frames, less, held, ensembles, strict=True):
@@ -343,13 +343,12 @@ def calibration_of(trained: Model, method: str, members: int) -> Calibration | N
     return None
 
 
-def _padded(trained: Model, frame: Observed) -> observe.Observation:
-    """The observation of a field on the padded grid, in m/s."""
-    return observe.pad_grid(frame.observation, trained.ocean.shape, trained.padded)
+def _observation(trained: Model, frame: Observed, method: str) -> observe.Observation:
+    """The observations of one field in the units and on the grid of the network, as few rows as the method allows.
 
-
-def _case(trained: Model, frame: Observed) -> Case:
-    """The observations of one field in the units and on the grid of the network, and the linear analysis of them."""
+    Raises:
+      InputError: standard errors that single precision cannot tell from 0, or that are none.
+    """
     mean, std = (jnp.asarray(part)[None] for part in (trained.standardiser.mean, trained.standardiser.std))
     given = frame.observation
     valid = given.valid[:, None]
@@ -364,10 +363,19 @@ def _case(trained: Model, frame: Observed) -> Case:
             f"the standard error of an observation is {errors.max():.2g} m/s, more than {LARGEST_ERROR:g}; is a fill "
             "value undeclared?"
         )
-    observation = _padded(trained, frame).replace(
+    observation = observe.pad_grid(given, trained.ocean.shape, trained.padded).replace(
         values=jnp.where(valid, (given.values - mean) / std, 0.0), sigma=jnp.where(valid, given.sigma / std, 1.0)
     )
-    observed = np.asarray(given.on_grid(trained.ocean.shape)[0])
+    # The RePaint family pastes values of cells. A field has one row a cell already.
+    if method in methods.REPAINT or frame.rows is None:
+        return observation
+    return observe.merged(observation)
+
+
+def _case(trained: Model, frame: Observed, method: str) -> Case:
+    """One field as the methods take it, with the linear analysis of its observations."""
+    observation = _observation(trained, frame, method)
+    observed = np.asarray(frame.observation.on_grid(trained.ocean.shape)[0])
     seconds = 0 if np.isnat(frame.time) else int(frame.time.astype("datetime64[s]").astype(np.int64))
     # Keys take 31 bits; two times share them if they are 68 years apart.
     return Case(
@@ -381,18 +389,17 @@ def _case(trained: Model, frame: Observed) -> Case:
     )
 
 
-def _announce(trained: Model, frame: Observed, frames: int, members: int, method: str) -> None:
+def _announce(trained: Model, alike: gains.Rows, frames: int, members: int, method: str) -> None:
     """Says once for each program of a network that it will be compiled."""
     if method == "linear_samples":
         return
-    rows = frame.observation.size
-    program = (trained.network, trained.form, trained.padded, rows, frames, members, method)
+    program = (trained.network, trained.form, trained.padded, alike, frames, members, method)
     if program in _compiled:
         return
     _compiled.add(program)
     fields = "" if frames == 1 else f" of {frames} fields"
     print(
-        f"compiling for up to {rows} observations and {members} members{fields}; {_waits()}",
+        f"compiling for up to {alike.size} observations and {members} members{fields}; {_waits()}",
         file=sys.stderr,
     )
 

@@ -34,6 +34,7 @@ class Observation:
       values: observed (u, v).
       sigma: standard deviation of the observation error of (u, v), > 0.
       valid: False on rows that only pad.
+      share: how much of each corner the positions see, of which rows are combinations (`merged`); None: `weights`.
     """
 
     cells: Int[Array, "m 4"]
@@ -41,6 +42,7 @@ class Observation:
     values: Values
     sigma: Values
     valid: Bool[Array, " m"]
+    share: Float[Array, "m 4"] | None = None
 
     @property
     def size(self) -> int:
@@ -84,7 +86,51 @@ class Observation:
             values=jnp.where(used[:, None], self.values, 0.0),
             sigma=jnp.where(used[:, None], self.sigma, 1.0),
             valid=used,
+            share=None if self.share is None else jnp.where(used[:, None], self.share, 0.0),
         )
+
+
+def merged(observation: Observation) -> Observation:
+    """The same information of the field in at most four rows for each square of cells.
+
+        y_i = w_i x + rho_i s e_i  of the rows i in a square,   W / rho = Q T   =>   Q^T y / rho = T x + s e
+
+    The rows of T, (4, 4) or smaller, have the corners of the square, and what is left of y / rho says nothing of x: the
+    posterior of x is the same, exactly. So a track costs no more than the squares that it crosses. A square with no
+    more rows than corners keeps them, as does one whose errors of u and v are not in one ratio; errors of different
+    rows are independent, those of u and v may be correlated alike in all. The rows of the result are no positions:
+    only A, y and sigma together mean something.
+    """
+    cells, weights, values, sigma, valid = (
+        np.asarray(leaf)
+        for leaf in (observation.cells, observation.weights, observation.values, observation.sigma, observation.valid)
+    )
+    used = np.flatnonzero(valid)
+    _, square, count = np.unique(cells[used], axis=0, return_inverse=True, return_counts=True)
+    square = square.reshape(-1)
+    kept, parts = np.isin(square, np.flatnonzero(count <= CORNERS)), []
+    for number in np.flatnonzero(count > CORNERS):
+        rows = used[square == number]
+        rho = sigma[rows].astype(np.float64) / sigma[rows[0]]
+        if np.ptp(rho / rho[:, :1]) > 1e-4:
+            kept |= square == number
+            continue
+        q, t = np.linalg.qr(weights[rows] / rho[:, :1])
+        # Of a row with a millionth of the length of another the square is told a millionth of a millionth.
+        length = np.linalg.norm(t, axis=1)
+        long = length > 1e-6 * length.max()
+        share = np.zeros((long.sum(), CORNERS))
+        share[0] = weights[rows].sum(0)
+        length = length[long, None]
+        y = (q.T @ (values[rows] / rho[:, :1]))[long]
+        parts.append((np.tile(cells[rows[0]], (len(length), 1)), t[long] / length, y / length,
+                      sigma[rows[0]] / length, share))  # fmt: skip
+    own = used[kept]
+    parts.insert(0, (cells[own], weights[own], values[own], sigma[own], weights[own]))
+    joined = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    made = from_weights(*joined[:4])
+    pad = made.size - len(joined[4])
+    return made.replace(share=jnp.asarray(np.pad(joined[4], ((0, pad), (0, 0))), jnp.float32))
 
 
 class Places(NamedTuple):

@@ -1,4 +1,4 @@
-"""Gains by blocks, of patterns whose rows see cells of their own, against dense linear algebra."""
+"""Gains of many rows, by blocks or of merged rows, against dense linear algebra."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_repaint import gains, guide, memory, observe
+from jax_repaint.conditional import share_observed
 from jax_repaint.denoise import PrincipalGaussian, Regimes
 from jax_repaint.ensemble import frame_batches, own_bytes, posterior_ensemble, stack_evidence
 from jax_repaint.errors import InputError
@@ -123,6 +124,63 @@ def test_the_analysis_by_blocks_is_that_of_dense_algebra(gaussian, kind, request
         # Of errors without a correlation.
         plain = linear.analysis(gaussian, observation).mean(observation.values)
         close(one, np.asarray(plain), 1e-5)
+
+
+@pytest.fixture(scope="module")
+def track(gaussian):
+    """Many points of a few squares, along a straight line and all over one, twice in one place, at the coast, alone."""
+    rng = np.random.default_rng(9)
+    along = np.linspace(0, 1, 30)
+    at = [np.stack([5 - 2.2 * along, 1 + 3.4 * along], 1), rng.uniform([3, 7], [4, 8], (25, 2)), [[5.3, 9.6]] * 7]
+    at += [rng.uniform([1.6, 7.1], [2.4, 7.9], (9, 2)), [[6.5, 2.5], [6.2, 0.7]]]
+    lat, lon = np.concatenate(at).T
+    sigma = rng.uniform(0.05, 0.5, lat.size)[:, None] * [1.0, 1.7]
+    points = observe.from_points(lat, lon, np.zeros((lat.size, 2)), sigma, *map(np.arange, SHAPE), OCEAN)
+    values = points.apply(jnp.asarray(field_of(gaussian, 3))) + points.sigma * rng.normal(size=points.values.shape)
+    return points.replace(values=jnp.where(points.valid[:, None], values, 0).astype(jnp.float32))
+
+
+def test_merged_rows_say_the_same(gaussian, track):
+    few = observe.merged(track)
+    assert int(few.valid.sum()) < 0.6 * int(track.valid.sum())
+    _, squares = np.unique(np.asarray(few.cells)[np.asarray(few.valid)], axis=0, return_counts=True)
+    assert squares.max() <= 4
+    covariance, a, noise = dense_of(gaussian, track, 0.4)
+    gain = np.linalg.solve(a @ covariance @ a.T + noise, a @ covariance).T
+    mean = np.asarray(gaussian.mean, float).reshape(-1)[SEA]
+    exact = mean + gain @ (np.asarray(track.values, float)[np.asarray(track.valid)].reshape(-1) - a @ mean)
+    found = linear.analysis(gaussian, few, 0.4)
+    close(np.asarray(found.mean(few.values)).reshape(-1)[SEA], exact, 1e-5)
+    close(np.asarray(found.variance).reshape(-1)[SEA], np.diag(covariance - gain @ a @ covariance), 1e-5)
+
+
+def test_a_network_is_given_the_same_by_merged_rows(gaussian, track):
+    """Estimate, its error and the share of each cell that is seen, at a level."""
+    x, sigma = jnp.asarray(field_of(gaussian, 4)), 1.3
+    made = []
+    for seen in (track, observe.merged(track)):
+        gain = one_level(gains.kalman_gains(gaussian, seen, np.array([sigma])), 0)
+        evidence = guide.Evidence(gaussian.ocean, seen, gains.noise_covariance(seen), gaussian, gain)
+        error = gains.remaining_variance(gaussian, seen, gain, jnp.float32(sigma))
+        estimate = guide.kalman(lambda x: gaussian(x, sigma), x, sigma, 0.0, evidence)
+        made.append((estimate, error, share_observed(evidence)))
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), *made)
+    assert made[0][2].max() == 1
+    assert 0 < np.asarray(made[0][2])[6, 2, 0] < 1
+
+
+def test_rows_that_cannot_be_merged_stay(gaussian, track):
+    few = track.rows(jnp.arange(track.size) < 4)
+    same = observe.merged(few)
+    for name in ("cells", "weights", "values", "sigma"):
+        np.testing.assert_array_equal(getattr(same, name)[:4], getattr(few, name)[:4])
+    assert same.size == 16
+    ratio = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, track.sigma.shape), jnp.float32)
+    apart = observe.merged(track.replace(sigma=track.sigma * ratio))
+    assert apart.valid.sum() == track.valid.sum()
+    # Whole cells are rows of their own.
+    cells = observe.from_cells(OCEAN, field_of(gaussian, 1), 0.1, OCEAN)
+    assert observe.merged(cells).valid.sum() == OCEAN.sum()
 
 
 @pytest.mark.parametrize("error", [1e-2, 1e-4])

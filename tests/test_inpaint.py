@@ -120,6 +120,32 @@ def test_points_give_the_posterior_of_dense_algebra(gaussian_model):
     np.testing.assert_allclose(np.mean(spread[ocean] ** 2), np.mean(std[ocean] ** 2), rtol=0.05)
 
 
+def test_a_track_of_many_points_gives_the_posterior_of_dense_algebra(gaussian_model, monkeypatch):
+    """Three hundred points in a few squares of the grid, sampled with the gains of fewer rows."""
+    points, made = table(300, seed=2), []
+    sigma = np.random.default_rng(3).uniform(0.05, 0.4, 300)
+    kalman_gains = gains.kalman_gains
+
+    def counted(gaussian, observation, *rest):
+        made.append(int(observation.valid.sum()))
+        return kalman_gains(gaussian, observation, *rest)
+
+    monkeypatch.setattr(gains, "kalman_gains", counted)
+    fields = quietly(gaussian_model, points.assign(sigma=sigma), members=8, method="kalman")
+    assert made
+    assert max(made) < 150
+    mean, _ = dense(gaussian_model, points, sigma)
+    np.testing.assert_allclose(both(fields, "_mean")[0][GRID.ocean], mean[GRID.ocean], atol=2e-5)
+    observed, values = (np.asarray(part) for part in collect(points, GRID)[0].observation.on_grid(GRID.ocean.shape))
+    np.testing.assert_array_equal(fields.observed.values[0] == 1, observed)
+    np.testing.assert_allclose(both(fields, "_observed")[0][observed], values[observed], atol=1e-6)
+    apart = points[["u", "v"]].to_numpy() - RegularGridInterpolator((GRID.lat, GRID.lon), np.nan_to_num(mean))(
+        points[["lat", "lon"]].to_numpy()
+    )
+    expected = np.sqrt(np.mean((apart / sigma[:, None]) ** 2))
+    assert float(fields.misfit[0]) == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_spread_of_the_currents_is_that_of_the_prior_without_observations(trained):
     fields = quietly(trained, table(3), method="linear_samples")
     std = both(fields, "_climatological_standard_deviation")
@@ -169,8 +195,7 @@ def test_who_does_not_wait_again_is_said_as_it_is(trained, capsys, monkeypatch, 
     monkeypatch.setattr(inpaint, "_compiled", set())
     monkeypatch.setattr(inpaint, "FLAGS", {"cache"} if command else set())
     monkeypatch.setattr(inpaint.jax, "config", SimpleNamespace(jax_compilation_cache_dir=folder))
-    (frame,) = collect(table(6), GRID)
-    inpaint._announce(trained, frame, 1, 4, "kalman")
+    inpaint._announce(trained, gains.Rows(6, False), 1, 4, "kalman")
     assert capsys.readouterr().err.endswith(said)
 
 
