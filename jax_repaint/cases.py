@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -175,34 +176,58 @@ def known_of(trained: Model, case: Case) -> Known:
     return Known(value, missing, mean * trained.gaussian.ocean, case.analysis.variance)
 
 
-def gp_analysis(trained: Model, fields: Fields, name: str) -> Callable[[Case], Analysis]:
-    """The analysis of a case in m/s by the Gaussian process `name`, seed_gp or gp; cases of one pattern share it.
+class _LatestPattern:
+    """A function of a pattern, whose latest result serves the cases that follow with the same pattern."""
 
-    Raises:
-      InputError: the model has no fitted GP.
-    """
-    ocean, error = fields.ocean, OBSERVATION_ERROR
-    if name == "seed_gp":
-        # It took cells as exact: of its own error variance there is 1e-6 (m/s)^2.
-        error = math.sqrt(gp.JITTER)
-        kernel, places, background = gp.seed_gp(), gp.pixels(fields.shape), np.zeros((*fields.shape, 2), np.float32)
-    else:
-        if trained.kernel is None:
-            raise InputError("this model was exported without a fitted GP")
-        kernel, places = trained.kernel, fields.places()
-        background = np.where(ocean[..., None], trained.to_velocity(trained.gaussian.mean), 0)
+    def __init__(self, make: Callable[..., Any]):
+        self._make, self._name, self._made = make, None, None
 
-    known: dict[bytes, Analysis] = {}
+    def __call__(self, observed: np.ndarray, *arguments: Any) -> Any:
+        if self._name != observed.tobytes():
+            # Two at a time may be too many for the memory.
+            self._made = None
+            self._name, self._made = observed.tobytes(), self._make(*arguments)
+        return self._made
 
-    def analyse(case: Case) -> Analysis:
-        observation, cells = observe.from_cells(case.observed, case.truth, error, ocean), case.observed.tobytes()
-        if cells not in known:
-            known.clear()
-            known[cells] = gp.analysis(kernel, observation, ocean, places, jnp.asarray(background))
-        found = known[cells]
-        return found.replace(observation=found.observation.replace(values=observation.values))
 
-    return analyse
+class GPBaseline:
+    """A Gaussian process as a baseline, in m/s: `seed_gp`, or `gp` fitted to the training frames."""
+
+    def __init__(self, trained: Model, fields: Fields, name: str):
+        """Of fields on the model's grid.
+
+        Raises:
+          InputError: the model has no fitted GP.
+        """
+        self._ocean, self._error = fields.ocean, OBSERVATION_ERROR
+        if name == "seed_gp":
+            # It took cells as exact: of its own error variance there is 1e-6 (m/s)^2.
+            self._error = math.sqrt(gp.JITTER)
+            self._kernel, self._places = gp.seed_gp(), gp.pixels(fields.shape)
+            self._background = np.zeros((*fields.shape, 2), np.float32)
+        else:
+            if trained.kernel is None:
+                raise InputError("this model was exported without a fitted GP")
+            self._kernel, self._places = trained.kernel, fields.places()
+            self._background = np.where(self._ocean[..., None], trained.to_velocity(trained.gaussian.mean), 0)
+        self._analysis = _LatestPattern(gp.analysis)
+        self._estimator = _LatestPattern(gp.estimator)
+
+    def analysis(self, case: Case) -> Analysis:
+        """The analysis of the pattern of a case, with the values of the case."""
+        found, seen = self._of(case, self._analysis), self._seen(case)
+        return found.replace(observation=found.observation.replace(values=seen.values))
+
+    def mean(self, case: Case) -> np.ndarray:
+        """The estimate (y, x, 2), NaN on land."""
+        made = self._of(case, self._estimator)(self._seen(case).values)
+        return np.where(self._ocean[..., None], made, np.nan)
+
+    def _of(self, case: Case, make: Callable[..., Any]) -> Any:
+        return make(case.observed, self._kernel, self._seen(case), self._ocean, self._places, self._background)
+
+    def _seen(self, case: Case) -> observe.Observation:
+        return observe.from_cells(case.observed, case.truth, self._error, self._ocean)
 
 
 def hold_out_of(places: np.ndarray, seed: int, frame: int, share: float = 0.1) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_repaint import device, gains, metrics, sample
 from jax_repaint.calibration import Gate
-from jax_repaint.cases import OBSERVATION_ERROR, Case, gp_analysis, hold_out, known_of, prior_of
+from jax_repaint.cases import OBSERVATION_ERROR, Case, GPBaseline, hold_out, known_of, prior_of
 from jax_repaint.checks import whole_number
 from jax_repaint.data.fields import Fields
 from jax_repaint.ensemble import (
@@ -142,8 +142,8 @@ def run_method(
     if name == "climatology":
         made = [trained.to_velocity(trained.gaussian.mean)[None] for _ in cases]
     elif name in ("seed_gp", "gp"):
-        estimate = _gp_estimate(trained, fields, name)
-        made = [estimate(case)[None] for case in cases]
+        baseline = GPBaseline(trained, fields, name)
+        made = [baseline.mean(case)[None] for case in cases]
     elif name == "linear":
         made = [trained.to_velocity(case.analysis.mean(case.observation.values))[None] for case in cases]
     elif name == "linear_samples":
@@ -192,16 +192,6 @@ def run_method(
     else:
         raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
     return Result(made, (time.monotonic() - began) / len(cases), calls * members, name in PAIRED)
-
-
-def _gp_estimate(trained: Model, fields: Fields, name: str) -> Callable[[Case], np.ndarray]:
-    analyse = gp_analysis(trained, fields, name)
-
-    def estimate(case: Case) -> np.ndarray:
-        analysis = analyse(case)
-        return np.where(fields.ocean[..., None], np.asarray(analysis.mean(analysis.observation.values)), np.nan)
-
-    return estimate
 
 
 @jax.jit

@@ -20,8 +20,8 @@ from jax_repaint import SHIPPED, metrics, model, observe, results
 from jax_repaint.cases import (
     OBSERVATION_ERROR,
     Case,
+    GPBaseline,
     block_length,
-    gp_analysis,
     held_out,
     known_of,
     make_cases,
@@ -255,7 +255,7 @@ class Cases:
         names = ("seed_gp", "gp") if self.trained.kernel is not None else ("seed_gp",)
         if self.prior not in ("linear", *names):
             raise InputError("this model was exported without a fitted GP to start from")
-        self._analyses = {name: gp_analysis(self.trained, self.study.fields, name) for name in names}
+        self._gps = {name: GPBaseline(self.trained, self.study.fields, name) for name in names}
         self._made: dict[Where, Made] = {}
         self._room = KEPT_BYTES
 
@@ -284,11 +284,13 @@ class Cases:
             "climatology": self.trained.to_velocity(self.trained.gaussian.mean),
             "linear": self.trained.to_velocity(case.analysis.mean(case.observation.values)),
         }
-        for name, analyse in self._analyses.items():
-            analysis = analyse(case)
-            mean = np.asarray(analysis.mean(analysis.observation.values))
-            baselines[name] = np.where(ocean[..., None], mean, np.nan).astype(np.float32)
-            if name == self.prior:
+        for name, baseline in self._gps.items():
+            if name != self.prior:
+                baselines[name] = baseline.mean(case)
+            else:
+                analysis = baseline.analysis(case)
+                mean = np.asarray(analysis.mean(analysis.observation.values))
+                baselines[name] = np.where(ocean[..., None], mean, np.nan).astype(np.float32)
                 standardiser, multiple = self.trained.standardiser, self.trained.network.multiple
                 start = pad(standardiser.standardise(mean, ocean), multiple) * self.trained.gaussian.ocean
                 # One scale for u and v, whose variances are equal: v' of the samplers is about where, not which.

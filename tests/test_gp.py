@@ -119,6 +119,24 @@ def test_analysis_equals_dense_algebra(problem, name):
     np.testing.assert_allclose(result.observation.sigma[:count].reshape(-1) ** 2, np.diag(r), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", gp.NAMES)
+def test_the_estimator_equals_dense_algebra(problem, name):
+    ocean, positions, observation, background = problem
+    kernel, count = kernel_of(name), int(observation.valid.sum())
+    gain, _, _ = dense_analysis(kernel, problem)
+    estimate = gp.estimator(kernel, observation, ocean, positions, background)
+    seen = np.asarray(observation.apply(jnp.asarray(background)), float)[:count]
+    for scale in (1.0, -3.0):
+        values = scale * np.asarray(observation.values)
+        # What stands in padded rows does not count.
+        values[count:] = 9.0
+        change = (gain @ (values[:count] - seen).reshape(-1)).reshape(*SHAPE, 2)
+        exact = background + np.where(ocean[..., None], change, 0)
+        found = estimate(values)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
 @pytest.mark.parametrize("name", ["matern32", "divergence_free"])
 def test_padded_rows_and_land_have_no_part(problem, name):
     ocean, positions, observation, background = problem
