@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_repaint import gains, guide, sample
 from jax_repaint.array_types import Array, Float, Int, Key
+from jax_repaint.checks import check_number
 from jax_repaint.denoise import Denoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.posterior import Posterior, linear_sample, posterior
@@ -29,10 +30,13 @@ def member_keys(seed: int, frames: Sequence[int], members: Sequence[int]) -> Key
     """Keys (frames, members), folded from the seed, the number of the frame and the number of the member.
 
     Raises:
-      InputError: a seed of more than 32 bits, which would name the members of another one.
+      InputError: a seed that is no whole number, or of more than 32 bits, which would name the members of another one.
     """
-    if isinstance(seed, int | np.integer) and not 0 <= seed < 2**32:
-        raise InputError(f"a seed is a whole number from 0 to {2**32 - 1}, got {seed}")
+    if not isinstance(seed, jax.Array):
+        check_number("a seed", seed)
+        if not (0 <= seed < 2**32 and int(seed) == seed):
+            raise InputError(f"a seed is a whole number from 0 to {2**32 - 1}, got {seed}")
+        seed = int(seed)
     return _member_keys(jax.random.key(seed), jnp.asarray(frames, jnp.int32), jnp.asarray(members, jnp.int32))
 
 
@@ -231,6 +235,7 @@ def _check_points(points: Sequence[Sequence[Repaint]], var_decay: Sequence[float
     if len(var_decay) != len(points):
         raise InputError(f"{len(points)} points are given, {len(var_decay)} values of var_decay")
     for value in var_decay:
+        check_number("var_decay", value)
         if not 0 <= value <= 1:
             raise InputError(f"var_decay must be in [0, 1], got {value}")
     for stage in points[0]:

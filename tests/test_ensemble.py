@@ -170,12 +170,15 @@ def test_members_do_not_depend_on_other_frames_and_members(gaussian, known, memb
     np.testing.assert_allclose(again.x[0], members[2, :2], atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, np.int64(2**33)])
+@pytest.mark.parametrize("seed", [-1, 2**32, np.int64(2**33), 1.5, np.nan])
 def test_seeds_that_would_be_others_are_refused(seed):
     """Keys are of 32 bits: -1 would be the last of them, 2^32 the first."""
     with pytest.raises(InputError, match=rf"a seed is a whole number from 0 to 4294967295, got {seed}"):
         member_keys(seed, [0], [0])
     assert not (member_keys(2**32 - 1, [0], [0]) == member_keys(0, [0], [0])).all()
+    assert (member_keys(3.0, [0], [0]) == member_keys(3, [0], [0])).all()
+    with pytest.raises(InputError, match="a seed must be a number, got 'first'"):
+        member_keys("first", [0], [0])
 
 
 def test_members_frames_and_seeds_differ(gaussian, known, members):
@@ -283,6 +286,8 @@ def test_mistaken_sweeps_are_refused(gaussian, known):
         sweep(gaussian, known, [STAGES] * 2, var_decay=[0.1])
     with pytest.raises(InputError, match=r"var_decay must be in \[0, 1\], got 10"):
         sweep(gaussian, known, [STAGES], var_decay=[10])
+    with pytest.raises(InputError, match="var_decay must be a number, got '0.1'"):
+        sweep(gaussian, known, [STAGES], var_decay=["0.1"])
     with pytest.raises(InputError, match="at least one device"):
         sweep(gaussian, known, [STAGES], devices=[])
 
