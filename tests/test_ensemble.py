@@ -286,7 +286,7 @@ def test_mistaken_sweeps_are_refused(gaussian, known):
         sweep(gaussian, known, [STAGES] * 2, var_decay=[0.1])
     with pytest.raises(InputError, match=r"var_decay must be in \[0, 1\], got 10"):
         sweep(gaussian, known, [STAGES], var_decay=[10])
-    with pytest.raises(InputError, match="var_decay must be a number, got '0.1'"):
+    with pytest.raises(InputError, match=r"var_decay must be a number, got '0\.1'"):
         sweep(gaussian, known, [STAGES], var_decay=["0.1"])
     with pytest.raises(InputError, match="at least one device"):
         sweep(gaussian, known, [STAGES], devices=[])
