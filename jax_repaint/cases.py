@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jax_repaint import metrics, observe
 from jax_repaint.data import readers, twin
-from jax_repaint.data.fields import Fields, Split, crop
+from jax_repaint.data.fields import Fields, Split, crop, prepare_with_gaps
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 from jax_repaint.prepare import load_fields, split_fields
@@ -62,6 +62,20 @@ def held_out(trained: Model, path: str | None = None) -> tuple[Callable[[np.ndar
     parts = {name: np.arange(*trained.origin["parts"][name]) for name in ("train", "validation", "test")}
     made = partial(twin.select, twin=twin.Twin(seed=data["twin_seed"]))
     return made, Split(**parts, decorrelation=trained.origin["decorrelation"])
+
+
+def with_directions(trained: Model, fields: Fields, split: Split, directions: int) -> Model:
+    """The model with a linear prior of another number of directions, from the covariance of the training frames.
+
+    Raises:
+      InputError: no direction, or frames that do not go with the model.
+    """
+    if directions < 1:
+        raise InputError(f"a linear prior has at least one direction, got {directions}")
+    trained.check_grid(fields)
+    x, _, present = prepare_with_gaps(fields.select(split.train), trained.standardiser, trained.padded)
+    x = linear.fill(trained.gaussian, x, present, 0, split.train)
+    return trained.with_prior(linear.fit(x, np.asarray(trained.gaussian.ocean)[..., 0] > 0, directions))
 
 
 def pick(split: Split, frames: int, seed: int = 0) -> np.ndarray:

@@ -22,7 +22,16 @@ import xarray as xr
 from absl import flags, logging
 
 from jax_repaint import command, details, files, metrics, model, observe, plots
-from jax_repaint.cases import Case, block_length, data_of, files_of, make_cases, pick, prior_of
+from jax_repaint.cases import (
+    Case,
+    block_length,
+    data_of,
+    files_of,
+    make_cases,
+    pick,
+    prior_of,
+    with_directions,
+)
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
@@ -331,6 +340,11 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.DEFINE_bool("raw", False, "Leave out the row of the method that the model is calibrated for.")
+    flags.DEFINE_integer(
+        "directions", None, "EOFs of the linear prior of baselines, starts and gains, fitted anew to the training "
+        "frames; by default that of the model, which the network keeps. More pay where most of a field is observed.",
+        lower_bound=1,
+    )  # fmt: skip
     flags.DEFINE_string("out", "results", "Folder for the tables, fields.nc and figure.png.")
     flags.mark_flag_as_required("model")
 
@@ -340,6 +354,8 @@ def main(_) -> None:
     check_methods(FLAGS.methods, FLAGS.members)
     trained = model.load(FLAGS.model)
     fields, split = data_of(trained, FLAGS.fields)
+    if FLAGS.directions:
+        trained = with_directions(trained, fields, split, FLAGS.directions)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     patterns = FLAGS.patterns or observe.usual(fields.ocean)
     out = Path(FLAGS.out)

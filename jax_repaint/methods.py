@@ -74,10 +74,12 @@ def levels_of(trained: Model, name: str, count: int = LEVELS) -> Posterior:
     """Hyperparameters of a posterior sampler: `count` levels from START, or less where the model was trained on less.
 
     Raises:
-      InputError: `given` with a network that takes no observations.
+      InputError: `given` with a network that takes no observations, or with another linear prior than its own.
     """
     if name == "given" and trained.form != "conditional":
         raise InputError(f"the method given needs a model of form conditional, this one is {trained.form}")
+    if name == "given" and trained.anchor is not None:
+        raise InputError("the method given needs the linear prior that its network was trained on")
     return Posterior.create(min(START, trained.sigma[1]), max(trained.sigma[0], 0.01), count, correction=name)
 
 

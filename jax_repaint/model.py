@@ -66,6 +66,7 @@ class Model:
       training: how it was made: data, fingerprint, configuration, steps, losses, versions.
       calibration: of one method's ensembles, or None.
       grid: (Y, X) that the network was trained on, where it is not the smallest that fits the network.
+      anchor: linear prior that the network corrects, where `gaussian` is another (`with_prior`).
     """
 
     network: unet.UNetConfig
@@ -82,6 +83,7 @@ class Model:
     training: dict[str, Any]
     calibration: Calibration | None = None
     grid: tuple[int, int] | None = None
+    anchor: PrincipalGaussian | None = None
 
     def __repr__(self) -> str:
         """One line without the weights, whose numbers would fill thousands."""
@@ -163,7 +165,17 @@ class Model:
     def denoiser(self) -> Denoiser:
         """D(x; sigma) on the padded grid; on a CPU in float32, whatever its training ran in."""
         graphdef, _ = unet.structure(unet.suited(self.network))
-        return make_denoiser(self.form, graphdef, self.params, self.gaussian, self.steps)
+        anchor = self.gaussian if self.anchor is None else self.anchor
+        return make_denoiser(self.form, graphdef, self.params, anchor, self.steps)
+
+    def with_prior(self, gaussian: PrincipalGaussian) -> "Model":
+        """The same network with another linear prior for analyses, starts and gains; without the calibration.
+
+        The network goes on to correct the prior that it was trained on. Not for `given`, whose network has the gains
+        of that prior, and not to be saved.
+        """
+        anchor = self.gaussian if self.anchor is None else self.anchor
+        return dataclasses.replace(self, gaussian=gaussian, anchor=anchor, calibration=None)
 
     def to_velocity(self, x: np.ndarray | jax.Array) -> np.ndarray:
         """(..., Y, X, 2) standardised to (..., y, x, 2) m/s, float32, NaN on land."""
@@ -245,9 +257,11 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
       dtype: of network weights and EOFs on disk: "float32", or "bfloat16" for half the size.
 
     Raises:
-      InputError: `folder` holds something else, or cannot be written.
+      InputError: `folder` holds something else, or cannot be written; a model `with_prior`.
     """
     folder = Path(folder)
+    if model.anchor is not None:
+        raise InputError("a model with another linear prior than that of its network cannot be stored")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"cannot write a model to {folder}: it is a file")
     if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
@@ -428,7 +442,7 @@ def _gaussian(
 def fingerprint(model: Model) -> str:
     """16 hex digits that name these weights and all of the description that samples and baselines depend on."""
     digest = hashlib.blake2b(digest_size=8)
-    for leaf in jax.tree.leaves((model.params, model.gaussian)):
+    for leaf in jax.tree.leaves((model.params, model.gaussian, model.anchor)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     parts = [
         model.form, model.standardiser.to_json(), dataclasses.asdict(model.network), model.schedule,

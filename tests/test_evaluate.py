@@ -12,8 +12,16 @@ import pytest
 import xarray as xr
 from matplotlib import image
 
-from jax_repaint import evaluate, guide, methods, metrics, sample
-from jax_repaint.cases import OBSERVATION_ERROR, block_length, files_of, known_of, make_cases, pick
+from jax_repaint import evaluate, guide, methods, metrics, model, sample
+from jax_repaint.cases import (
+    OBSERVATION_ERROR,
+    block_length,
+    files_of,
+    known_of,
+    make_cases,
+    pick,
+    with_directions,
+)
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, Standardiser
 from jax_repaint.denoise import PrincipalGaussian
@@ -116,6 +124,41 @@ def test_cases_hold_the_observed_velocities(trained, fields, cases):
         np.testing.assert_allclose(velocity, case.truth[case.observed], atol=1e-6)
         sigma = np.asarray(case.observation.sigma)[np.asarray(case.observation.valid)]
         np.testing.assert_allclose(sigma * SPREAD, OBSERVATION_ERROR, rtol=1e-5)
+
+
+def test_another_prior_serves_analyses_and_the_network_keeps_its_own(trained, gaussian, tmp_path):
+    """The estimate is that of five eigenvectors of the training frames' covariance, in dense algebra."""
+    keys = jax.random.split(jax.random.key(8), 90)
+    x = np.asarray(jax.jit(jax.vmap(guide.prior_draw, (None, 0)))(gaussian, keys))[:, :, : SHAPE[1]]
+    velocity = np.where(OCEAN[..., None], x * SPREAD + OFFSET, np.nan)
+    time = np.datetime64("2021-05-01T00:00", "ns") + np.arange(90) * np.timedelta64(1, "h")
+    series = Fields.create(velocity, LAT, LON, time, name="drawn")
+    split = Split(np.arange(60), np.arange(60, 70), np.arange(70, 90))
+    other = with_directions(trained, series, split, 5)
+    assert other.gaussian.variance.shape == (5,)
+    assert other.anchor is gaussian
+    field = jnp.asarray(np.pad(x[0], ((0, 0), (0, 2), (0, 0))))
+    np.testing.assert_array_equal(other.denoiser(field, jnp.float32(0.5)), trained.denoiser(field, jnp.float32(0.5)))
+    (case,) = make_cases(other, series.select([75]), [75], ["gaps:0.3"])
+    anomaly = (velocity[:60, OCEAN] - OFFSET) / SPREAD
+    mean = anomaly.mean(0).reshape(-1)
+    vector, value = np.linalg.svd((anomaly.reshape(60, -1) - mean) / np.sqrt(60), full_matrices=False)[2:0:-1]
+    rest = np.sum(value[5:] ** 2) / (mean.size - 5)
+    covariance = (vector[:5].T * (value[:5] ** 2 - rest)) @ vector[:5] + rest * np.eye(mean.size)
+    seen = np.repeat(case.observed[OCEAN], 2)
+    noise = np.tile((OBSERVATION_ERROR / SPREAD) ** 2, int(case.observed.sum()))
+    values = ((velocity[75, OCEAN] - OFFSET) / SPREAD).reshape(-1)
+    gain = np.linalg.solve(covariance[np.ix_(seen, seen)] + np.diag(noise), covariance[seen]).T
+    exact = (mean + gain @ (values - mean)[seen]).reshape(-1, 2) * SPREAD + OFFSET
+    (found,) = run_method("linear", other, series, [case], 1).members[0]
+    np.testing.assert_allclose(found[OCEAN], exact, atol=2e-5)
+    with pytest.raises(InputError, match="cannot be stored"):
+        model.save(other, tmp_path / "other")
+    with pytest.raises(InputError, match="the linear prior that its network was trained on"):
+        levels_of(dataclasses.replace(other, form="conditional"), "given")
+    with pytest.raises(InputError, match="at least one direction"):
+        with_directions(trained, series, split, 0)
+    assert model.fingerprint(other) != model.fingerprint(trained)
 
 
 def test_random_patterns_depend_on_the_frame_alone(trained, fields, cases):
