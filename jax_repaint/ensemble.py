@@ -377,6 +377,8 @@ def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
     sizes = sorted({one.observation.size for one in evidence})
     if len(sizes) > 1:
         raise InputError(f"frames that are sampled together need as many rows each, got {sizes} (frame_batches)")
+    if len({one.observation.share is None for one in evidence}) > 1:
+        raise InputError("frames that are sampled together need merged observations, or none that are")
     if len({one.gain is not None and one.gain.by_blocks for one in evidence}) > 1:
         raise InputError(
             "frames that are sampled together need gains of one kind, all by blocks or none (frame_batches)"
@@ -393,10 +395,18 @@ def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
 
 
 def stack_analyses(analyses: Sequence[Analysis]) -> Analysis:
-    """Analyses of f frames for `posterior_frames`; every leaf gets an axis in front, but for those of the prior."""
+    """Analyses of f frames for `posterior_frames`; every leaf gets an axis in front, but for those of the prior.
+
+    Raises:
+      InputError: analyses of different kinds, or in factors of different priors.
+    """
     first = analyses[0]
+    if len({type(one) for one in analyses}) > 1:
+        raise InputError("frames that are sampled together need analyses of one kind, in factors or not")
     if not isinstance(first, PrincipalAnalysis):
         return jax.tree.map(lambda *leaf: jnp.stack(leaf), *analyses)
+    if not all(_same(one.evidence.gaussian, first.evidence.gaussian) for one in analyses[1:]):
+        raise InputError("frames that are sampled together need analyses of the same prior")
     common = {"ocean": first.evidence.ocean, "gaussian": first.evidence.gaussian}
     own = [one.replace(evidence=one.evidence.replace(ocean=None, gaussian=None)) for one in analyses]
     stacked = jax.tree.map(lambda *leaf: jnp.stack(leaf), *own)

@@ -366,8 +366,8 @@ def _observation(trained: Model, frame: Observed, method: str) -> observe.Observ
     observation = observe.pad_grid(given, trained.ocean.shape, trained.padded).replace(
         values=jnp.where(valid, (given.values - mean) / std, 0.0), sigma=jnp.where(valid, given.sigma / std, 1.0)
     )
-    # The RePaint family pastes values of cells. A field has one row a cell already.
-    if method in methods.REPAINT or frame.rows is None:
+    # A field has one row a cell already.
+    if method not in methods.MERGING or frame.rows is None:
         return observation
     return observe.merged(observation)
 

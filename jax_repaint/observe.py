@@ -30,7 +30,7 @@ class Observation:
 
     Attributes:
       cells: flat cell index y * X + x of each position's corners.
-      weights: weight of each corner; they sum to 1 on valid rows and are 0 on padded rows.
+      weights: weight of each corner; they sum to 1 on valid rows (but for `merged`) and are 0 on padded rows.
       values: observed (u, v).
       sigma: standard deviation of the observation error of (u, v), > 0.
       valid: False on rows that only pad.
@@ -98,8 +98,10 @@ def merged(observation: Observation) -> Observation:
     The rows of T, (4, 4) or smaller, have the corners of the square, and what is left of y / rho says nothing of x: the
     posterior of x is the same, exactly. So a track costs no more than the squares that it crosses. A square with no
     more rows than corners keeps them, as does one whose errors of u and v are not in one ratio; errors of different
-    rows are independent, those of u and v may be correlated alike in all. The rows of the result are no positions:
-    only A, y and sigma together mean something.
+    rows are independent, those of u and v may be correlated alike in all.
+
+    The rows of the result are no positions: their weights have length 1, their values and errors any size. Only methods
+    that use A, y and R as S^-1 does may take them; not those that paste values, or measure |y - A x| without R.
     """
     cells, weights, values, sigma, valid = (
         np.asarray(leaf)

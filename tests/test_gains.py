@@ -8,7 +8,7 @@ import pytest
 from jax_repaint import gains, guide, memory, observe
 from jax_repaint.conditional import share_observed
 from jax_repaint.denoise import PrincipalGaussian, Regimes
-from jax_repaint.ensemble import frame_batches, own_bytes, posterior_ensemble, stack_evidence
+from jax_repaint.ensemble import frame_batches, own_bytes, posterior_ensemble, stack_analyses, stack_evidence
 from jax_repaint.errors import InputError
 from jax_repaint.posterior import Posterior, evidence_for
 from jax_repaint.prior import linear
@@ -282,6 +282,21 @@ def test_frames_of_both_kinds_are_not_sampled_together(gaussian, spaced):
         x[1:], posterior_ensemble(gaussian, evidence[1:], gaussian, analyses[1:], hyper, frames=[2], members=2),
         atol=2e-5,
     )  # fmt: skip
+
+
+def test_analyses_that_do_not_go_together_are_refused(gaussian, observation, spaced):
+    near = spaced.replace(cells=jnp.broadcast_to(spaced.cells[:1], spaced.cells.shape))
+    analyses = [linear.analysis(gaussian, one) for one in (spaced, near)]
+    with pytest.raises(InputError, match="analyses of one kind"):
+        stack_analyses(analyses)
+    other = linear.analysis(gaussian.replace(rest=2 * gaussian.rest), observation)
+    with pytest.raises(InputError, match="analyses of the same prior"):
+        stack_analyses([linear.analysis(gaussian, observation), other])
+    few = observe.merged(spaced)
+    evidence = [guide.Evidence(gaussian.ocean, one, None, gaussian) for one in (spaced, few)]
+    assert spaced.size == few.size
+    with pytest.raises(InputError, match="merged observations"):
+        stack_evidence(evidence)
 
 
 def test_own_bytes_by_blocks_are_those_of_the_gains(gaussian, observation):

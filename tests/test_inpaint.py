@@ -146,6 +146,22 @@ def test_a_track_of_many_points_gives_the_posterior_of_dense_algebra(gaussian_mo
     assert float(fields.misfit[0]) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["paste", "mmps", "dps", "adaptive"])
+def test_points_are_not_merged_for_methods_that_see_more_than_their_likelihood(trained, monkeypatch, method):
+    points, made = table(60, seed=2), []
+
+    def caught(name, trained, fields, cases, *rest):
+        made.extend(cases)
+        raise InputError("seen")
+
+    monkeypatch.setattr(methods, "run_method", caught)
+    with pytest.raises(InputError, match="seen"):
+        quietly(trained, points, method=method)
+    (case,) = made
+    assert case.observation.share is None
+    assert int(case.observation.valid.sum()) == 60
+
+
 def test_the_spread_of_the_currents_is_that_of_the_prior_without_observations(trained):
     fields = quietly(trained, table(3), method="linear_samples")
     std = both(fields, "_climatological_standard_deviation")
