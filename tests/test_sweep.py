@@ -176,11 +176,11 @@ def test_the_prior_is_what_the_point_says(study):
 
 
 def test_baselines_are_found_once_for_all_groups(folder, study, monkeypatch):
-    """Those of a fixed pattern by one analysis; what is kept is what is made anew, and has a limit."""
-    cases, calls, analysis = study.cases[False], [], gp.analysis
+    """Those of a fixed pattern by one factorisation; what is kept is what is made anew, and has a limit."""
+    cases, calls, estimator = study.cases[False], [], gp.estimator
     point = study.points[0]
     fresh = Cases(study, study.models[point.model], point.prior).make(cases)
-    monkeypatch.setattr(gp, "analysis", lambda *args: calls.append(args) or analysis(*args))
+    monkeypatch.setattr(gp, "estimator", lambda *args: calls.append(args) or estimator(*args))
     again = open_study(make_config(folder))
     assert again.maker(again.points[0]) is again.maker(again.points[1]) is not again.maker(again.points[3])
     first = again.maker(again.points[0]).make(cases)
