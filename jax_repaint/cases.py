@@ -67,6 +67,8 @@ def held_out(trained: Model, path: str | None = None) -> tuple[Callable[[np.ndar
 def with_directions(trained: Model, fields: Fields, split: Split, directions: int) -> Model:
     """The model with a linear prior of another number of directions, from the covariance of the training frames.
 
+    That alone: a share of a kernel, as the prior of few frames may have, is not blended in.
+
     Raises:
       InputError: no direction, or frames that do not go with the model.
     """
