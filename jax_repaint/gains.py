@@ -184,8 +184,12 @@ def _levels_by_blocks(
     sigma: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
     """K^-1, `along` and log det S of every level."""
+    gram = None
+    if _alike(seen, noise):
+        flat = _flat(leading)
+        gram = flat.T @ flat
     for level in sigma:
-        blocks = Blocks.of(gaussian, seen, leading, noise, level)
+        blocks = Blocks.of(gaussian, seen, leading, noise, level, gram)
         yield blocks.inverse, blocks.along(), blocks.log_det()
 
 
@@ -214,16 +218,23 @@ class Blocks(NamedTuple):
         leading: Float[np.ndarray, "m c r"],
         noise: Float[np.ndarray, "m c c"],
         level: float,
+        gram: Float[np.ndarray, "r r"] | None = None,
     ) -> "Blocks":
-        """From `seen_by` of rows that see cells of their own, and R of each row."""
+        """From `seen_by` of rows that see cells of their own, and R of each row.
+
+        `gram` is B^T B, which serves all levels where K is one number (`_alike`).
+        """
         left, excess = _variances(gaussian, level)
-        share = np.asarray(seen.multiply(seen).sum(1)).reshape(-1, 1, 1)
-        inverse = np.linalg.inv(left * share * np.eye(noise.shape[-1]) + noise)
-        weighed = inverse @ leading
+        share = _own_share(seen)
+        inverse = np.linalg.inv(left * share[:, None, None] * np.eye(noise.shape[-1]) + noise)
         root = np.sqrt(np.maximum(excess, 0.0))
-        flat = (leading.shape[0] * leading.shape[1], root.size)
-        inner = root[:, None] * (leading.reshape(flat).T @ weighed.reshape(flat)) * root
-        factor = scipy.linalg.cholesky(np.eye(root.size) + inner, lower=True)
+        if gram is None:
+            weighed = inverse @ leading
+            inner = _flat(leading).T @ _flat(weighed)
+        else:
+            scale = inverse[share.argmax(), 0, 0]
+            weighed, inner = scale * leading, scale * gram
+        factor = scipy.linalg.cholesky(np.eye(root.size) + root[:, None] * inner * root, lower=True)
         return cls(inverse, weighed, root, factor)
 
     def along(self) -> Float[np.ndarray, "r m c"]:
@@ -231,7 +242,7 @@ class Blocks(NamedTuple):
         rows, components, rank = self.weighed.shape
         # One product of all rows: solving for each of them takes twice the time.
         inverse = scipy.linalg.cho_solve((self.factor, True), np.eye(rank))
-        along = (self.root[:, None] * inverse * self.root) @ self.weighed.reshape(rows * components, rank).T
+        along = (self.root[:, None] * inverse * self.root) @ _flat(self.weighed).T
         return along.reshape(rank, rows, components)
 
     def log_det(self) -> float:
@@ -269,6 +280,27 @@ def _seen(gaussian: PrincipalGaussian, observation: Observation) -> sparse.csr_a
     )
     seen.sum_duplicates()
     return seen
+
+
+def _flat(leading: Float[np.ndarray, "m c r"]) -> Float[np.ndarray, "mc r"]:
+    rows, components, rank = leading.shape
+    return leading.reshape(rows * components, rank)
+
+
+def _own_share(seen: sparse.csr_array) -> Float[np.ndarray, " m"]:
+    """The diagonal of A A^T of one component."""
+    return np.asarray(seen.multiply(seen).sum(1)).reshape(-1)
+
+
+def _alike(seen: sparse.csr_array, noise: Float[np.ndarray, "m c c"]) -> bool:
+    """Whether K of rows that see cells of their own is one number times the identity at every level.
+
+    Rows that see nothing, as padded ones, do not count: their B is 0.
+    """
+    share = _own_share(seen)
+    used, first = share > 0, share.argmax()
+    same = noise[used] == noise[first, 0, 0] * np.eye(noise.shape[-1])
+    return bool((share[used] == share[first]).all() and same.all())
 
 
 def _see_cells_of_their_own(seen: sparse.csr_array) -> bool:

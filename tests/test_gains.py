@@ -43,6 +43,13 @@ def observation(gaussian):
 
 
 @pytest.fixture(scope="module")
+def alike(gaussian):
+    """Most cells of a field with one error, and rows that pad."""
+    seen = observe.cells(OCEAN, 0.7, np.random.default_rng(3))
+    return observe.from_cells(seen, field_of(gaussian, 1), 0.1, OCEAN)
+
+
+@pytest.fixture(scope="module")
 def spaced(gaussian):
     """Points between cells of which no two have a corner in common, one of them at the coast."""
     y, x = np.meshgrid([0.4, 2.3, 4.6, 6.5], [0.7, 2.5, 4.4, 7.4, 9.3], indexing="ij")
@@ -80,9 +87,11 @@ def one_level(gain, number):
     return jax.tree.map(lambda leaf: leaf[number], gain)
 
 
-@pytest.mark.parametrize("kind", ["observation", "spaced"])
-def test_gains_by_blocks_are_those_of_dense_algebra(gaussian, kind, request):
-    observation, correlation = request.getfixturevalue(kind), 0.6
+@pytest.mark.parametrize(
+    ("kind", "correlation"), [("observation", 0.6), ("spaced", 0.6), ("alike", 0.0), ("alike", 0.6)]
+)
+def test_gains_by_blocks_are_those_of_dense_algebra(gaussian, kind, correlation, request):
+    observation = request.getfixturevalue(kind)
     gain = gains.kalman_gains(gaussian, observation, np.array(LEVELS), correlation)
     assert gain.by_blocks
     covariance, a, noise = dense_of(gaussian, observation, correlation)
