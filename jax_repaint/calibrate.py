@@ -157,7 +157,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("method", "kalman", f"Among {', '.join(METHODS)}.")
     flags.DEFINE_integer("members", 16, "Members of the ensembles that the calibration is for.", lower_bound=2)
     flags.DEFINE_integer("frames", 64, "Validation frames to inpaint, drawn at random.", lower_bound=2)
-    flags.DEFINE_list("patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02.")
+    flags.DEFINE_list(
+        "patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02; by default the model's."
+    )
     flags.DEFINE_integer("block", None, "Frames in a block of time; by default measured.", lower_bound=1)
     flags.DEFINE_bool("gate", False, "Also learn a weight for single frames; twice the work, here and in use.")
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
@@ -171,7 +173,7 @@ def main(_) -> None:
     trained = model.load(FLAGS.model)
     files.check_writable(f"{FLAGS.model}/{model.DESCRIPTION}")
     fields, split = data_of(trained, FLAGS.fields)
-    patterns = FLAGS.patterns or observe.usual(fields.ocean)
+    patterns = FLAGS.patterns or trained.patterns
     block = FLAGS.block or block_length(trained, fields.select(split.validation), patterns[0], FLAGS.seed)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     logging.info("%d validation frames in blocks of %d frames", numbers.size, block)

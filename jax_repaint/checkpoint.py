@@ -192,6 +192,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool("allow_short_gap", False, "Accept parts that are closer than the decorrelation time.")
     flags.DEFINE_bool("block_split", False, "Split as its training did if that was by blocks of 130 hours, which leak.")
     flags.DEFINE_integer("rank", 256, "Most EOFs of the linear prior.", lower_bound=1)
+    flags.DEFINE_string("patterns", "", "Observations that it is chosen for, such as gaps:0.3; by default few cells.")
     flags.DEFINE_string("out", None, "Folder of the model to write.")
     flags.mark_flags_as_required(("torch", "out"))
 
@@ -202,7 +203,7 @@ def main(_: Sequence[str]) -> None:
     from jax_repaint import model, settings, torch_import
 
     config = settings.default_config()
-    config.model.network, config.model.rank = FLAGS.network, FLAGS.rank
+    config.model.network, config.model.rank, config.model.patterns = FLAGS.network, FLAGS.rank, FLAGS.patterns
     config.data.fields, config.data.frames = FLAGS.fields, FLAGS.frames
     config.data.allow_short_gap = FLAGS.allow_short_gap
     config.data.block_split = FLAGS.block_split

@@ -70,7 +70,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("test_range", "", "Frames or dates of your file to inpaint.")
     flags.DEFINE_integer("steps", 150, "Steps of training on your file.", lower_bound=1)
     flags.DEFINE_integer("frames", 1, "Held-out frames to inpaint, drawn at random.", lower_bound=1)
-    flags.DEFINE_list("patterns", [], "Observation patterns; by default a line, a walk and 2 % of the cells.")
+    flags.DEFINE_list("patterns", [], "Observation patterns; by default the model's: a line, a walk, 2 % of the cells.")
     flags.DEFINE_list("methods", list(METHODS), f"Among {', '.join(methods.METHODS)}.")
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
@@ -104,7 +104,7 @@ def main(_) -> None:
         select, parts = held_out(trained)
         numbers = pick(parts, FLAGS.frames, FLAGS.seed)
         fields, block = select(numbers), block_length(parts, len(numbers))
-    patterns = FLAGS.patterns or list(observe.usual(fields.ocean))
+    patterns = FLAGS.patterns or trained.patterns
     text = evaluate.run(
         trained, fields, numbers, patterns, FLAGS.methods, out,
         members=FLAGS.members, seed=FLAGS.seed, block=block, inputs=files_of(trained, FLAGS.fields or None),

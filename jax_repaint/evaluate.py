@@ -21,7 +21,7 @@ import tqdm
 import xarray as xr
 from absl import flags, logging
 
-from jax_repaint import command, details, files, metrics, model, observe, plots
+from jax_repaint import command, details, files, metrics, model, plots
 from jax_repaint.cases import (
     Case,
     block_length,
@@ -333,7 +333,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("model", None, "Folder of a model, as training writes it.")
     flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
     flags.DEFINE_integer("frames", 64, "Test frames to inpaint, drawn at random.", lower_bound=1)
-    flags.DEFINE_list("patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02.")
+    flags.DEFINE_list(
+        "patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02; by default the model's."
+    )
     flags.DEFINE_list("methods", [*BASELINES, "adaptive", "kalman"], f"Among {', '.join(METHODS)}.")
     flags.DEFINE_list("keep", [], "Methods whose members go into fields_METHOD.nc, beside the last one's in fields.nc.")
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
@@ -357,7 +359,7 @@ def main(_) -> None:
     if FLAGS.directions:
         trained = with_directions(trained, fields, split, FLAGS.directions)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
-    patterns = FLAGS.patterns or observe.usual(fields.ocean)
+    patterns = FLAGS.patterns or trained.patterns
     out = Path(FLAGS.out)
     text = run(
         trained, fields.select(numbers), numbers, patterns, FLAGS.methods, out,

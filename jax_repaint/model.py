@@ -25,7 +25,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jax_repaint import SHIPPED
+from jax_repaint import SHIPPED, observe
 from jax_repaint.calibration import Calibration
 from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data.fields import Fields, Standardiser, check_grid, crop, padded_shape
@@ -150,6 +150,12 @@ class Model:
                 f"its training lacks {', '.join(sorted(missing))}"
             )
         return self.training
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of observations that the linear prior was chosen for."""
+        settings = self.training.get("config", {}).get("model", {})
+        return observe.patterns_of(settings.get("patterns", "")) or observe.usual(self.ocean)
 
     @property
     def padded(self) -> tuple[int, int]:

@@ -526,6 +526,11 @@ def from_table(cells: Int[Array, " m"], count: Int[Array, ""], field: Field, sig
     return Observation(corners, weights, values, errors, valid)
 
 
+def patterns_of(text: str) -> tuple[str, ...]:
+    """The patterns of a setting such as "line:22, walk:90", in its order and each once; none of an empty text."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 def usual(ocean: np.ndarray) -> tuple[str, ...]:
     """The three patterns that results are reported for: the middle row, a walk over 1/42 of the ocean, 2 % of cells.
 

@@ -1,6 +1,7 @@
 """Fields as a training takes them: read, split, standardised, padded, without gaps; and the priors fitted to them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from jax_repaint.data.fields import Fields, Split, Standardiser
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
+from jax_repaint.observe import Observation
 from jax_repaint.prior import gp, linear
 
 SHARES = (1.0, 0.5, 0.1)  # of the training covariance in the linear prior
@@ -89,9 +91,10 @@ def prepare(fields: Fields, config: ConfigDict) -> Prepared:
         logging.info("%.3g %% of the training values and %.3g %% of the validation values are present", *shares)
     else:
         present = validation_present = None
+    observations = chosen_for(config.model.patterns, fields.ocean, ocean.shape)
     logging.info("fitting the linear estimate and a Gaussian process")
     gaussian, kernel, choice = fit_priors(
-        parts[0], train, validation, ocean, config.model.rank, config.model.gp_steps, standardiser,
+        parts[0], train, validation, ocean, config.model.rank, config.model.gp_steps, standardiser, observations,
         present, validation_present,
     )  # fmt: skip
     if present is not None:
@@ -108,6 +111,24 @@ def _filled(gaussian: PrincipalGaussian, x: np.ndarray, present: np.ndarray, see
     return np.asarray(distributed.same(linear.fill(gaussian, x, present, seed)))
 
 
+def chosen_for(patterns: str, ocean: np.ndarray, padded: tuple[int, int]) -> list[Observation]:
+    """Observations of the patterns on the padded grid: two draws of each, or the one there is.
+
+    Args:
+      patterns: such as "line:22,walk:90"; empty for the usual ones.
+
+    Raises:
+      InputError: a pattern that cannot be drawn.
+    """
+    observations = []
+    for spec in observe.patterns_of(patterns) or observe.usual(ocean):
+        for draw in range(1 if spec.startswith("line") else 2):
+            seen = observe.parse(spec, ocean, observe.pattern_rng(0, draw))
+            observation = observe.from_cells(seen, np.zeros((*seen.shape, 2)), 0.01, ocean)
+            observations.append(observe.pad_grid(observation, seen.shape, padded))
+    return observations
+
+
 def fit_priors(
     fields: Fields,
     train: np.ndarray,
@@ -116,12 +137,14 @@ def fit_priors(
     rank: int,
     gp_steps: int,
     standardiser: Standardiser,
+    observations: Sequence[Observation],
     present: np.ndarray | None = None,
     validation_present: np.ndarray | None = None,
 ) -> tuple[PrincipalGaussian, gp.Kernel, linear.Choice]:
     """The linear prior, chosen on validation frames, and the GP by marginal likelihood of training frames.
 
-    The linear prior is the training covariance, or a blend with the covariance of the GP where that does better. Fields
+    The linear prior is the training covariance, or a blend with the covariance of the GP where that does better from
+    the `observations` of validation frames: few of them are best explained by few directions, many by many. Fields
     with gaps, where `present` and `validation_present` (n, Y, X) tell which cells have a value, are first filled with
     draws of the Gaussian that EM finds, whose covariance is the one that it expects.
     """
@@ -129,12 +152,6 @@ def fit_priors(
     kernel, _ = gp.fit("matern32", fields.velocity, fields.ocean, fields.places(), climatology, gp_steps)
     shown = np.unique(np.linspace(0, len(validation) - 1, 48).astype(int))
     frames = validation[shown]
-    patterns = []
-    for spec in observe.usual(fields.ocean):
-        for draw in range(1 if spec.startswith("line") else 2):
-            seen = observe.parse(spec, fields.ocean, observe.pattern_rng(0, draw))
-            pattern = observe.from_cells(seen, np.zeros((*seen.shape, 2)), 0.01, fields.ocean)
-            patterns.append(observe.pad_grid(pattern, seen.shape, ocean.shape))
     root = None
     if fields.ocean.sum() <= BLENDED:
         root = gp.prior_root(kernel, fields.ocean, fields.places()).rows(standardiser.std)
@@ -146,12 +163,12 @@ def fit_priors(
     found = []
     for share in SHARES if root is not None else (1.0,):
         gaussian = linear.fit(train, ocean, rank, share=share, kernel_root=root)
-        chosen, choice = linear.select(gaussian, frames, patterns, present=seen)
+        chosen, choice = linear.select(gaussian, frames, observations, present=seen)
         found.append((choice.error, chosen, dataclasses.replace(choice, share=share)))
     _, gaussian, choice = min(found, key=lambda candidate: candidate[0])
     logging.info(
         "linear prior: %d EOFs, %g of the covariance from the training frames; mean square error %.3g of the variance "
-        "from a few cells of validation frames",
+        "where the others of a validation frame are observed",
         choice.rank, choice.share, choice.error,
     )  # fmt: skip
     return gaussian, kernel, choice

@@ -33,7 +33,7 @@ from absl import flags, logging
 from matplotlib.colors import Colormap, to_hex
 from matplotlib.figure import Figure
 
-from jax_repaint import command, comparison, metrics, plots, results
+from jax_repaint import command, comparison, metrics, observe, plots, results
 from jax_repaint.data.cf import opened
 from jax_repaint.data.fields import Fields
 from jax_repaint.data.probe import check_hdf5
@@ -617,8 +617,10 @@ def sweep_body(workdir: Path) -> list[str]:
 
 def _patterns(config: Mapping, rows: pd.DataFrame) -> list[str]:
     """The patterns of a sweep in its own order; the usual ones, which no setting names, in that of observe.usual."""
-    given = [part.strip() for part in config.get("config", {}).get("patterns", "").split(",") if part.strip()]
-    return given or sorted(rows["pattern"].unique(), key=lambda name: "line walk cells".find(name.partition(":")[0]))
+    given = observe.patterns_of(config.get("config", {}).get("patterns", ""))
+    return list(given) or sorted(
+        rows["pattern"].unique(), key=lambda name: "line walk cells".find(name.partition(":")[0])
+    )
 
 
 def _sweep_figures(workdir: Path, rows: pd.DataFrame, table: pd.DataFrame) -> Iterator[str]:

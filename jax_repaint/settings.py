@@ -33,6 +33,8 @@ def default_config() -> ConfigDict:
                 "form": "eps",
                 "dtype": "float32",
                 "rank": 256,  # most EOFs of the linear prior
+                # Observations that the linear prior is chosen for, such as "gaps:0.3"; empty: a line, a walk and cells.
+                "patterns": "",
                 "gp_steps": 200,  # of fitting the GP that stands in tables beside the network
             },
             "noise": {

@@ -99,8 +99,7 @@ class Study:
     @cached_property
     def patterns(self) -> list[str]:
         """Observation patterns."""
-        given = [part.strip() for part in self.config.patterns.split(",") if part.strip()]
-        return list(dict.fromkeys(given)) or list(observe.usual(self.fields.ocean))
+        return list(observe.patterns_of(self.config.patterns) or observe.usual(self.fields.ocean))
 
     @cached_property
     def cases(self) -> dict[bool, list[Where]]:

@@ -315,25 +315,28 @@ def _weights_of(config: ConfigDict, network: unet.UNetConfig) -> dict:
     source = Path(folder)
     loaded = model.load(source / "model" if (source / "model").is_dir() else source)
     # A network of another form has learnt another target, and of other steps other positions.
-    if form != loaded.form and (loaded.form, form) != ("anchored", "conditional"):
+    if form != loaded.form and {loaded.form, form} != {"anchored", "conditional"}:
         raise InputError(f"init_from: the model in {folder} is of form {loaded.form}, not {form}")
     if form == "eps" and loaded.schedule != (schedule := {k: float(config.noise[k]) for k in loaded.schedule}):
         raise InputError(f"init_from: the model in {folder} knows the steps {loaded.schedule}, not {schedule}")
     # Dropout and the number type change no weight.
     alike = dataclasses.replace(loaded.network, dropout=network.dropout, dtype=network.dtype)
-    grown = (loaded.network.inputs, network.inputs) == (model.INPUTS["anchored"], model.INPUTS["conditional"])
-    if dataclasses.replace(alike, inputs=network.inputs) != network or not (grown or alike == network):
+    if dataclasses.replace(alike, inputs=network.inputs) != network or (form == loaded.form and alike != network):
         raise InputError(f"init_from: the network of {folder} is another one: {loaded.network}")
-    return _see_more(loaded.params, network) if grown else loaded.params
+    return loaded.params if form == loaded.form else _with_inputs_of(network, loaded.params)
 
 
-def _see_more(params: dict, network: unet.UNetConfig) -> dict:
-    """The same function of the first inputs of a network that has more, whose kernels start from 0."""
+def _with_inputs_of(network: unet.UNetConfig, params: dict) -> dict:
+    """The same function of the inputs that both have: kernels of others start from 0, or are left out.
+
+    What is left out saw which cells are observed, and 0 where none was.
+    """
     shapes = traverse_util.flatten_dict(unet.structure(network)[1])
     flat = traverse_util.flatten_dict(params)
     for name, leaf in flat.items():
-        extra = [(0, new - old) for new, old in zip(shapes[name].shape, leaf.shape, strict=True)]
-        flat[name] = jnp.pad(leaf, extra)
+        shape = shapes[name].shape
+        kept = leaf[tuple(map(slice, shape))]
+        flat[name] = jnp.pad(kept, [(0, new - old) for new, old in zip(shape, kept.shape, strict=True)])
     return traverse_util.unflatten_dict(flat)
 
 

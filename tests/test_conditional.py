@@ -59,7 +59,7 @@ def grown(prior):
     """An anchored denoiser and the conditional one that starts from it."""
     params = unet.create(FOUR, 0)[1]
     anchored = AnchoredDenoiser(params, prior, unet.structure(FOUR)[0])
-    return anchored, denoiser(prior, FIVE, train._see_more(params, FIVE))
+    return anchored, denoiser(prior, FIVE, train._with_inputs_of(FIVE, params))
 
 
 def test_a_silent_network_gives_the_exact_gaussian_estimate(silent, prior, truth, observation):

@@ -353,5 +353,10 @@ def test_generators_of_patterns_differ_by_seed_and_frame():
     assert observe.pattern_rng(3, 7).integers(1 << 60) == observe.pattern_rng(3, 7).integers(1 << 60)
 
 
+def test_patterns_of_a_setting():
+    assert observe.patterns_of(" line:22,walk:90 ,, line:22") == ("line:22", "walk:90")
+    assert observe.patterns_of("") == ()
+
+
 def test_usual_patterns_of_the_twin(ocean):
     assert observe.usual(ocean) == ("line:22", "walk:90", "cells:0.02")

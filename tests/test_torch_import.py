@@ -395,8 +395,8 @@ def test_the_command_imports_a_file(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(unet.NETWORKS, "imported", CONFIG)
     readers.write(tiny.fields(), tmp_path / "tiny.nc")
     chosen = {"torch": str(file), "network": "imported", "fields": str(tmp_path / "tiny.nc"), "frames": 16, "rank": 4,
-              "train": "0:40", "validation": "42:50", "test": "52:60", "allow_short_gap": False,
-              "block_split": False}  # fmt: skip
+              "patterns": "cells:0.1,line:4", "train": "0:40", "validation": "42:50", "test": "52:60",
+              "allow_short_gap": False, "block_split": False}  # fmt: skip
     monkeypatch.setattr(checkpoint_command, "FLAGS", SimpleNamespace(**chosen, out=str(tmp_path / "model")))
     checkpoint_command.main([])
     assert f"wrote {tmp_path / 'model'}: imported, 40 training" in capsys.readouterr().out
@@ -404,6 +404,7 @@ def test_the_command_imports_a_file(file, tmp_path, monkeypatch, capsys):
     assert read.training["parts"] == {"train": [0, 40], "validation": [42, 50], "test": [52, 60]}
     assert read.training["imported"] == {"file": "checkpoint.pt", "epoch": 132, "best_loss": 0.0093}
     assert read.schedule == {"steps": 250, "min_beta": 1e-4, "max_beta": 0.02}
+    assert read.patterns == ("cells:0.1", "line:4")
     # What evaluation asks a model for: its data and their split.
     fields, split = data_of(read, None)
     assert (len(fields), split.test.tolist()) == (60, list(range(52, 60)))
@@ -416,7 +417,7 @@ def test_the_command_splits_as_it_is_told(file, monkeypatch, by_blocks):
         raise InputError("enough seen")
 
     chosen = {"torch": str(file), "network": "unet", "fields": "", "frames": 16, "rank": 4, "train": "0.7",
-              "out": "model", "validation": "0.15", "test": "0.15", "allow_short_gap": False,
+              "patterns": "", "out": "model", "validation": "0.15", "test": "0.15", "allow_short_gap": False,
               "block_split": by_blocks}  # fmt: skip
     monkeypatch.setattr(checkpoint_command, "FLAGS", SimpleNamespace(**chosen))
     monkeypatch.setattr(torch_import, "import_model", stop)

@@ -19,7 +19,7 @@ import pytest
 import tiny
 from scipy import stats
 
-from jax_repaint import model, observe, train
+from jax_repaint import model, observe, prepare, train
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
@@ -34,7 +34,7 @@ from jax_repaint.optimise import (
     make_steps,
     plan,
 )
-from jax_repaint.prepare import fit_priors
+from jax_repaint.prepare import chosen_for, fit_priors
 from jax_repaint.prior import gp, linear
 from jax_repaint.schedule import Schedule
 from jax_repaint.settings import check_config, network_config, sigma_range
@@ -162,7 +162,8 @@ def test_a_prior_says_how_much_of_it_is_from_training_frames():
     standardiser = fields_lib.Standardiser.from_fields(data)
     x, ocean = fields_lib.prepare(data, standardiser, tiny.NETWORK.multiple)
     few = data.select(np.arange(6))
-    gaussian, kernel, choice = fit_priors(few, x[:6], x[10:], ocean, 8, 100, standardiser)
+    patterns = chosen_for("", data.ocean, ocean.shape)
+    gaussian, kernel, choice = fit_priors(few, x[:6], x[10:], ocean, 8, 100, standardiser, patterns)
     assert choice.share < 1
     root = gp.prior_root(kernel, data.ocean, data.places()).rows(standardiser.std)
     expected = linear.truncate(
@@ -170,6 +171,37 @@ def test_a_prior_says_how_much_of_it_is_from_training_frames():
     )
     for ours, theirs in zip(jax.tree.leaves(gaussian), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_prior_is_chosen_for_the_patterns_of_the_setting():
+    """Few directions can be told apart from few cells, many from nearly all; of frames that had no part in it too."""
+    data, errors = tiny.fields(160), []
+    found = {patterns: prepare.prepare(data, with_patterns(patterns)) for patterns in ("", "gaps:0.3")}
+    few, many = (one.gaussian for one in found.values())
+    assert few.variance.size < 32 < many.variance.size
+    split, standardiser = found[""].split, found[""].standardiser
+    x, ocean = fields_lib.prepare(data.select(split.test), standardiser, tiny.NETWORK.multiple)
+    wet = np.flatnonzero(np.repeat(ocean.reshape(-1), 2))
+    flat = x.reshape(len(x), -1)[:, wet].astype(float)
+    seen = np.repeat(np.random.default_rng(0).random(wet.size // 2) < 0.7, 2)
+    for prior in (few, many):
+        e = np.asarray(prior.direction, float).reshape(len(prior.direction), -1)[:, wet]
+        rest, mean = float(prior.rest), np.asarray(prior.mean, float).reshape(-1)[wet]
+        covariance = (e.T * (np.asarray(prior.variance, float) - rest)) @ e + rest * np.eye(wet.size)
+        gain = np.linalg.solve(covariance[seen][:, seen] + 1e-4 * np.eye(seen.sum()), covariance[seen]).T
+        errors.append(np.mean((mean + (flat[:, seen] - mean[seen]) @ gain.T - flat)[:, ~seen] ** 2))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def with_patterns(patterns):
+    config = tiny.config("anchored")
+    config.model.update({"rank": 64, "patterns": patterns})
+    return config
+
+
+def test_patterns_that_cannot_be_drawn_are_refused_before_the_work():
+    with pytest.raises(InputError, match=r"'gap:0\.3' is not one of line:ROW"):
+        prepare.prepare(tiny.fields(), with_patterns("line:4,gap:0.3"))
 
 
 def test_places_are_stratified_or_uniform():
@@ -721,7 +753,7 @@ def test_a_run_that_goes_on_says_that_its_start_is_not_used(finished, caplog):
 def test_a_run_from_before_a_setting_goes_on_with_its_usual_value(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     text = json.loads((workdir / "config.json").read_text())
-    del text["config"]["train"]["score_every"]
+    del text["config"]["train"]["score_every"], text["config"]["model"]["patterns"]
     text["config"] |= {"reset_best": True, "init_from": "elsewhere"}
     text["config"]["data"]["fields"] = "moved.nc"
     (workdir / "config.json").write_text(json.dumps(text))
@@ -785,6 +817,20 @@ def test_init_from_takes_the_weights_alone(finished, tmp_path, monkeypatch):
         assert state.step == 0
         assert np.isinf(state.best)
         assert not any(leaf.any() for leaf in jax.tree.leaves(state.optimiser))
+
+
+def test_a_network_without_observations_starts_from_one_with_them_and_back():
+    """Its function of the first inputs is that of the other one where no cell is observed."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 8, 12, 5)), jnp.float32).at[..., 4].set(0)
+    four, five = (dataclasses.replace(tiny.NETWORK, inputs=count) for count in (4, 5))
+    graphdef, params = unet.create(five, 0)
+    whole = unet.apply(graphdef, params, x, jnp.zeros(1))
+    fewer = train._with_inputs_of(four, params)
+    found = unet.apply(unet.structure(four)[0], fewer, x[..., :4], jnp.zeros(1))
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+    back = unet.apply(graphdef, train._with_inputs_of(five, fewer), x.at[..., 4].set(1), jnp.zeros(1))
+    np.testing.assert_allclose(back, whole, atol=1e-6)
 
 
 def test_init_from_refuses_another_network(finished, tmp_path, monkeypatch):

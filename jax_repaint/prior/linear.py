@@ -25,7 +25,7 @@ from jax_repaint.prior.analysis import Analysis, DenseAnalysis, PrincipalAnalysi
 
 OVERSAMPLING = 32
 POWER_PASSES = 3
-RANKS = (8, 16, 32, 64, 128, 256, 384)
+RANKS = (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024)
 RESTS = (0.3, 1.0, 3.0)
 MOST_WITH_GAPS = 64  # directions of an EM, whose matrices grow with the square: what fills gaps is of large scale
 PRIOR_FRAMES = 1.0  # frames at zero that EM adds to those of each cell
