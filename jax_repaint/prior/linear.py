@@ -363,7 +363,7 @@ def estimate(gaussian: PrincipalGaussian, observation: Observation, values: np.n
     gain = gains.exact_gains(gaussian, observation, np.array([np.inf]))
     mean = gaussian.mean
     misfit = (values - np.asarray(observation.apply(mean))) * np.asarray(observation.valid)[:, None]
-    along = np.einsum("rmc,nmc->nr", gain.along[0], misfit)
+    along = np.tensordot(misfit, gain.along[0], ((1, 2), (1, 2)))
     leading = np.tensordot(along, np.asarray(gaussian.direction), 1)
     ocean, weights = np.asarray(gaussian.ocean), np.asarray(observation.weights, np.float64)
     if gain.by_blocks:
