@@ -29,7 +29,7 @@ from absl import flags
 from scipy.spatial.distance import cdist
 
 from benchmarks import measure
-from jax_repaint import SHIPPED, command, metrics, model
+from jax_repaint import SHIPPED, command, metrics, model, scoring
 from jax_repaint.cases import Case, block_length, held_out, observation_of, observed_cells, pick
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
@@ -191,7 +191,7 @@ def measure_pattern(
     block = block_length(split, len(numbers))
 
     def over(name: str, base: str) -> dict[str, float]:
-        ratio = metrics.ratio_of_means(errors[name], errors[base], block, seed)
+        ratio = scoring.ratio_of_means(errors[name], errors[base], block, seed)
         return {key: getattr(ratio, key) for key in ("ratio", "lo", "hi", "wins")}
 
     rows = [

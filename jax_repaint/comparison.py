@@ -1,7 +1,7 @@
 """The table and the pictures of a sweep, from its rows (results.SCHEMA).
 
 One line is one point, pattern, stage and size of the ensemble, over the frames on which no member failed. Two
-comparisons stand in it, each on the same frames with a paired block-bootstrap interval (metrics.ratio_of_means):
+comparisons stand in it, each on the same frames with a paired block-bootstrap interval (scoring.ratio_of_means):
 
     member over seed_gp    one member against the Gaussian process of earlier results, which is how those were counted
     mean over best         the mean of the ensemble against the best deterministic baseline there
@@ -23,13 +23,13 @@ import numpy as np
 import pandas as pd
 from absl import logging
 
-from jax_repaint import metrics, plots
+from jax_repaint import metrics, plots, scoring
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 from jax_repaint.results import BASELINES
 
 FILES = ("rows.parquet", "table.csv", "table.txt", "sweep.png", "seed_gp.png")
-SCORES = list(metrics.FrameScores.__dataclass_fields__)
+SCORES = list(scoring.FrameScores.__dataclass_fields__)
 EXPECTED = "mse_expected"
 SUMMARY = ("mse_member", "mse_mean", "component_rmse", "vector_rmse", "crps", "spread_skill", "coverage90",
            "small_scale", "calls", "seconds")  # fmt: skip
@@ -46,7 +46,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
     """One line for each (pattern, point, stage, members) of `rows`.
 
     Columns: those names, label, method, settings; frames, failed (of them, where a member failed), failed_at (the
-    first); the columns of metrics.summary, whose ratio is `mean over best`; mse_expected and `whole`, the number of
+    first); the columns of scoring.summary, whose ratio is `mean over best`; mse_expected and `whole`, the number of
     members it is of; and {member, mean, expected}_over_{seed_gp, best}_{median, average, ratio, lo, hi, wins, wins_lo,
     wins_hi, worst}. NaN where every frame failed.
     """
@@ -99,16 +99,16 @@ def _mean_or_inf(values: pd.Series) -> float:
 def _scores(mine: pd.DataFrame, best: str, seeds: int) -> dict[str, Any]:
     """Scores and comparisons of one line; the seeds of one frame lie within its block."""
     block = int(mine["block"].iloc[0]) * seeds
-    frames = [metrics.FrameScores(**row) for row in mine[SCORES].to_dict("records")]
+    frames = [scoring.FrameScores(**row) for row in mine[SCORES].to_dict("records")]
     calls, seconds = float(mine["calls"].mean()), float(mine["device_seconds"].mean())
-    line = metrics.summary(str(mine["method"].iloc[0]), frames, calls, seconds)
+    line = scoring.summary(str(mine["method"].iloc[0]), frames, calls, seconds)
     line = {key: line[key] for key in SUMMARY} | {EXPECTED: float(mine[EXPECTED].mean(skipna=False))}
     for kind, against in PAIRS:
         if mine[f"mse_{kind}"].isna().any():
             continue
         base = best if against == "best" else "seed_gp"
         ours, theirs = mine[f"mse_{kind}"].to_numpy(), mine[f"mse_{base}"].to_numpy()
-        found = metrics.ratio_of_means(ours, theirs, block, 0)
+        found = scoring.ratio_of_means(ours, theirs, block, 0)
         numbers = SimpleNamespace(**vars(found), average=float(np.mean(ours / theirs)))
         line |= {f"{kind}_over_{against}_{name}": getattr(numbers, name) for name in STATISTICS}
     return line
@@ -126,7 +126,7 @@ def name_of_mean(table: pd.DataFrame) -> str:
 
 def _interval(value: float, lo: float, hi: float, form: str = ".3f") -> str:
     if not math.isfinite(value):
-        return metrics.DASH
+        return scoring.DASH
     return f"{value:{form}}" if not math.isfinite(lo) else f"{value:{form}} [{lo:{form}}, {hi:{form}}]"
 
 
@@ -149,7 +149,7 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
     unlike = mean == "expected"
 
     def number(value: float, form: str) -> str:
-        return f"{value:{form}}" if math.isfinite(value) else metrics.DASH
+        return f"{value:{form}}" if math.isfinite(value) else scoring.DASH
 
     parts = []
     for pattern, mine in table.groupby("pattern", sort=False):
@@ -160,7 +160,7 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
         the_mean = f"mean of {mine['whole'].iloc[0]}, as expected," if unlike else "mean"
         scores, ratios = [], []
         for name, (_, line) in zip(names, mine.iterrows(), strict=True):
-            failed = f"{line['failed']}/{line['frames']}" if line["failed"] else metrics.DASH
+            failed = f"{line['failed']}/{line['frames']}" if line["failed"] else scoring.DASH
             scores.append(
                 {"point": name.ljust(width), "members": line["members"], "failed": failed}
                 | {title: number(line[key], form) for title, key, form in (
@@ -287,7 +287,7 @@ def write(
     table = compare(rows)
     with whole_file(folder / "rows.parquet") as temporary:
         rows.to_parquet(temporary, index=False)
-    metrics.write_csv(table.to_dict("records"), folder / "table.csv")
+    scoring.write_csv(table.to_dict("records"), folder / "table.csv")
     text = format_lines(table, every_stage or x == "stage")
     if x == "distance" and (rows["failed_members"] == 0).any():
         text += "\n\n" + _format_distances(distances(rows))

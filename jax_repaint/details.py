@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from jax_repaint import metrics
+from jax_repaint import metrics, structures
 from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
 
@@ -44,11 +44,11 @@ def of_frame(
         row["energy_score"] = metrics.energy_score(truth, members, scored, antithetic)
     # Among coasts no cell may have four ocean neighbours, and no rectangle of 8 by 8 cells be without land.
     with contextlib.suppress(InputError):
-        eddies = metrics.eddy_scores(truth, members, scored, fields.ocean, dx, dy, antithetic)
-        row |= metrics.derivative_scores(truth, members, scored, fields.ocean, dx, dy)
+        eddies = structures.eddy_scores(truth, members, scored, fields.ocean, dx, dy, antithetic)
+        row |= structures.derivative_scores(truth, members, scored, fields.ocean, dx, dy)
         row |= {f"eddy_{name}": value for name, value in eddies.items()}
     with contextlib.suppress(InputError):
-        bands = metrics.spectrum(truth, members, fields.ocean, float(np.median(dx)), float(np.median(dy)))
+        bands = structures.spectrum(truth, members, fields.ocean, float(np.median(dx)), float(np.median(dy)))
         short = slice(2 * bands.wavenumber.size // 3, None)
         row |= {"short_members": float(bands.members[short].sum()), "short_truth": float(bands.truth[short].sum())}
     return row
@@ -59,9 +59,9 @@ def summary(frames: Sequence[dict[str, float]]) -> dict[str, float]:
     mean = pd.DataFrame(list(frames)).mean()
     row = {"energy_score": mean.get("energy_score", math.nan), "direction_error": mean["direction_error"]}
     if "divergence_error" in mean:
-        row |= metrics.derivative_summary(frames)
+        row |= structures.derivative_summary(frames)
         eddies = [{k.removeprefix("eddy_"): v for k, v in f.items() if k.startswith("eddy_")} for f in frames]
-        row |= {f"eddy_{name}": value for name, value in metrics.eddy_summary(eddies).items()}
+        row |= {f"eddy_{name}": value for name, value in structures.eddy_summary(eddies).items()}
     if mean.get("short_truth", 0) > 0:
         row["short_waves"] = mean["short_members"] / mean["short_truth"]
     return {name: float(value) for name, value in row.items()}

@@ -21,7 +21,7 @@ import tqdm
 import xarray as xr
 from absl import flags, logging
 
-from jax_repaint import command, details, files, metrics, model, plots
+from jax_repaint import command, details, files, metrics, model, plots, scoring
 from jax_repaint.cases import (
     Case,
     block_length,
@@ -88,9 +88,9 @@ def calibrated_name(trained: Model, methods: Sequence[str], members: int) -> str
     return f"{learnt.method}_calibrated"
 
 
-def _score(case: Case, result: Result, i: int, size: int, ocean: np.ndarray) -> metrics.FrameScores:
+def _score(case: Case, result: Result, i: int, size: int, ocean: np.ndarray) -> scoring.FrameScores:
     scored = metrics.scored_cells(case.truth, ocean, case.observed)
-    score = metrics.score(case.truth, result.members[i][:size], scored, ocean, antithetic=result.antithetic)
+    score = scoring.score(case.truth, result.members[i][:size], scored, ocean, antithetic=result.antithetic)
     if result.intervals is None:
         return score
     low, high = result.intervals[i]
@@ -98,7 +98,7 @@ def _score(case: Case, result: Result, i: int, size: int, ocean: np.ndarray) -> 
     return dataclasses.replace(score, coverage90=float(inside[scored].mean()))
 
 
-Scores = dict[str, dict[str, list[metrics.FrameScores]]]
+Scores = dict[str, dict[str, list[scoring.FrameScores]]]
 
 
 def score(cases: Sequence[Case], results: dict[str, Result], ocean: np.ndarray) -> Scores:
@@ -119,7 +119,7 @@ def score(cases: Sequence[Case], results: dict[str, Result], ocean: np.ndarray) 
 
 
 def compare(scores: Scores, results: dict[str, Result], block: int) -> list[dict]:
-    """Rows of metrics.summary, one a pattern and method, each against the best deterministic baseline there.
+    """Rows of scoring.summary, one a pattern and method, each against the best deterministic baseline there.
 
     Raises:
       InputError: none of DETERMINISTIC is among the methods.
@@ -132,7 +132,7 @@ def compare(scores: Scores, results: dict[str, Result], block: int) -> list[dict
         best = min(bases, key=lambda name: np.mean([s.mse_mean for s in by_method[name]]))
         for name, frames in by_method.items():
             calls, seconds = results[name].calls, results[name].seconds
-            row = metrics.summary(name, frames, calls, seconds, baseline=(best, by_method[best]), block=block)
+            row = scoring.summary(name, frames, calls, seconds, baseline=(best, by_method[best]), block=block)
             rows.append({"pattern": pattern} | row)
     return rows
 
@@ -167,7 +167,7 @@ def format_rows(rows: Sequence[dict]) -> str:
     parts = []
     for pattern in dict.fromkeys(row["pattern"] for row in rows):
         mine = [row for row in rows if row["pattern"] == pattern]
-        parts.append(f"{pattern}\n{metrics.format_table(mine)}")
+        parts.append(f"{pattern}\n{scoring.format_table(mine)}")
     return "\n\n".join(parts)
 
 
@@ -312,9 +312,9 @@ def run(
             written[shown] = "fields.nc"
     scores = score(cases, results, fields.ocean)
     rows = compare(scores, results, block)
-    metrics.write_csv(rows, out / "table.csv")
-    metrics.write_csv(frame_rows(cases, scores), out / "frames.csv")
-    metrics.write_csv(detail_rows(cases, results, fields), out / "details.csv")
+    scoring.write_csv(rows, out / "table.csv")
+    scoring.write_csv(frame_rows(cases, scores), out / "frames.csv")
+    scoring.write_csv(detail_rows(cases, results, fields), out / "details.csv")
     for name, file in written.items():
         history = f"jax_repaint, model {model.fingerprint(trained)}, method {name}, seed {seed}"
         data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name)

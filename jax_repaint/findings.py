@@ -2,7 +2,7 @@
 
 A finding claims that some ratios of mean errors lie in given ranges: below 1 (better), above 1 (worse), within one per
 cent of 1 (no effect). Each ratio is over the same frames, with a paired block-bootstrap interval of 95 %
-(metrics.ratio_of_means). A claim
+(scoring.ratio_of_means). A claim
 
     holds             if its whole interval is in the range
     does not hold     if none of it is
@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from jax_repaint import comparison, metrics, plots, resumption
+from jax_repaint import comparison, plots, resumption, scoring
 from jax_repaint.files import whole_file
 from jax_repaint.resumption import Resumption
 
@@ -98,7 +98,7 @@ def chosen(
     return mine.sort_values(["frame", "seed"], ignore_index=True)
 
 
-def paired(over: pd.DataFrame, under: pd.DataFrame, score: str = "mse_member", below: str = "") -> metrics.Ratio | None:
+def paired(over: pd.DataFrame, under: pd.DataFrame, score: str = "mse_member", below: str = "") -> scoring.Ratio | None:
     """`score` of one point over `below` (by default the same score) of another, on frames where no member failed.
 
     None where no such frame is left.
@@ -111,7 +111,7 @@ def paired(over: pd.DataFrame, under: pd.DataFrame, score: str = "mse_member", b
     if both.empty:
         return None
     block = int(both["block"].max()) * both["seed"].nunique()
-    return metrics.ratio_of_means(top[both.index], base[both.index], block, 0)
+    return scoring.ratio_of_means(top[both.index], base[both.index], block, 0)
 
 
 def check(
@@ -122,7 +122,7 @@ def check(
     return of_ratio(name, paired(over, under, score), expected, role)
 
 
-def of_ratio(name: str, found: metrics.Ratio | None, expected: tuple[float, float], role: str = "claim") -> Check:
+def of_ratio(name: str, found: scoring.Ratio | None, expected: tuple[float, float], role: str = "claim") -> Check:
     """A ratio as a Check; without an interval where it is over too few frames."""
     if found is None:
         return Check(name, math.nan, math.nan, math.nan, expected, role)
@@ -130,7 +130,7 @@ def of_ratio(name: str, found: metrics.Ratio | None, expected: tuple[float, floa
     return Check(name, found.ratio, *ends, expected, role)
 
 
-def against(rows: pd.DataFrame, baseline: str = "seed_gp", score: str = "mse_member") -> metrics.Ratio | None:
+def against(rows: pd.DataFrame, baseline: str = "seed_gp", score: str = "mse_member") -> scoring.Ratio | None:
     """One point against a baseline on the same frames."""
     return paired(rows, rows, score, f"mse_{baseline}")
 
@@ -145,7 +145,7 @@ def of_frames(name: str, count: int, frames: int, expected: tuple[float, float],
     return Check(name, count / frames, float(found.low), float(found.high), expected, role)
 
 
-def apart(name: str, over: metrics.Ratio, under: metrics.Ratio, expected: tuple[float, float]) -> Check:
+def apart(name: str, over: scoring.Ratio, under: scoring.Ratio, expected: tuple[float, float]) -> Check:
     """The ratio of two ratios on different frames; its interval has the ends of theirs, and is too wide."""
     if min(over.frames, under.frames) < FEWEST:
         return Check(name, over.ratio / under.ratio, math.nan, math.nan, expected)
@@ -163,7 +163,7 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], words: bool 
 
 def number(value: float, form: str = ".3f") -> str:
     """A number, or a dash where there is none."""
-    return f"{value:{form}}" if math.isfinite(value) else metrics.DASH
+    return f"{value:{form}}" if math.isfinite(value) else scoring.DASH
 
 
 def interval(value: float, lo: float, hi: float, form: str = ".3f") -> str:
@@ -190,14 +190,14 @@ def versus_gp(points: Mapping[str, pd.DataFrame], notes: Mapping[str, str]) -> s
     for name, rows in points.items():
         found = against(rows)
         failed = f"{int((rows['failed_members'] > 0).sum())}/{len(rows)}"
-        cells = [metrics.DASH] * 4
+        cells = [scoring.DASH] * 4
         if found:
             whole = rows[rows["failed_members"] == 0]
             cells = [
                 number(float((whole["mse_member"] / whole["mse_seed_gp"]).mean())), number(found.median),
                 interval(found.ratio, found.lo, found.hi), interval(found.wins, found.wins_lo, found.wins_hi, ".0%"),
             ]  # fmt: skip
-        lines.append([name, notes.get(name, metrics.DASH), *cells, failed])
+        lines.append([name, notes.get(name, scoring.DASH), *cells, failed])
     return markdown(VERSUS_GP, lines)
 
 
@@ -387,7 +387,7 @@ def _stages(evidence: Evidence) -> tuple[pd.DataFrame, str, dict[str, Callable[[
     lines = []
     for stage in sorted(rows["stage"].unique()):
         found = [against(chosen(rows, label, stage)) for label in labels]
-        ours = [interval(one.ratio, one.lo, one.hi) if one else metrics.DASH for one in found]
+        ours = [interval(one.ratio, one.lo, one.hi) if one else scoring.DASH for one in found]
         lines.append([f"S{stage}", NOTES_STAGES[stage - 1], NOTES_RANDOM[stage - 1], *ours])
     head = ("stage", "notes, gamma 1, frames in a row", "notes, gamma 3, random frames", *labels)
     return rows, markdown(head, lines), {"stages.png": _curves(rows, "stage", "", "label")}
@@ -437,7 +437,7 @@ def _lines_of(rows: pd.DataFrame, at: int) -> str:
     for label in rows["label"].unique():
         around = range(max(at - 2, 1), min(at + 2, int(rows["stage"].max())) + 1)
         found = [(stage, against(chosen(rows, label, stage))) for stage in around]
-        lines.append([label, *(f"S{s}: {number(one.ratio) if one else metrics.DASH}" for s, one in found)])
+        lines.append([label, *(f"S{s}: {number(one.ratio) if one else scoring.DASH}" for s, one in found)])
     return markdown(["", *("" for _ in lines[0][1:])], lines)
 
 
@@ -486,7 +486,7 @@ def averaging(evidence: Evidence) -> Judged:
     for label in labels:
         own = sorted(rows[rows["label"] == label]["members"].unique())
         found = {n: against(chosen(rows, label, members=n), "linear", "mse_mean") for n in own}
-        lines.append([label, *(number(found[n].ratio) if found.get(n) else metrics.DASH for n in sizes)])
+        lines.append([label, *(number(found[n].ratio) if found.get(n) else scoring.DASH for n in sizes)])
 
     def gained(label: str, n: int, role: str = "claim") -> Check:
         # Over the average member: over one of them alone, chance in that one would blur what averaging does.
@@ -561,7 +561,7 @@ def attention(evidence: Evidence) -> Judged:
 
 
 def _losses(found: Resumption, over: str, under: str, expected: tuple[float, float], role: str = "claim") -> Check:
-    ratio = metrics.ratio_of_means(found.losses[over], found.losses[under], found.block, 0)
+    ratio = scoring.ratio_of_means(found.losses[over], found.losses[under], found.block, 0)
     return of_ratio(f"{over} over {under}", ratio, expected, role)
 
 
@@ -765,7 +765,7 @@ def by_level(evidence: Evidence) -> Judged:
     tables = {name: table.set_index("sigma") for name, table in evidence.levels.items()}
     for level, error in gaussian.items():
         found = [table.loc[level] if level in table.index else None for table in tables.values()]
-        shown = [metrics.DASH if one is None else interval(one["ratio"], one["lo"], one["hi"]) for one in found]
+        shown = [scoring.DASH if one is None else interval(one["ratio"], one["lo"], one["hi"]) for one in found]
         lines.append([f"{level:.3g}", f"{error:.3g}", *shown])
     for name, table in tables.items():
         for level in (table.index[0], table.index[-1]):
@@ -826,8 +826,8 @@ def against_linear(evidence: Evidence) -> Judged:
         for pattern, label in dict.fromkeys(zip(rows["pattern"], rows["label"], strict=True)):
             mine = chosen(rows, label, pattern=pattern)
             found = [against(mine, "linear", score) for score in ("mse_member", "mse_mean")]
-            shown = [interval(one.ratio, one.lo, one.hi) if one else metrics.DASH for one in found]
-            wins = number(found[1].wins, ".0%") if found[1] else metrics.DASH
+            shown = [interval(one.ratio, one.lo, one.hi) if one else scoring.DASH for one in found]
+            wins = number(found[1].wins, ".0%") if found[1] else scoring.DASH
             lines.append([name, pattern, label, len(mine), int(mine["members"].iloc[0]), *shown, wins])
     head = ("sweep", "pattern", "method", "frames", "members", "a member", "mean of the members", "wins of the mean")
     remark = (
@@ -849,7 +849,7 @@ def calls_against_crps(evidence: Evidence) -> Judged:
     lines = []
     for _, line in table.sort_values("crps").iterrows():
         found = paired(chosen(rows, line["label"]), usual, "crps")
-        crps = interval(found.ratio, found.lo, found.hi) if found else metrics.DASH
+        crps = interval(found.ratio, found.lo, found.hi) if found else scoring.DASH
         mean = interval(*(line[f"mean_over_best_{part}"] for part in ("ratio", "lo", "hi")))
         spread = number(line["spread_skill"], ".2f")
         lines.append([line["label"], f"{line['each']:.0f}", crps, mean, spread, int(line["failed"])])

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from jax_repaint import command, files, gains, guide, metrics, model
+from jax_repaint import command, files, gains, guide, model, scoring
 from jax_repaint.array_types import Array, Field, Float, Key, Level
 from jax_repaint.cases import block_length, data_of, make_cases, pick
 from jax_repaint.data.fields import Fields, prepare_with_gaps
@@ -105,11 +105,11 @@ def denoising_errors(
 
 
 def table(errors: np.ndarray, sigmas: np.ndarray, block: int = 1) -> pd.DataFrame:
-    """One row a level: mean errors, their ratio and its paired bootstrap interval (metrics.ratio_of_means)."""
+    """One row a level: mean errors, their ratio and its paired bootstrap interval (scoring.ratio_of_means)."""
     rows = []
     for level, sigma in enumerate(sigmas):
         network, gaussian = errors[:, level].T
-        found = metrics.ratio_of_means(network, gaussian, block, seed=0)
+        found = scoring.ratio_of_means(network, gaussian, block, seed=0)
         rows.append((sigma, network.mean(), gaussian.mean(), found.ratio, found.lo, found.hi))
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -119,7 +119,7 @@ def compare(errors: Mapping[str, np.ndarray], sigmas: np.ndarray, block: int = 1
     basis, parts = next(iter(errors.values()))[..., 0], []
     for name, own in errors.items():
         part = table(own, sigmas, block)
-        over = [metrics.ratio_of_means(own[:, n, 0], basis[:, n], block, seed=0) for n in range(len(sigmas))]
+        over = [scoring.ratio_of_means(own[:, n, 0], basis[:, n], block, seed=0) for n in range(len(sigmas))]
         for column, of in zip(OVER_FIRST, ("ratio", "lo", "hi"), strict=True):
             part[column] = [getattr(found, of) for found in over]
         part.insert(0, "model", name)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from jax_repaint import metrics
+from jax_repaint import metrics, structures
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 
@@ -582,7 +582,7 @@ def _finish(figure: Figure, axes: Sequence[Axes], title: str) -> None:
 # --- scales and distances -----------------------------------------------------------------------------------
 
 
-def draw_spectra(spectra: Mapping[str, metrics.Spectrum], title: str = "") -> Figure:
+def draw_spectra(spectra: Mapping[str, structures.Spectrum], title: str = "") -> Figure:
     """Kinetic energy by wavelength of the truth and of each method's members, and their ratio below.
 
     Args:
@@ -622,7 +622,7 @@ def draw_spectra(spectra: Mapping[str, metrics.Spectrum], title: str = "") -> Fi
     return figure
 
 
-def spectra(path: str | Path, spectra: Mapping[str, metrics.Spectrum], title: str = "") -> None:
+def spectra(path: str | Path, spectra: Mapping[str, structures.Spectrum], title: str = "") -> None:
     """`draw_spectra` into a file."""
     save(draw_spectra(spectra, title), path)
 

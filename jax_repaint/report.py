@@ -33,7 +33,7 @@ from absl import flags, logging
 from matplotlib.colors import Colormap, to_hex
 from matplotlib.figure import Figure
 
-from jax_repaint import command, comparison, metrics, observe, plots, results
+from jax_repaint import command, comparison, metrics, observe, plots, results, scoring, structures
 from jax_repaint.data.cf import opened
 from jax_repaint.data.fields import Fields
 from jax_repaint.data.probe import check_hdf5
@@ -106,7 +106,7 @@ HEADINGS = {
 def number(value: float, whole: bool = False) -> str:
     """A number as people read it, four digits long or `whole`; a dash for none."""
     if not math.isfinite(value):
-        return metrics.DASH if math.isnan(value) else str(value)
+        return scoring.DASH if math.isnan(value) else str(value)
     return f"{value:,.0f}" if whole else f"{value:#.4g}".rstrip(".")
 
 
@@ -148,7 +148,7 @@ def table_html(table: pd.DataFrame, caption: str = "") -> str:
 
 
 def _word(value: object) -> str:
-    return metrics.DASH if value is None or value != value else str(value)
+    return scoring.DASH if value is None or value != value else str(value)
 
 
 def _number_cell(name: str, row: Mapping[str, object], whole: bool) -> str:
@@ -513,7 +513,7 @@ def _pattern_figures(made: Sequence[Ensembles], pattern: int) -> Iterator[str]:
     if errors:
         figure = plots.draw_distance(errors, baseline, "cells", words)
         yield figure_html(figure, f"error against distance to the nearest observation, {name}")
-    rows, columns = metrics.ocean_rectangle(made[0].ocean & np.isfinite(made[0].truth[pattern]).all((0, -1)))
+    rows, columns = structures.ocean_rectangle(made[0].ocean & np.isfinite(made[0].truth[pattern]).all((0, -1)))
     if min(rows.stop - rows.start, columns.stop - columns.start) >= 8:
         spectra = {one.method: mean_spectrum(one, pattern) for one in made}
         yield figure_html(plots.draw_spectra(spectra, words), f"spectra of kinetic energy, {name}")
@@ -545,12 +545,12 @@ def distance_errors(made: Sequence[Ensembles], pattern: int) -> tuple[dict[str, 
     return errors, "no current" if single is None else single.method
 
 
-def mean_spectrum(one: Ensembles, pattern: int) -> metrics.Spectrum:
+def mean_spectrum(one: Ensembles, pattern: int) -> structures.Spectrum:
     """Spectra of truth and members, averaged over frames."""
     dy, dx = one.spacing
     known = one.ocean & np.isfinite(one.truth[pattern]).all((0, -1))
-    frames = [metrics.spectrum(truth, members, known, dx, dy) for _, (truth, members, _) in one.cases(pattern)]
-    return metrics.Spectrum.average(frames)
+    frames = [structures.spectrum(truth, members, known, dx, dy) for _, (truth, members, _) in one.cases(pattern)]
+    return structures.Spectrum.average(frames)
 
 
 def mean_coverage(one: Ensembles, pattern: int) -> np.ndarray:

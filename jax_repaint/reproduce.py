@@ -24,7 +24,7 @@ import pandas as pd
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from jax_repaint import command, files, findings, levels, metrics, model, resumption, sample, sweep, train
+from jax_repaint import command, files, findings, levels, model, resumption, sample, scoring, sweep, train
 from jax_repaint.cases import block_length, data_of, pick
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
@@ -345,7 +345,7 @@ def about(attention: str, plain: str, command_line: str, again: Sequence[Pair] =
         losses = [
             findings.number(text.get(key, math.nan), ".4g") for key in ("held_out_loss", "held_out_loss_of_linear")
         ]
-        steps = f"{text['step']:,}" if "step" in text else metrics.DASH
+        steps = f"{text['step']:,}" if "step" in text else scoring.DASH
         network, noise = f"`{text['config']['model']['network']}`", f"{one.sigma[0]:.2g} to {one.sigma[1]:.3g}"
         size = f"{size / 1e6:.2f} million"
         lines.append([name, network, size, one.form, noise, steps, *losses, f"`{model.fingerprint(one)}`"])

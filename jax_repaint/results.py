@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
         "stage": pa.int64(),  # from 1
         "observed": pa.int64(),  # cells given
         "ocean": pa.int64(),  # cells in all
-        # Scores of metrics.FrameScores; empty if a member failed.
+        # Scores of scoring.FrameScores; empty if a member failed.
         "members": pa.int64(),
         "antithetic": pa.bool_(),
         "cells": pa.int64(),

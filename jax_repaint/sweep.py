@@ -33,7 +33,7 @@ from absl import flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from jax_repaint import command, comparison, distributed, ensemble, guide, locks, metrics, provenance, results
+from jax_repaint import command, comparison, distributed, ensemble, guide, locks, metrics, provenance, results, scoring
 from jax_repaint.batches import Batch, Group, Sampler, Samples, left_of, make_batches, make_groups
 from jax_repaint.errors import InputError
 from jax_repaint.points import Point, calls_by_stage
@@ -81,7 +81,7 @@ def make_rows(
         row |= {"failed_members": len(failed), "failed_at": failed[0] if failed else ""}
         if not failed:
             members = samples.x[:size, stage]
-            row |= vars(metrics.score(case.truth, members, scored, ocean, antithetic=point.paired))
+            row |= vars(scoring.score(case.truth, members, scored, ocean, antithetic=point.paired))
             row |= _by_distance(estimates, members.mean(0))
         rows.append(row)
     return rows

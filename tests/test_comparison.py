@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jax_repaint import comparison, metrics, results
+from jax_repaint import comparison, metrics, results, scoring
 from jax_repaint.errors import InputError
 
 FRAMES = 6
@@ -76,7 +76,7 @@ def test_ratios_are_those_of_the_frames(rows, table):
             assert line[f"{name}_worst"] == pytest.approx(np.max(ours / base))
             assert line[f"{name}_wins"] == pytest.approx(np.mean(ours < base))
             # The two seeds of a frame are one block.
-            expected = metrics.ratio_of_means(ours, base, 2, 0)
+            expected = scoring.ratio_of_means(ours, base, 2, 0)
             assert (line[f"{name}_lo"], line[f"{name}_hi"]) == (expected.lo, expected.hi)
             assert (line[f"{name}_wins_lo"], line[f"{name}_wins_hi"]) == (expected.wins_lo, expected.wins_hi)
         assert line["mse_mean"] == pytest.approx(mine["mse_mean"].mean())
@@ -92,7 +92,7 @@ def test_mean_of_more_members_is_that_of_drawn_ones():
     for _ in range(frames):
         # Members with a common error and a spread that is not its size.
         members = 0.3 * rng.normal(size=(1, cells, 1, 2)) + 0.8 * rng.normal(size=(16, cells, 1, 2))
-        rows += [vars(metrics.score(truth, members[:n], ocean, ocean)) for n in (1, 2, 4, 16)]
+        rows += [vars(scoring.score(truth, members[:n], ocean, ocean)) for n in (1, 2, 4, 16)]
     rows = pd.DataFrame(rows)
     made = rows.assign(expected=comparison.expected_mse(rows, 16)).groupby("members")["expected"]
     assert made.get_group(16).mean() == pytest.approx(rows[rows["members"] == 16]["mse_mean"].mean(), rel=1e-12)

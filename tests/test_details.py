@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jax_repaint import details, metrics
+from jax_repaint import details, metrics, structures
 from jax_repaint.data.fields import Fields
 
 SHAPE = (20, 26)
@@ -64,7 +64,7 @@ def test_one_frame_against_sums_over_its_cells_and_waves(fields):
     apart = np.angle(np.exp(1j * (np.angle(m @ [1, 1j]) - np.angle(t @ [1, 1j]))))
     assert row["direction_error"] == pytest.approx(np.degrees(np.abs(apart[fast])).mean(), rel=1e-6)
     spacing = (float(np.median(size)) for size in details.cell_sizes(fields))
-    spectrum = metrics.spectrum(truth, members, fields.ocean, *spacing)
+    spectrum = structures.spectrum(truth, members, fields.ocean, *spacing)
     last = -(-len(spectrum.wavenumber) // 3)
     assert row["short_truth"] == pytest.approx(spectrum.truth[-last:].sum(), rel=1e-6)
     assert row["short_members"] == pytest.approx(spectrum.members[-last:].sum(), rel=1e-6)

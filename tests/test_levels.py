@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from flax import struct
 
-from jax_repaint import guide, levels, metrics, model
+from jax_repaint import guide, levels, model, scoring
 from jax_repaint.cases import pick
 from jax_repaint.data.fields import Fields, Split, crop
 from jax_repaint.denoise import PrincipalGaussian
@@ -70,7 +70,7 @@ def test_intervals_are_of_blocks_of_frames(trained, drawn):
     errors[..., 0] *= np.random.default_rng(0).uniform(0.5, 2, (120, 1))
     rows = levels.table(errors, SIGMAS, block=10)
     for level, row in rows.iterrows():
-        found = metrics.ratio_of_means(*errors[:, level].T, block=10, seed=0)
+        found = scoring.ratio_of_means(*errors[:, level].T, block=10, seed=0)
         np.testing.assert_array_equal(row[["ratio", "lo", "hi"]], [found.ratio, found.lo, found.hi])
 
 

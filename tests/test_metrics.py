@@ -9,7 +9,7 @@ import pytest
 import scoringrules
 from scipy import stats
 
-from jax_repaint import metrics
+from jax_repaint import metrics, scoring, structures
 from jax_repaint.errors import InputError
 
 SHAPE = (24, 40)
@@ -77,7 +77,7 @@ def test_errors_by_hand():
 
 def test_member_error_is_mean_error_plus_variance():
     truth, members, scored = gaussian_case(8)
-    scores = metrics.score(truth, members, scored, scored)
+    scores = scoring.score(truth, members, scored, scored)
     assert scores.mse_member == pytest.approx(scores.mse_mean + members.var(0).mean())
 
 
@@ -306,13 +306,13 @@ def test_variance_of_antithetic_draws_is_unbiased():
 
 @pytest.mark.parametrize("members", [2, 5, 16])
 def test_spread_skill_of_exchangeable_members_is_one(members):
-    scores = [metrics.score(*gaussian_case(members, seed=s), np.ones(SHAPE, bool)) for s in range(8)]
+    scores = [scoring.score(*gaussian_case(members, seed=s), np.ones(SHAPE, bool)) for s in range(8)]
     table = pd.DataFrame([vars(s) for s in scores])
     assert metrics.spread_skill(table.variance, table.mse_mean, members) == pytest.approx(1, abs=0.03)
 
 
 def test_spread_skill_of_antithetic_members_is_one():
-    scores = [metrics.score(*antithetic_case(3, s), np.ones((60, 60), bool), True) for s in range(4)]
+    scores = [scoring.score(*antithetic_case(3, s), np.ones((60, 60), bool), True) for s in range(4)]
     table = pd.DataFrame([vars(s) for s in scores])
     assert metrics.spread_skill(table.variance, table.mse_mean, 6, antithetic=True) == pytest.approx(1, abs=0.03)
 
@@ -403,7 +403,7 @@ def test_small_scale_energy_by_loops():
         window = np.s_[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]
         squares.append((field[y, x] - field[window][ocean[window]].mean(0)) ** 2)
     dry = np.where(ocean[..., None], field, np.nan)
-    assert metrics.small_scale_energy(dry, scored, ocean) == pytest.approx(np.mean(squares), rel=1e-10)
+    assert structures.small_scale_energy(dry, scored, ocean) == pytest.approx(np.mean(squares), rel=1e-10)
 
 
 def test_small_scale_energy_sees_smoothing_and_nothing_else():
@@ -411,19 +411,19 @@ def test_small_scale_energy_sees_smoothing_and_nothing_else():
     ocean = coast()
     truth = smooth_field(rng, 1.5)
     members = np.stack([smooth_field(rng, 1.5) for _ in range(16)])
-    full = metrics.small_scale_energy(truth, ocean, ocean)
-    assert metrics.small_scale_energy(truth[None] + 0.3, ocean, ocean) == pytest.approx(full)
-    assert metrics.small_scale_energy(members, ocean, ocean) == pytest.approx(full, rel=0.2)
-    assert metrics.small_scale_energy(members.mean(0), ocean, ocean) < 0.2 * full
-    assert metrics.small_scale_energy(2 * truth, ocean, ocean) == pytest.approx(4 * full)
+    full = structures.small_scale_energy(truth, ocean, ocean)
+    assert structures.small_scale_energy(truth[None] + 0.3, ocean, ocean) == pytest.approx(full)
+    assert structures.small_scale_energy(members, ocean, ocean) == pytest.approx(full, rel=0.2)
+    assert structures.small_scale_energy(members.mean(0), ocean, ocean) < 0.2 * full
+    assert structures.small_scale_energy(2 * truth, ocean, ocean) == pytest.approx(4 * full)
 
 
 def test_small_scale_energy_rejects_what_it_cannot_average():
     ocean, field = coast(), np.ones((*SHAPE, 2))
     with pytest.raises(InputError, match="odd and at least 3"):
-        metrics.small_scale_energy(field, ocean, ocean, window=4)
+        structures.small_scale_energy(field, ocean, ocean, window=4)
     with pytest.raises(InputError, match="not finite"):
-        metrics.small_scale_energy(field * np.nan, ocean, ocean)
+        structures.small_scale_energy(field * np.nan, ocean, ocean)
 
 
 def brute_rectangle(ocean: np.ndarray) -> int:
@@ -441,7 +441,7 @@ def brute_rectangle(ocean: np.ndarray) -> int:
 @pytest.mark.parametrize("seed", range(8))
 def test_largest_rectangle_is_the_largest(seed):
     ocean = np.random.default_rng(seed).random((9, 11)) < 0.8
-    rows, columns = metrics.ocean_rectangle(ocean)
+    rows, columns = structures.ocean_rectangle(ocean)
     assert ocean[rows, columns].all()
     assert ocean[rows, columns].size == brute_rectangle(ocean)
 
@@ -451,20 +451,20 @@ def test_energy_bands_keep_all_energy_and_find_a_wave():
     field = rng.normal(size=(3, 20, 32, 2))
     field -= field.mean((1, 2), keepdims=True)
     dx, dy = 50.0, 80.0
-    wavenumber, energy = metrics.energy_bands(field, dx, dy)
+    wavenumber, energy = structures.energy_bands(field, dx, dy)
     # Parseval, less the gravest modes of the longer side that have no band: here both sides are 1600 m.
     np.testing.assert_allclose(energy.sum(-1), (field**2).sum(-1).mean((1, 2)) / 2, rtol=1e-12)
     x = (np.arange(32) + 0.5) * dx
     wave = np.zeros((20, 32, 2))
     wave[..., 1] = np.cos(2 * np.pi * x / 400.0)
-    _, energy = metrics.energy_bands(wave, dx, dy)
+    _, energy = structures.energy_bands(wave, dx, dy)
     assert wavenumber[np.argmax(energy)] == pytest.approx(1 / 400.0)
     assert energy.max() == pytest.approx(0.25)
 
 
 def test_spectra_of_frames_are_averaged_before_their_ratio():
     parts = np.random.default_rng(0).lognormal(size=(2, 5, 7))
-    found = metrics.Spectrum.average([metrics.Spectrum(np.arange(7.0), *one) for one in parts.swapaxes(0, 1)])
+    found = structures.Spectrum.average([structures.Spectrum(np.arange(7.0), *one) for one in parts.swapaxes(0, 1)])
     truth, members = parts.sum(1) / 5
     np.testing.assert_allclose(found.truth, truth)
     np.testing.assert_allclose(found.members, members)
@@ -480,28 +480,28 @@ def test_spectrum_ratio_of_a_smoothed_member_falls_with_wavenumber():
     frames = []
     for seed in range(30):
         truth[ocean] = np.random.default_rng(seed).normal(size=(ocean.sum(), 2))
-        rows, columns = metrics.ocean_rectangle(ocean)
+        rows, columns = structures.ocean_rectangle(ocean)
         window = np.nan_to_num(truth)
         window[rows, columns] = gaussian_filter(window[rows, columns], (1, 1, 0), mode="reflect")
-        frames.append(metrics.spectrum(truth, np.stack([window, 2 * window]), ocean, 50.0, 50.0))
-    mean = metrics.Spectrum.average(frames)
+        frames.append(structures.spectrum(truth, np.stack([window, 2 * window]), ocean, 50.0, 50.0))
+    mean = structures.Spectrum.average(frames)
     # A Gaussian filter of one cell multiplies the amplitude at wavenumber k by exp(-(2 pi k 50)^2 / 2).
     expected = 2.5 * np.exp(-((2 * np.pi * mean.wavenumber * 50) ** 2))
     low = mean.wavenumber < 1 / 200
     np.testing.assert_allclose(mean.ratio[low], expected[low], rtol=0.15)
     with pytest.raises(InputError, match="8 by 8"):
-        metrics.spectrum(truth[:6], np.stack([window])[:, :6], ocean[:6], 50.0, 50.0)
+        structures.spectrum(truth[:6], np.stack([window])[:, :6], ocean[:6], 50.0, 50.0)
 
 
 def test_derivatives_of_rotation_and_strain_are_exact():
     ocean = coast()
     y, x = np.mgrid[: SHAPE[0], : SHAPE[1]] * np.array([80.0, 50.0])[:, None, None]
     rotation = np.where(ocean[..., None], 3e-4 * np.stack([-y, x], -1), np.nan)
-    divergence, vorticity, interior = metrics.divergence_vorticity(rotation, ocean, 50.0, 80.0)
+    divergence, vorticity, interior = structures.divergence_vorticity(rotation, ocean, 50.0, 80.0)
     np.testing.assert_allclose(vorticity[interior], 6e-4, rtol=1e-10)
     np.testing.assert_allclose(divergence, 0, atol=1e-16)
     strain = np.stack([1e-4 * x, 3e-4 * y], -1)
-    divergence, vorticity, _ = metrics.divergence_vorticity(strain, ocean, np.full(SHAPE, 50.0), 80.0)
+    divergence, vorticity, _ = structures.divergence_vorticity(strain, ocean, np.full(SHAPE, 50.0), 80.0)
     np.testing.assert_allclose(divergence[interior], 4e-4, rtol=1e-10)
     np.testing.assert_allclose(vorticity, 0, atol=1e-16)
     for row, column in np.argwhere(interior):
@@ -517,15 +517,15 @@ def test_derivative_scores_of_a_rotation_too_fast():
     y, x = np.mgrid[: SHAPE[0], : SHAPE[1]] * 50.0
     rotation = 1e-4 * np.stack([-y, x], -1)
     members = np.stack([1.5 * rotation, 0.5 * rotation])
-    frame = metrics.derivative_scores(rotation, members, ocean, ocean, 50.0, 50.0)
-    row = metrics.derivative_summary([frame, frame])
+    frame = structures.derivative_scores(rotation, members, ocean, ocean, 50.0, 50.0)
+    row = structures.derivative_summary([frame, frame])
     assert row["vorticity_rmse"] == pytest.approx(1e-4)
     assert row["vorticity_ratio"] == pytest.approx(math.sqrt(1.25))
     assert row["divergence_rmse"] == pytest.approx(0, abs=1e-15)
     lonely = np.zeros(SHAPE, bool)
     lonely[0, 0] = True
     with pytest.raises(InputError, match="four ocean neighbours"):
-        metrics.derivative_scores(rotation, members, lonely, ocean, 50.0, 50.0)
+        structures.derivative_scores(rotation, members, lonely, ocean, 50.0, 50.0)
 
 
 # --- eddies -------------------------------------------------------------------------------------------------
@@ -546,15 +546,15 @@ def test_okubo_weiss_of_rotation_and_strain_is_exact():
     expected = {"rotation": -4, "stretching": 4, "shearing": 4, "shear": 0, "spreading": 0}
     fields = 1e-4 * np.stack([np.stack(flows[name], -1) for name in expected])
     fields[:, ~ocean] = np.nan
-    w, interior = metrics.okubo_weiss(fields, ocean, 50.0, np.where(ocean, 80.0, np.nan))
+    w, interior = structures.okubo_weiss(fields, ocean, 50.0, np.where(ocean, 80.0, np.nan))
     for name, one in zip(expected, w, strict=True):
         np.testing.assert_allclose(one[interior], expected[name] * 1e-8, rtol=1e-10, atol=1e-18, err_msg=name)
     assert not w[:, ~interior].any()
-    np.testing.assert_array_equal(interior, metrics.divergence_vorticity(fields[0], ocean, 50.0, 80.0)[2])
+    np.testing.assert_array_equal(interior, structures.divergence_vorticity(fields[0], ocean, 50.0, 80.0)[2])
 
 
 def test_okubo_weiss_of_a_vortex_changes_sign_at_its_radius():
-    w, interior = metrics.okubo_weiss(vortex(12, 20), np.ones(SHAPE, bool), 50.0, 50.0)
+    w, interior = structures.okubo_weiss(vortex(12, 20), np.ones(SHAPE, bool), 50.0, 50.0)
     y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
     r = np.hypot(y - 12, x - 20) * 50
     psi = 100 * np.exp(-(r**2) / (2 * 300**2))
@@ -569,7 +569,7 @@ def test_eddy_scores_of_a_vortex_that_is_there_gone_or_elsewhere():
     # Far enough apart, five radii, to leave each other's cores alone.
     truth, elsewhere = vortex(12, 10, 200.0), vortex(12, 30, 200.0)
     members = np.stack([truth, 0 * truth, elsewhere, truth + elsewhere])
-    frame = metrics.eddy_scores(truth, members, everywhere, everywhere, 50.0, 50.0)
+    frame = structures.eddy_scores(truth, members, everywhere, everywhere, 50.0, 50.0)
     f = frame["truth"]
     # The core, out to less than one radius of 4 cells, of 22 by 38 cells.
     assert 0.5 < f * 22 * 38 / (np.pi * 4**2) < 1
@@ -579,12 +579,12 @@ def test_eddy_scores_of_a_vortex_that_is_there_gone_or_elsewhere():
     assert frame["brier"] == pytest.approx(f / 2, rel=0.05)
     # Two of four: mean |o_m - o| is 1/2 and half the mean square of pairs 1/3, in each of the two vortices.
     assert frame["brier_fair"] == pytest.approx(2 * f * (1 / 2 - 1 / 3), rel=0.05)
-    row = metrics.eddy_summary([frame, frame])
+    row = structures.eddy_summary([frame, frame])
     assert row["hit_rate"] == pytest.approx(0.5)
     assert row["false_alarm_ratio"] == pytest.approx(0.5, abs=0.03)
     assert row["frequency"] == pytest.approx(f)
     # Partners {seen, not}, {elsewhere, both}: strangers differ in half of their pairs in each vortex.
-    paired = metrics.eddy_scores(truth, members, everywhere, everywhere, 50.0, 50.0, antithetic=True)
+    paired = structures.eddy_scores(truth, members, everywhere, everywhere, 50.0, 50.0, antithetic=True)
     seen, other = 1 / 2 - 1 / 4, 1 / 2 - 1 / 2
     assert paired["brier_fair"] == pytest.approx(f * (seen + other), rel=0.06)
     assert paired["brier"] == frame["brier"]
@@ -592,19 +592,19 @@ def test_eddy_scores_of_a_vortex_that_is_there_gone_or_elsewhere():
 
 def test_eddy_scores_of_certain_members():
     everywhere, truth = np.ones(SHAPE, bool), vortex(12, 11)
-    right = metrics.eddy_scores(truth, truth[None], everywhere, everywhere, 50.0, 50.0)
+    right = structures.eddy_scores(truth, truth[None], everywhere, everywhere, 50.0, 50.0)
     assert right["brier"] == 0
     assert math.isnan(right["brier_fair"])
-    assert metrics.eddy_summary([right])["hit_rate"] == 1
-    assert metrics.eddy_summary([right])["false_alarm_ratio"] == 0
-    rest = metrics.eddy_scores(truth, 0 * truth[None], everywhere, everywhere, 50.0, 50.0)
+    assert structures.eddy_summary([right])["hit_rate"] == 1
+    assert structures.eddy_summary([right])["false_alarm_ratio"] == 0
+    rest = structures.eddy_scores(truth, 0 * truth[None], everywhere, everywhere, 50.0, 50.0)
     # Never saying yes has the frequency as its Brier score.
     assert rest["brier"] == rest["truth"] == right["truth"] > 0
-    assert metrics.eddy_summary([rest])["hit_rate"] == 0
-    assert math.isnan(metrics.eddy_summary([rest])["false_alarm_ratio"])
+    assert structures.eddy_summary([rest])["hit_rate"] == 0
+    assert math.isnan(structures.eddy_summary([rest])["false_alarm_ratio"])
     # A hit on one frame in three, the other frames without eddies of the truth or the members.
-    calm = metrics.eddy_scores(0 * truth, truth[None], everywhere, everywhere, 50.0, 50.0)
-    row = metrics.eddy_summary([right, rest, calm])
+    calm = structures.eddy_scores(0 * truth, truth[None], everywhere, everywhere, 50.0, 50.0)
+    row = structures.eddy_summary([right, rest, calm])
     assert row["hit_rate"] == pytest.approx(0.5)
     assert calm["members"] > right["members"]
     assert row["false_alarm_ratio"] == pytest.approx(calm["members"] / (calm["members"] + right["truth"]))
@@ -617,9 +617,9 @@ def test_fair_brier_score_of_exchangeable_members_does_not_depend_on_their_numbe
         fields = np.stack([smooth_field(rng, 2.0) for _ in range(17)])
         for count in scores:
             scores[count].append(
-                metrics.eddy_scores(fields[0], fields[1 : count + 1], everywhere, everywhere, 50.0, 50.0)
+                structures.eddy_scores(fields[0], fields[1 : count + 1], everywhere, everywhere, 50.0, 50.0)
             )
-    few, many = (metrics.eddy_summary(scores[count]) for count in (2, 16))
+    few, many = (structures.eddy_summary(scores[count]) for count in (2, 16))
     assert few["brier_fair"] == pytest.approx(many["brier_fair"], rel=0.05)
     assert few["brier"] > 1.2 * many["brier"]
     # Independent of the truth: what is right is right by chance.
@@ -631,13 +631,13 @@ def test_eddy_scores_count_scored_stencils_only():
     ocean, truth = coast(), vortex(5, 11)
     members = np.stack([truth, vortex(14, 33)])
     scored = ocean & (np.arange(SHAPE[1]) < 25)
-    frame = metrics.eddy_scores(truth, members, scored, ocean, 50.0, 50.0)
-    w, interior = metrics.okubo_weiss(np.stack([truth, *members]), ocean, 50.0, 50.0)
+    frame = structures.eddy_scores(truth, members, scored, ocean, 50.0, 50.0)
+    w, interior = structures.okubo_weiss(np.stack([truth, *members]), ocean, 50.0, 50.0)
     t, *m = (w < -0.2 * w[0, interior].std())[:, interior & scored]
     assert frame["truth"] == t.mean() > 0.03
     assert frame["members"] == pytest.approx((m[0].mean() + m[1].mean()) / 2)
     assert frame["brier"] == pytest.approx(np.mean(((m[0] * 1.0 + m[1]) / 2 - t) ** 2))
-    deep = metrics.eddy_scores(truth, members, scored, ocean, 50.0, 50.0, threshold=1.0)
+    deep = structures.eddy_scores(truth, members, scored, ocean, 50.0, 50.0, threshold=1.0)
     assert deep["truth"] < frame["truth"]
 
 
@@ -647,33 +647,33 @@ def test_eddies_reject_what_they_cannot_see():
     lonely = np.zeros(SHAPE, bool)
     lonely[0, 0] = True
     with pytest.raises(InputError, match="no eddy can be seen"):
-        metrics.eddy_scores(truth, truth[None], lonely, ocean, 50.0, 50.0)
+        structures.eddy_scores(truth, truth[None], lonely, ocean, 50.0, 50.0)
     with pytest.raises(InputError, match="come in pairs, got 1"):
-        metrics.eddy_scores(*arguments, 50.0, 50.0, antithetic=True)
+        structures.eddy_scores(*arguments, 50.0, 50.0, antithetic=True)
     with pytest.raises(InputError, match=r"standard deviations from 0, got -0.2"):
-        metrics.eddy_scores(*arguments, 50.0, 50.0, threshold=-0.2)
+        structures.eddy_scores(*arguments, 50.0, 50.0, threshold=-0.2)
     with pytest.raises(InputError, match="positive numbers of metres"):
-        metrics.eddy_scores(*arguments, 50.0, -50.0)
+        structures.eddy_scores(*arguments, 50.0, -50.0)
     with pytest.raises(InputError, match="got dx=nan"):
-        metrics.eddy_scores(*arguments, math.nan, 50.0)
+        structures.eddy_scores(*arguments, math.nan, 50.0)
     with pytest.raises(InputError, match="different grids"):
-        metrics.eddy_scores(truth, truth[None], ocean, ocean[1:], 50.0, 50.0)
+        structures.eddy_scores(truth, truth[None], ocean, ocean[1:], 50.0, 50.0)
     with pytest.raises(InputError, match="different grids"):
-        metrics.okubo_weiss(truth, ocean.T, 50.0, 50.0)
+        structures.okubo_weiss(truth, ocean.T, 50.0, 50.0)
     with pytest.raises(InputError, match="at least one frame"):
-        metrics.eddy_summary([])
+        structures.eddy_summary([])
     # A hole beside a scored cell would make a stencil of NaN, which no comparison notices.
     scored, holed = ocean.copy(), truth.copy()
     scored[5, 11], holed[5, 11] = False, np.nan
     with pytest.raises(InputError, match="a member is not finite"):
-        metrics.eddy_scores(truth, holed[None], scored, ocean, 50.0, 50.0)
+        structures.eddy_scores(truth, holed[None], scored, ocean, 50.0, 50.0)
 
 
 # --- comparison ---------------------------------------------------------------------------------------------
 
 
 def test_ratio_by_hand():
-    result = metrics.ratio_of_means([1.0, 2.0, 9.0, 4.0], [2.0, 4.0, 3.0, 5.0], block=1, seed=0)
+    result = scoring.ratio_of_means([1.0, 2.0, 9.0, 4.0], [2.0, 4.0, 3.0, 5.0], block=1, seed=0)
     assert result.ratio == 16 / 14
     assert result.wins == 0.75
     assert result.worst == 3.0
@@ -687,7 +687,7 @@ def test_ratio_by_hand():
 def test_wilson_interval_by_its_formula():
     n, wins, z = 100, 80, stats.norm.ppf(0.975)
     method = np.r_[np.full(wins, 0.5), np.full(n - wins, 2.0)]
-    result = metrics.ratio_of_means(method, np.ones(n), block=5, seed=0)
+    result = scoring.ratio_of_means(method, np.ones(n), block=5, seed=0)
     p = wins / n
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -697,10 +697,10 @@ def test_wilson_interval_by_its_formula():
 def test_bootstrap_is_paired():
     # Errors vary a hundredfold between frames, but always by the same factor between methods.
     baseline = np.exp(np.random.default_rng(0).normal(size=60) * 2)
-    result = metrics.ratio_of_means(0.8 * baseline, baseline, block=3, seed=0)
+    result = scoring.ratio_of_means(0.8 * baseline, baseline, block=3, seed=0)
     assert (result.lo, result.ratio, result.hi) == pytest.approx((0.8, 0.8, 0.8))
-    again = metrics.ratio_of_means(baseline**0.9, baseline, block=3, seed=7)
-    assert again == metrics.ratio_of_means(baseline**0.9, baseline, block=3, seed=7)
+    again = scoring.ratio_of_means(baseline**0.9, baseline, block=3, seed=7)
+    assert again == scoring.ratio_of_means(baseline**0.9, baseline, block=3, seed=7)
 
 
 def correlated_errors(rng: np.random.Generator, n: int, memory: float) -> tuple[np.ndarray, np.ndarray]:
@@ -723,7 +723,7 @@ def test_bootstrap_interval_covers_the_ratio_of_correlated_frames():
     for _ in range(250):
         method, baseline = correlated_errors(rng, 150, 0.7)
         for block in hits:
-            result = metrics.ratio_of_means(method, baseline, block, seed=1, resamples=400)
+            result = scoring.ratio_of_means(method, baseline, block, seed=1, resamples=400)
             hits[block] += result.lo <= truth <= result.hi
     assert 0.88 <= hits[20] / 250 <= 0.98
     # Taking correlated frames for independent ones gives intervals that are far too narrow.
@@ -733,7 +733,7 @@ def test_bootstrap_interval_covers_the_ratio_of_correlated_frames():
 def test_interval_of_few_frames_is_as_wide_as_that_of_student():
     """Against a baseline that is always 1 the ratio is a mean, of ten numbers that a normal distribution might give."""
     method = 1 + 0.1 * stats.norm.ppf((np.arange(10) + 0.5) / 10)
-    found = metrics.ratio_of_means(method, np.ones(10), 1, 0, resamples=200_000)
+    found = scoring.ratio_of_means(method, np.ones(10), 1, 0, resamples=200_000)
     half = stats.t.ppf(0.975, 9) * method.std(ddof=1) / math.sqrt(10)
     np.testing.assert_allclose((found.lo - 1, found.hi - 1), (-half, half), rtol=0.025)
 
@@ -741,7 +741,7 @@ def test_interval_of_few_frames_is_as_wide_as_that_of_student():
 @pytest.mark.parametrize(("frames", "known"), [(19, False), (20, True)])
 def test_an_interval_takes_two_whole_blocks(frames, known):
     errors = np.random.default_rng(0).uniform(1, 2, (2, frames))
-    found = metrics.ratio_of_means(*errors, block=10, seed=0)
+    found = scoring.ratio_of_means(*errors, block=10, seed=0)
     assert np.isfinite([found.lo, found.hi]).all() == known
 
 
@@ -749,25 +749,25 @@ def test_every_frame_can_be_drawn():
     baseline = np.ones(12)
     for last in (0, 11):
         method = np.where(np.arange(12) == last, 100.0, 1.0)
-        assert metrics.ratio_of_means(method, baseline, block=3, seed=0).hi > 1
+        assert scoring.ratio_of_means(method, baseline, block=3, seed=0).hi > 1
 
 
 def test_errors_that_differ_by_rounding_are_no_win():
     baseline = np.linspace(1, 2, 20)
-    assert metrics.ratio_of_means(baseline * (1 - 1e-6), baseline, block=1, seed=0).wins == 0
-    assert metrics.ratio_of_means(baseline * (1 - 1e-4), baseline, block=1, seed=0).wins == 1
+    assert scoring.ratio_of_means(baseline * (1 - 1e-6), baseline, block=1, seed=0).wins == 0
+    assert scoring.ratio_of_means(baseline * (1 - 1e-4), baseline, block=1, seed=0).wins == 1
 
 
 def test_ratio_rejects_what_cannot_be_paired():
     with pytest.raises(InputError, match="one number a frame"):
-        metrics.ratio_of_means([1.0, 2.0], [1.0], block=1, seed=0)
+        scoring.ratio_of_means([1.0, 2.0], [1.0], block=1, seed=0)
     with pytest.raises(InputError, match=r"frame 1 cannot be compared: MSE 1.0 against 0.0"):
-        metrics.ratio_of_means([1.0, 1.0], [1.0, 0.0], block=1, seed=0)
+        scoring.ratio_of_means([1.0, 1.0], [1.0, 0.0], block=1, seed=0)
     with pytest.raises(InputError, match="frame 0"):
-        metrics.ratio_of_means([math.nan, 1.0], [1.0, 1.0], block=1, seed=0)
+        scoring.ratio_of_means([math.nan, 1.0], [1.0, 1.0], block=1, seed=0)
     with pytest.raises(InputError, match="at least one frame"):
-        metrics.ratio_of_means([1.0], [1.0], block=0, seed=0)
-    short = metrics.ratio_of_means([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], block=2, seed=0)
+        scoring.ratio_of_means([1.0], [1.0], block=0, seed=0)
+    short = scoring.ratio_of_means([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], block=2, seed=0)
     assert math.isnan(short.lo)
     assert short.ratio == 1.0
 
@@ -786,14 +786,14 @@ def rows() -> list[dict]:
         members = np.stack([centre + 0.3 * smooth_field(rng, 1.0) for _ in range(8)])
         blurred = centre * 0.5
         scored = metrics.scored_cells(truth, ocean, rng.random(SHAPE) < 0.05)
-        ensemble.append(metrics.score(truth, members, scored, ocean))
-        single.append(metrics.score(truth, blurred[None], scored, ocean))
-        pair.append(metrics.score(truth, members[:2], scored, ocean, antithetic=True))
+        ensemble.append(scoring.score(truth, members, scored, ocean))
+        single.append(scoring.score(truth, blurred[None], scored, ocean))
+        pair.append(scoring.score(truth, members[:2], scored, ocean, antithetic=True))
     against = {"baseline": ("linear", single), "block": 2}
     return [
-        metrics.summary("linear", single, 0, 0.02),
-        metrics.summary("ensemble", ensemble, 256, 1.25, **against),
-        metrics.summary("pair", pair, 32, 0.2, **against),
+        scoring.summary("linear", single, 0, 0.02),
+        scoring.summary("ensemble", ensemble, 256, 1.25, **against),
+        scoring.summary("pair", pair, 32, 0.2, **against),
     ]
 
 
@@ -825,22 +825,22 @@ def test_summary_of_a_single_field(rows):
     assert math.isnan(linear["ratio"])
     assert linear["small_scale"] < 0.8
     truth, members, scored = gaussian_case(1)
-    assert metrics.score(truth, members, scored, scored).crps == np.abs(members[0] - truth).mean()
+    assert scoring.score(truth, members, scored, scored).crps == np.abs(members[0] - truth).mean()
 
 
 def test_summary_names_frames_that_do_not_belong_together(rows):
     truth, members, scored = gaussian_case(4)
-    frames = [metrics.score(truth, members[:count], scored, scored) for count in (2, 4)]
+    frames = [scoring.score(truth, members[:count], scored, scored) for count in (2, 4)]
     with pytest.raises(InputError, match="one kind of ensemble"):
-        metrics.summary("mixed", frames, 1, 1.0)
+        scoring.summary("mixed", frames, 1, 1.0)
     with pytest.raises(InputError, match="one number a frame"):
-        metrics.summary("short", frames[:1], 1, 1.0, baseline=("linear", [frames[0]] * 2))
+        scoring.summary("short", frames[:1], 1, 1.0, baseline=("linear", [frames[0]] * 2))
     with pytest.raises(InputError, match="got none"):
-        metrics.summary("empty", [], 1, 1.0)
+        scoring.summary("empty", [], 1, 1.0)
 
 
 def test_table_is_aligned_and_dashes_what_does_not_exist(rows):
-    text = metrics.format_table(rows)
+    text = scoring.format_table(rows)
     head, linear, ensemble, pair, note = text.splitlines()
     # Every right-aligned column ends where its title ends.
     for title in (
@@ -857,18 +857,18 @@ def test_table_is_aligned_and_dashes_what_does_not_exist(rows):
         for line in (linear, ensemble, pair):
             assert line[end - 1] != " "
             assert line[end : end + 1] in (" ", "")
-    assert linear.split()[-4:] == [metrics.DASH] * 4
+    assert linear.split()[-4:] == [scoring.DASH] * 4
     assert f"{rows[1]['ratio']:.3f} [{rows[1]['lo']:.3f}, {rows[1]['hi']:.3f}]" in ensemble
     assert "100% [76%, 100%]" in ensemble
     assert note.startswith("12 frames")
-    alone = metrics.format_table(rows[:1])
+    alone = scoring.format_table(rows[:1])
     assert "ratio" not in alone
     assert "wins" not in alone
     with pytest.raises(InputError, match="at least one row"):
-        metrics.format_table([])
+        scoring.format_table([])
 
 
 def test_csv_reads_back(rows, tmp_path):
-    metrics.write_csv(rows, tmp_path / "results" / "table.csv")
+    scoring.write_csv(rows, tmp_path / "results" / "table.csv")
     back = pd.read_csv(tmp_path / "results" / "table.csv")
     pd.testing.assert_frame_equal(back, pd.DataFrame(rows), check_dtype=False)

@@ -10,7 +10,7 @@ from matplotlib.collections import LineCollection, PolyCollection, QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.quiver import Quiver
 
-from jax_repaint import metrics, plots
+from jax_repaint import metrics, plots, structures
 from jax_repaint.errors import InputError
 
 SHAPE = (6, 11)
@@ -277,7 +277,7 @@ def test_spectra_are_drawn_by_wavelength():
     rng = np.random.default_rng(1)
     truth, members = rng.normal(size=(12, 16, 2)), rng.normal(size=(3, 12, 16, 2))
     ocean = np.ones((12, 16), bool)
-    made = {name: metrics.spectrum(truth, k * members, ocean, 40.0, 50.0) for name, k in (("a", 1), ("b", 0.5))}
+    made = {name: structures.spectrum(truth, k * members, ocean, 40.0, 50.0) for name, k in (("a", 1), ("b", 0.5))}
     figure = plots.draw_spectra(made, "walk:90")
     above, below = figure.axes
     lines = lines_of(above)
@@ -289,7 +289,7 @@ def test_spectra_are_drawn_by_wavelength():
     np.testing.assert_allclose(lines["b"][1], lines["a"][1] / 4)
     assert above.xaxis.get_inverted()
     assert below.get_xlabel() == "wavelength (m)"
-    other = metrics.spectrum(2 * truth, members, ocean, 40.0, 50.0)
+    other = structures.spectrum(2 * truth, members, ocean, 40.0, 50.0)
     with pytest.raises(InputError, match="the spectrum of b is of another truth"):
         plots.draw_spectra({"a": made["a"], "b": other})
     with pytest.raises(InputError, match="at least one"):
@@ -478,7 +478,7 @@ def test_the_suffix_chooses_the_format(tmp_path, suffix):
 
 def test_every_figure_has_a_function_that_writes_it(tmp_path):
     levels, sigma = np.array([0.5, 0.9]), np.array([0.1, 1.0])
-    spectrum = metrics.Spectrum(np.array([0.001, 0.01]), np.ones(2), np.ones(2))
+    spectrum = structures.Spectrum(np.array([0.001, 0.01]), np.ones(2), np.ones(2))
     errors = metrics.DistanceErrors(np.arange(3.0), np.array([3, 1]), np.ones(2), np.ones(2))
     calls = {
         "currents": ([example()], OCEAN, METRES),

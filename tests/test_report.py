@@ -15,7 +15,7 @@ import pytest
 import tiny
 import xarray as xr
 
-from jax_repaint import checkpoint, comparison, evaluate, metrics, model, plots, report, results, train
+from jax_repaint import checkpoint, comparison, evaluate, metrics, model, plots, report, results, scoring, train
 from jax_repaint.cases import Case
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
@@ -61,8 +61,8 @@ def write_evaluation(folder, fields, kept=tuple(MEMBERS)):
     cases = make_cases(fields)
     results = make_results(cases)
     rows = evaluate.compare(evaluate.score(cases, results, fields.ocean), results, 1)
-    metrics.write_csv(rows, folder / "table.csv")
-    metrics.write_csv(evaluate.detail_rows(cases, results, fields), folder / "details.csv")
+    scoring.write_csv(rows, folder / "table.csv")
+    scoring.write_csv(evaluate.detail_rows(cases, results, fields), folder / "details.csv")
     for name in kept:
         file = "fields.nc" if name == "kalman" else f"fields_{name}.nc"
         data = evaluate.to_dataset(cases, results[name], fields, f"jax_repaint, model 12ab, method {name}, seed 0")

@@ -13,12 +13,12 @@ from jax_repaint import (
     ensemble,
     findings,
     levels,
-    metrics,
     model,
     points,
     reproduce,
     results,
     resumption,
+    scoring,
     train,
 )
 from jax_repaint.cases import data_of
@@ -195,14 +195,14 @@ def test_means_of_members_stand_in_their_table():
     assert len(sizes) > 3
     for line in table[2:]:
         for size, cell in zip(sizes, line.split("|")[2:-1], strict=True):
-            if cell.strip() != metrics.DASH:
+            if cell.strip() != scoring.DASH:
                 assert float(cell) == pytest.approx(3 * (0.5 + 0.5 / size), rel=0.01)
 
 
 def test_a_few_frames_decide_nothing_of_shares_and_of_two_ratios():
     for frames, judged in ((4, OPEN), (20, HOLDS)):
         assert findings.of_frames("wins", frames, frames, findings.MOST).verdict == judged
-        better, worse = (metrics.Ratio(r, r - 0.01, r + 0.01, *[1.0] * 5, frames) for r in (0.5, 0.8))
+        better, worse = (scoring.Ratio(r, r - 0.01, r + 0.01, *[1.0] * 5, frames) for r in (0.5, 0.8))
         assert findings.apart("row over random", better, worse, findings.BELOW).verdict == judged
 
 
@@ -286,8 +286,8 @@ def test_seeds_of_a_frame_stay_in_one_block():
     )
     errors = [one.sort_values(["frame", "seed"])["mse_member"].to_numpy() for one in (over, under)]
     found = findings.paired(over, under)
-    assert found == metrics.ratio_of_means(*errors, block=4, seed=0)
-    assert found.lo != metrics.ratio_of_means(*errors, block=2, seed=0).lo
+    assert found == scoring.ratio_of_means(*errors, block=4, seed=0)
+    assert found.lo != scoring.ratio_of_means(*errors, block=2, seed=0).lo
 
 
 def test_frames_on_which_either_failed_do_not_count():
@@ -303,7 +303,7 @@ def test_frames_on_which_either_failed_do_not_count():
 
 
 def test_the_ratio_of_two_ratios_spans_all_that_their_intervals_allow():
-    over, under = (metrics.Ratio(r, r - d, r + d, *[1.0] * 5, 20) for r, d in ((0.9, 0.3), (0.7, 0.1)))
+    over, under = (scoring.Ratio(r, r - d, r + d, *[1.0] * 5, 20) for r, d in ((0.9, 0.3), (0.7, 0.1)))
     found = findings.apart("", over, under, BELOW)
     ratios = np.divide.outer(np.linspace(over.lo, over.hi, 9), np.linspace(under.lo, under.hi, 9))
     np.testing.assert_allclose((found.value, found.lo, found.hi), (0.9 / 0.7, ratios.min(), ratios.max()))

@@ -22,7 +22,19 @@ import tiny
 from ml_collections import ConfigDict
 
 import jax_repaint
-from jax_repaint import comparison, ensemble, methods, metrics, model, observe, reproduce, results, sample, sweep
+from jax_repaint import (
+    comparison,
+    ensemble,
+    methods,
+    metrics,
+    model,
+    observe,
+    reproduce,
+    results,
+    sample,
+    scoring,
+    sweep,
+)
 from jax_repaint import study as study_module
 from jax_repaint.batches import chunk_of, make_groups
 from jax_repaint.cases import data_of, known_of, make_cases, observation_of
@@ -141,7 +153,7 @@ def test_members_are_those_of_the_samplers(folder, study, first):
     for point, stage, members in ((1, 1, x[:, 0]), (1, 2, x[:, 1]), (2, 1, pairs)):
         velocity = trained.to_velocity(members)
         for size in (2, 4):
-            expected = metrics.score(case.truth, velocity[:size], scored, fields.ocean, antithetic=point == 2)
+            expected = scoring.score(case.truth, velocity[:size], scored, fields.ocean, antithetic=point == 2)
             keys = {"point": point, "seed": where.seed, "pattern": where.pattern, "frame": where.frame}
             keys |= {"stage": stage, "members": size}
             (row,) = rows[(rows[list(keys)] == list(keys.values())).all(axis=1)].to_dict("records")

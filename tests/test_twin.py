@@ -11,7 +11,7 @@ from scipy import ndimage
 from jax_repaint.data import twin
 from jax_repaint.data.twin import Forcing, State, Twin
 from jax_repaint.errors import InputError
-from jax_repaint.metrics import divergence_vorticity
+from jax_repaint.structures import divergence_vorticity
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
