@@ -9,6 +9,7 @@ with ensemble mean, over the same frames, against the best of the baselines.
 
 The model's frames are split again as in its training; the frames that are scored are drawn from the test part. The
 method that the model is calibrated for has two rows, as it is and calibrated; --raw leaves the second out.
+Stopped or killed, the same command goes on with the fields that it had not done.
 """
 
 import dataclasses
@@ -16,12 +17,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import tqdm
 import xarray as xr
 from absl import flags, logging
 
-from jax_repaint import command, details, files, metrics, model, plots, scoring
+from jax_repaint import command, details, device, files, metrics, model, plots, provenance, scoring
 from jax_repaint.cases import (
     Case,
     block_length,
@@ -49,6 +51,9 @@ from jax_repaint.methods import (
     stages_of,
 )
 from jax_repaint.model import Model
+from jax_repaint.unfinished import Unfinished
+
+PART = 16  # cases of a network's method that are kept together when they are done
 
 
 def calibrated(
@@ -295,10 +300,16 @@ def run(
             raise InputError("this model was exported without a fitted GP")
     for name in ("table.csv", "frames.csv", "details.csv", *written.values(), "figure.png"):
         files.check_writable(out / name, inputs=inputs)
+    unfinished = Unfinished(out, {
+        "model": model.fingerprint(trained), "fields": fields.hash(), "numbers": list(map(int, numbers)),
+        "patterns": patterns, "members": members, "seed": int(seed), "source": provenance.source(),
+        "jax": jax.__version__, "backend": jax.default_backend(),
+    })  # fmt: skip
     results = {}
-    for name in (bar := tqdm.tqdm(methods, unit="method", disable=None)):
+    bar = tqdm.tqdm(total=len(methods) * len(cases), unit="field", disable=None)
+    for name in methods:
         bar.set_description(name)
-        results[name] = run_method(name, trained, fields, cases, members, seed, chunk)
+        results[name] = _run_in_parts(name, trained, fields, cases, members, seed, chunk, unfinished, bar)
         if added and name == trained.calibration.method:
             if min(map(len, results[name].members)) == members:
                 results[added] = calibrated(trained, fields, cases, results[name], seed, chunk)
@@ -323,7 +334,37 @@ def run(
     result = results[shown]
     examples = [example(trained, cases[i], result.members[i], result.spread(i)) for i in first]
     plots.currents(out / "figure.png", examples, fields.ocean, fields.metres(), f"{fields.name}, {shown}")
+    unfinished.remove()
     return format_rows(rows)
+
+
+def _run_in_parts(
+    name: str,
+    trained: Model,
+    fields: Fields,
+    cases: Sequence[Case],
+    members: int,
+    seed: int,
+    chunk: int | None,
+    unfinished: Unfinished,
+    bar: tqdm.tqdm,
+) -> Result:
+    """`run_method` of PART cases at a time, or as many as fill a chunk, apart from those that are done."""
+    size = len(cases)
+    if name in REPAINT or name in POSTERIOR:
+        size = max(PART, -(-(chunk or device.usual_batch()) // members))
+    parts = []
+    for first in range(0, len(cases), size):
+        some = cases[first : first + size]
+        part = unfinished.get(name, first, len(some))
+        if part is None:
+            part = run_method(name, trained, fields, some, members, seed, chunk)
+            unfinished.put(name, first, part)
+        parts.append(part)
+        bar.update(len(some))
+    seconds = sum(part.seconds * len(part.members) for part in parts) / len(cases)
+    made = [one for part in parts for one in part.members]
+    return dataclasses.replace(parts[0], members=made, seconds=seconds)
 
 
 FLAGS = flags.FLAGS

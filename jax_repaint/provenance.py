@@ -4,6 +4,7 @@ WORKDIR/environment.json, environment.K.json    a list with one entry for every 
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -38,6 +39,15 @@ def revision(package: Path = PACKAGE) -> str:
         return git("rev-parse", "--short=12", "HEAD") + ".dirty" * bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+@cache
+def source(package: Path = PACKAGE) -> str:
+    """16 hex digits of the package's modules as they are, committed or not."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def versions(*names: str) -> dict[str, str]:

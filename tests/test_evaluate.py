@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import xarray as xr
 from matplotlib import image
 
-from jax_repaint import evaluate, guide, methods, metrics, model, sample
+from jax_repaint import device, evaluate, guide, methods, metrics, model, provenance, sample, unfinished
 from jax_repaint.cases import (
     OBSERVATION_ERROR,
     block_length,
@@ -464,6 +465,85 @@ def test_methods_without_a_baseline_are_compared_with_the_linear_estimate(traine
         assert data.attrs["method"] == "paste"
     with pytest.raises(InputError, match="needs a baseline, one of climatology"):
         evaluate.compare({"line:1": {"paste": []}}, {}, 1)
+
+
+class Asked:
+    """`evaluate.run` of three frames into a folder, and (method, frames) of what it had to make; stops when told."""
+
+    def __init__(self, trained, fields, out, monkeypatch):
+        self.run = functools.partial(
+            evaluate.run, trained, fields.select([0, 1, 2]), NUMBERS[:3], PATTERNS[:1],
+            ["linear", "linear_samples", "kalman"], out,
+        )  # fmt: skip
+        monkeypatch.setattr(evaluate, "PART", 2)
+        monkeypatch.setattr(device, "usual_batch", lambda: 4)
+        monkeypatch.setattr(unfinished, "WORTH", 0)
+        monkeypatch.setattr(evaluate, "run_method", self.made)
+
+    def __call__(self, stop_at=99, seed=4):
+        self.parts, self.stop_at = [], stop_at
+        return self.run(members=2, seed=seed)
+
+    def made(self, name, trained, fields, cases, *rest):
+        self.parts.append((name, [case.frame for case in cases]))
+        if len(self.parts) == self.stop_at:
+            raise KeyboardInterrupt
+        return run_method(name, trained, fields, cases, *rest)
+
+
+WHOLE = [("linear", [3, 20, 21]), ("linear_samples", [3, 20, 21]), ("kalman", [3, 20]), ("kalman", [21])]
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(trained, fields, tmp_path, monkeypatch, caplog):
+    asked = Asked(trained, fields, tmp_path / "out", monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        asked(stop_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        # Another seed has other members.
+        asked(stop_at=3, seed=5)
+    assert asked.parts == WHOLE[:3]
+    left = sorted(path.name for path in (tmp_path / "out").glob("unfinished_*/*"))
+    assert left == sorted(["linear_0.npz", "linear_samples_0.npz"] * 2 + ["kalman_0.npz"])
+    (damaged,) = (path for path in tmp_path.glob("out/unfinished_*/linear_samples_0.npz")
+                  if path.with_name("kalman_0.npz").exists())  # fmt: skip
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    asked()
+    assert asked.parts == [WHOLE[1], WHOLE[3]]
+    assert "linear_samples_0.npz cannot be read and is made again" in caplog.text
+    # What the stopped one with another seed holds is still there.
+    assert len(list((tmp_path / "out").glob("unfinished_*"))) == 1
+    again = Asked(trained, fields, tmp_path / "other", monkeypatch)
+    again()
+    assert again.parts == WHOLE
+    assert not list((tmp_path / "other").glob("unfinished_*"))
+    for name in ("table.csv", "frames.csv"):
+        found, expected = (pd.read_csv(tmp_path / folder / name) for folder in ("out", "other"))
+        pd.testing.assert_frame_equal(*(one.drop(columns="seconds", errors="ignore") for one in (found, expected)))
+    with (
+        xr.open_dataset(tmp_path / "out" / "fields.nc") as found,
+        xr.open_dataset(tmp_path / "other" / "fields.nc") as e,
+    ):
+        xr.testing.assert_identical(found, e)
+
+
+def test_a_full_disk_does_not_stop_an_evaluation(trained, fields, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    asked = Asked(trained, fields, tmp_path / "out", monkeypatch)
+    monkeypatch.setattr(unfinished.np, "savez", full)
+    asked()
+    assert "No space left on device: after a stop it would be made again" in caplog.text
+    assert not list(tmp_path.glob("out/unfinished_*"))
+
+
+def test_parts_of_other_code_are_not_taken(trained, fields, tmp_path, monkeypatch):
+    asked = Asked(trained, fields, tmp_path / "out", monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        asked(stop_at=4)
+    monkeypatch.setattr(provenance, "source", lambda: "0123456789abcdef")
+    asked()
+    assert asked.parts == WHOLE
 
 
 def test_the_file_holds_members_truth_and_observed_cells(written, trained, fields):
