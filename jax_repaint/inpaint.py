@@ -562,7 +562,7 @@ OF_OBSERVATIONS += tuple(f"{key}_name" for key in NAMES)
 def _define_flags() -> None:
     flags.DEFINE_string("model", jax_repaint.SHIPPED, "Folder of a model; by default the one in the package.")
     flags.DEFINE_string("observations", None, "CSV of points (lat, lon, u, v), or a file of fields with gaps.")
-    flags.DEFINE_string("out", None, "NetCDF file to write.")
+    flags.DEFINE_string("out", None, "NetCDF file or Zarr store to write, by its suffix.")
     flags.DEFINE_string("figure", None, "Picture to write too (.png, .svg, .pdf), of up to three of the fields.")
     flags.DEFINE_integer("members", 16, "Members of the ensemble.", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "Of the members.", lower_bound=0, upper_bound=2**31 - 1)
@@ -595,10 +595,10 @@ def main(_) -> None:
         print(export.export(trained, folder, FLAGS.rows, FLAGS.members, FLAGS.method, FLAGS.raw))
         return
     if not (FLAGS.observations and FLAGS.out):
-        raise InputError("--observations=FILE and --out=FILE.nc are needed (or --export=FOLDER)")
+        raise InputError("--observations=FILE and --out=FILE.nc or FILE.zarr are needed (or --export=FOLDER)")
     if FLAGS["rows"].present:
         raise InputError("--rows is of a program that --export=FOLDER writes; observations may have any number")
-    files.check_writable(FLAGS.out, (".nc",), inputs=readers.files_of(FLAGS.observations))
+    files.check_writable(FLAGS.out, readers.STORES, inputs=readers.files_of(FLAGS.observations))
     if FLAGS.figure:
         files.check_writable(FLAGS.figure, plots.FORMATS, inputs=readers.files_of(FLAGS.observations))
     columns = {key: getattr(FLAGS, f"{key}_name") for key in NAMES}
@@ -607,7 +607,7 @@ def main(_) -> None:
         columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw, chunk=FLAGS.chunk,
         leave_out=FLAGS.leave_out,
     )  # fmt: skip
-    readers.write_netcdf(fields, FLAGS.out)
+    readers.write_dataset(fields, FLAGS.out)
     if FLAGS.figure:
         figure(fields, FLAGS.figure)
     count = fields.sizes["time"]

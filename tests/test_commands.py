@@ -113,7 +113,7 @@ MISTAKES = {
         ["demo", "--fields=mine/fields.nc", "--train_range=0:40", "--test_range=50:60", "--out=mine"],
         "mine/fields.nc is a file that this command reads, and would be lost",
     ),
-    "nothing observed": (["inpaint", "--out=new.nc"], "--observations=FILE and --out=FILE.nc are needed"),
+    "nothing observed": (["inpaint", "--out=new.nc"], "--observations=FILE and --out=FILE.nc or FILE.zarr are needed"),
     "missing observations": (["inpaint", "--model=model", "--observations=nowhere.csv", "--out=new.nc"], "nowhere.csv"),
     "fields to no NetCDF": (["inpaint", "--model=model", "--observations=tiny.nc", "--out=new.csv"], "one of .nc"),
     "no subcommand": (["checkpoint", "--torch=nowhere.pt", "--out=new"], "say what to do"),

@@ -437,6 +437,9 @@ def test_the_file_is_cf_and_its_members_alone_have_the_names_of_currents(trained
         assert (land == stored[U].attrs["_FillValue"]).all()
         assert stored[U].attrs["_FillValue"] == readers.FILL
         assert stored[U].dims == ("realization", "time", "lat", "lon")
+    readers.write_dataset(fields, tmp_path / "fields.zarr")
+    with xr.open_zarr(tmp_path / "fields.zarr") as store:
+        xr.testing.assert_identical(store.load(), read)
     names = read.cf.standard_names
     assert (names[U], names[V], names["realization"]) == ([U], [V], ["realization"])
     assert {key: read.cf.axes[key] for key in "XYT"} == {"X": ["lon"], "Y": ["lat"], "T": ["time"]}

@@ -30,6 +30,7 @@ from jax_repaint.errors import InputError
 from jax_repaint.files import replace_folder, whole_file
 
 FILL = np.float32(9.96921e36)  # NetCDF's own default for floats
+STORES = (".nc", ".zarr")
 RAM_HEAD = arrays.RAM_HEAD
 SAME_PLACE = 1e-4  # degrees, between the files of a series
 
@@ -211,16 +212,27 @@ def write(fields: Fields, path: str | os.PathLike) -> None:
       InputError: another suffix, a path that cannot be written, or a folder that is no Zarr store.
     """
     path = Path(path)
-    if path.suffix == ".nc":
-        write_netcdf(to_dataset(fields), path)
-    elif path.suffix == ".zarr":
-        _write_zarr(to_dataset(fields), path)
+    if path.suffix in STORES:
+        write_dataset(to_dataset(fields), path)
     elif path.suffix == ".npz":
         content = {"u": fields.u, "v": fields.v, "ocean": fields.ocean}
         with whole_file(path) as temporary:
             np.savez_compressed(temporary, **content, lat=fields.lat, lon=fields.lon, time=fields.time)
     else:
         raise InputError(f"cannot write {path}: the suffix must be .nc, .zarr or .npz")
+
+
+def write_dataset(dataset: xr.Dataset, path: str | os.PathLike) -> None:
+    """A data set as .nc or .zarr, one of STORES, whole or not at all.
+
+    Raises:
+      InputError: a path that cannot be written, or a folder that is no Zarr store.
+    """
+    path = Path(path)
+    if path.suffix == ".zarr":
+        _write_zarr(dataset, path)
+    else:
+        write_netcdf(dataset, path)
 
 
 def write_netcdf(dataset: xr.Dataset, path: str | os.PathLike) -> None:
