@@ -168,7 +168,7 @@ def fit_priors(
     _, gaussian, choice = min(found, key=lambda candidate: candidate[0])
     logging.info(
         "linear prior: %d EOFs, %g of the covariance from the training frames; mean square error %.3g of the variance "
-        "where the others of a validation frame are observed",
+        "from observations of validation frames",
         choice.rank, choice.share, choice.error,
     )  # fmt: skip
     return gaussian, kernel, choice
