@@ -306,10 +306,8 @@ def run(
         "jax": jax.__version__, "backend": jax.default_backend(),
     })  # fmt: skip
     results = {}
-    bar = tqdm.tqdm(total=len(methods) * len(cases), unit="field", disable=None)
     for name in methods:
-        bar.set_description(name)
-        results[name] = _run_in_parts(name, trained, fields, cases, members, seed, chunk, unfinished, bar)
+        results[name] = _run_in_parts(name, trained, fields, cases, members, seed, chunk, unfinished)
         if added and name == trained.calibration.method:
             if min(map(len, results[name].members)) == members:
                 results[added] = calibrated(trained, fields, cases, results[name], seed, chunk)
@@ -347,21 +345,21 @@ def _run_in_parts(
     seed: int,
     chunk: int | None,
     unfinished: Unfinished,
-    bar: tqdm.tqdm,
 ) -> Result:
     """`run_method` of PART cases at a time, or as many as fill a chunk, apart from those that are done."""
     size = len(cases)
     if name in REPAINT or name in POSTERIOR:
         size = max(PART, -(-(chunk or device.usual_batch()) // members))
     parts = []
-    for first in range(0, len(cases), size):
-        some = cases[first : first + size]
-        part = unfinished.get(name, first, len(some))
-        if part is None:
-            part = run_method(name, trained, fields, some, members, seed, chunk)
-            unfinished.put(name, first, part)
-        parts.append(part)
-        bar.update(len(some))
+    with tqdm.tqdm(total=len(cases), desc=name, unit="field", disable=None) as bar:
+        for first in range(0, len(cases), size):
+            some = cases[first : first + size]
+            part = unfinished.get(name, first, len(some))
+            if part is None:
+                part = run_method(name, trained, fields, some, members, seed, chunk)
+                unfinished.put(name, first, part)
+            parts.append(part)
+            bar.update(len(some))
     seconds = sum(part.seconds * len(part.members) for part in parts) / len(cases)
     made = [one for part in parts for one in part.members]
     return dataclasses.replace(parts[0], members=made, seconds=seconds)

@@ -1,6 +1,6 @@
 """What an evaluation has made before it ends, so that the same command goes on where it was stopped.
 
-OUT/unfinished_DIGITS/METHOD_CASE.npz    members of some cases by one method, from number CASE on; seconds and calls
+OUT/unfinished_DIGITS/METHOD_FIRST_COUNT.npz    members of COUNT cases from number FIRST on; seconds and calls
 
 The digits name everything that members depend on, so that another evaluation into the same folder has files of its own.
 They are removed when their evaluation has written its tables.
@@ -40,7 +40,7 @@ class Unfinished:
 
     def get(self, method: str, first: int, count: int) -> Result | None:
         """The result of `count` cases from number `first` on; None where it has to be made."""
-        path = self._path(method, first)
+        path = self._path(method, first, count)
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
                 members = [held[f"members_{i}"] for i in range(count)]
@@ -57,7 +57,7 @@ class Unfinished:
             return
         held = {f"members_{i}": made for i, made in enumerate(result.members)}
         try:
-            with files.whole_file(self._path(method, first)) as temporary:
+            with files.whole_file(self._path(method, first, len(result.members))) as temporary:
                 np.savez(
                     temporary, seconds=result.seconds, calls=result.calls, antithetic=result.antithetic, **held
                 )  # fmt: skip
@@ -71,5 +71,5 @@ class Unfinished:
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def _path(self, method: str, first: int) -> Path:
-        return self.folder / f"{method}_{first}.npz"
+    def _path(self, method: str, first: int, count: int) -> Path:
+        return self.folder / f"{method}_{first}_{count}.npz"

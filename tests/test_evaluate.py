@@ -503,13 +503,13 @@ def test_a_stopped_evaluation_goes_on_where_it_was(trained, fields, tmp_path, mo
         asked(stop_at=3, seed=5)
     assert asked.parts == WHOLE[:3]
     left = sorted(path.name for path in (tmp_path / "out").glob("unfinished_*/*"))
-    assert left == sorted(["linear_0.npz", "linear_samples_0.npz"] * 2 + ["kalman_0.npz"])
-    (damaged,) = (path for path in tmp_path.glob("out/unfinished_*/linear_samples_0.npz")
-                  if path.with_name("kalman_0.npz").exists())  # fmt: skip
+    assert left == sorted(["linear_0_3.npz", "linear_samples_0_3.npz"] * 2 + ["kalman_0_2.npz"])
+    (damaged,) = (path for path in tmp_path.glob("out/unfinished_*/linear_samples_0_3.npz")
+                  if path.with_name("kalman_0_2.npz").exists())  # fmt: skip
     damaged.write_bytes(damaged.read_bytes()[:100])
     asked()
     assert asked.parts == [WHOLE[1], WHOLE[3]]
-    assert "linear_samples_0.npz cannot be read and is made again" in caplog.text
+    assert "linear_samples_0_3.npz cannot be read and is made again" in caplog.text
     # What the stopped one with another seed holds is still there.
     assert len(list((tmp_path / "out").glob("unfinished_*"))) == 1
     again = Asked(trained, fields, tmp_path / "other", monkeypatch)
