@@ -86,7 +86,7 @@ def conditional_variance(variance: Array, sigma: Level) -> Array:
 def rows_of(gaussian: PrincipalGaussian, observation: Observation) -> Rows:
     """The rows of a pattern; its gains are by blocks where that is possible and takes less than S^-1."""
     more = observation.size * gaussian.mean.shape[-1] > gaussian.variance.size
-    return Rows(observation.size, more and _see_cells_of_their_own(_seen(gaussian, observation)))
+    return Rows(observation.size, more and see_cells_of_their_own(_seen(gaussian, observation)))
 
 
 def kalman_gains(
@@ -185,7 +185,7 @@ def _levels_by_blocks(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
     """K^-1, `along` and log det S of every level."""
     gram = None
-    if _alike(seen, noise):
+    if alike(seen, noise):
         flat = _flat(leading)
         gram = flat.T @ flat
     for level in sigma:
@@ -222,10 +222,10 @@ class Blocks(NamedTuple):
     ) -> "Blocks":
         """From `seen_by` of rows that see cells of their own, and R of each row.
 
-        `gram` is B^T B, which serves all levels where K is one number (`_alike`).
+        `gram` is B^T B, which serves all levels where K is one number (`alike`).
         """
         left, excess = _variances(gaussian, level)
-        share = _own_share(seen)
+        share = own_share(seen)
         inverse = np.linalg.inv(left * share[:, None, None] * np.eye(noise.shape[-1]) + noise)
         root = np.sqrt(np.maximum(excess, 0.0))
         if gram is None:
@@ -287,23 +287,23 @@ def _flat(leading: Float[np.ndarray, "m c r"]) -> Float[np.ndarray, "mc r"]:
     return leading.reshape(rows * components, rank)
 
 
-def _own_share(seen: sparse.csr_array) -> Float[np.ndarray, " m"]:
+def own_share(seen: sparse.csr_array) -> Float[np.ndarray, " m"]:
     """The diagonal of A A^T of one component."""
     return np.asarray(seen.multiply(seen).sum(1)).reshape(-1)
 
 
-def _alike(seen: sparse.csr_array, noise: Float[np.ndarray, "m c c"]) -> bool:
+def alike(seen: sparse.csr_array, noise: Float[np.ndarray, "m c c"]) -> bool:
     """Whether K of rows that see cells of their own is one number times the identity at every level.
 
     Rows that see nothing, as padded ones, do not count: their B is 0.
     """
-    share = _own_share(seen)
+    share = own_share(seen)
     used, first = share > 0, share.argmax()
     same = noise[used] == noise[first, 0, 0] * np.eye(noise.shape[-1])
     return bool((share[used] == share[first]).all() and same.all())
 
 
-def _see_cells_of_their_own(seen: sparse.csr_array) -> bool:
+def see_cells_of_their_own(seen: sparse.csr_array) -> bool:
     """Whether no two rows see the same cell."""
     return bool(np.bincount(seen.indices[seen.data != 0], minlength=1).max() <= 1)
 

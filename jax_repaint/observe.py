@@ -457,23 +457,28 @@ def gaps(ocean: np.ndarray, fraction: float, rng: np.random.Generator) -> np.nda
 
 def parse(spec: str, ocean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The observed cells that a text names: `line:22`, `walk:90`, `cells:0.02`, `swath:3`, `gaps:0.3`. (y, x) bool."""
-    kind, _, value = spec.partition(":")
+    kind, value = read_pattern(spec)
     try:
         if kind == "line":
-            return line(ocean, int(value))
-        if kind == "walk":
-            return walk(ocean, int(value), rng)
-        if kind == "cells":
-            return cells(ocean, float(value), rng)
-        if kind == "swath":
-            return swath(ocean, int(value), rng)
-        if kind == "gaps":
-            return gaps(ocean, float(value), rng)
-    except InputError:
-        raise
-    except ValueError:
-        pass
-    raise InputError(f"pattern {spec!r} is not one of line:ROW, walk:CELLS, cells:FRACTION, swath:WIDTH, gaps:FRACTION")
+            return line(ocean, value)
+        return {"walk": walk, "cells": cells, "swath": swath, "gaps": gaps}[kind](ocean, value, rng)
+    except InputError as e:
+        raise InputError(f"pattern {spec}: {e}") from e
+
+
+def read_pattern(spec: str) -> tuple[str, int | float]:
+    """Kind and number of a pattern, which `parse` draws on a grid.
+
+    Raises:
+      InputError: another kind, or no number.
+    """
+    kind, _, value = spec.partition(":")
+    try:
+        return kind, {"line": int, "walk": int, "cells": float, "swath": int, "gaps": float}[kind](value)
+    except (KeyError, ValueError):
+        raise InputError(
+            f"pattern {spec!r} is not one of line:ROW, walk:CELLS, cells:FRACTION, swath:WIDTH, gaps:FRACTION"
+        ) from None
 
 
 def pattern_table(ocean: np.ndarray, count: int, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -92,7 +92,6 @@ def prepare(fields: Fields, config: ConfigDict) -> Prepared:
     else:
         present = validation_present = None
     observations = chosen_for(config.model.patterns, fields.ocean, ocean.shape)
-    logging.info("fitting the linear estimate and a Gaussian process")
     gaussian, kernel, choice = fit_priors(
         parts[0], train, validation, ocean, config.model.rank, config.model.gp_steps, standardiser, observations,
         present, validation_present,
@@ -148,6 +147,7 @@ def fit_priors(
     with gaps, where `present` and `validation_present` (n, Y, X) tell which cells have a value, are first filled with
     draws of the Gaussian that EM finds, whose covariance is the one that it expects.
     """
+    logging.info("fitting a Gaussian process")
     climatology = gp.background("climatology", fields.velocity, fields.ocean)
     kernel, _ = gp.fit("matern32", fields.velocity, fields.ocean, fields.places(), climatology, gp_steps)
     shown = np.unique(np.linspace(0, len(validation) - 1, 48).astype(int))
@@ -158,10 +158,12 @@ def fit_priors(
     seen = None
     if present is not None:
         some = np.unique(np.linspace(0, len(train) - 1, EXPECTED).astype(int))
+        logging.info("filling the gaps of %d training frames", len(train))
         train = _filled(linear.fit_with_gaps(train[some], present[some], ocean, rank), train, present, 0)
         seen = validation_present[shown]
     found = []
     for share in SHARES if root is not None else (1.0,):
+        logging.info("choosing a linear prior, %g of its covariance from the training frames", share)
         gaussian = linear.fit(train, ocean, rank, share=share, kernel_root=root)
         chosen, choice = linear.select(gaussian, frames, observations, present=seen)
         found.append((choice.error, chosen, dataclasses.replace(choice, share=share)))

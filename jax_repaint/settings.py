@@ -5,7 +5,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from jax_repaint import model
+from jax_repaint import model, observe
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
 
@@ -150,6 +150,8 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"observed.error must be positive and finite, got {config.observed.error}")
     if m.rank < 1:
         raise InputError(f"model.rank must be at least 1, got {m.rank}")
+    for spec in observe.patterns_of(m.patterns):
+        observe.read_pattern(spec)
     model.make_schedule(dict(n))
     network_config(config)
     if config.tensorboard:

@@ -60,6 +60,8 @@ SMALLER = (
     (r" --config\.(train\.(batch|epochs|warmup_epochs|learning_rate|ema|held_out)|init_from)=\S+", ""),
     # Its network has to be that of the model it starts from, which is not the small one.
     (r"(configs/(conditional|gaps)\.py.*)", r"\1 --config.init_from="),
+    # Solving for 96 rows takes a minute to compile.
+    (r"(configs/conditional\.py.*)", r"\1 --config.observed.rows=8"),
     (r"(jax_repaint\.train (?!.*--config\.data\.fields).*)", r"\1 --config.data.fields=currents.nc"),
     (r"(jax_repaint\.train .*)", r"\1 --config.train.batch=64"),
 )

@@ -253,6 +253,29 @@ def test_a_kernel_helps_where_frames_are_few():
     assert errors[0.1] < 0.6 * errors[1.0]
 
 
+def test_select_finds_the_errors_of_single_estimates(gaussian, fields):
+    """Its estimates share one product of all truncations; `estimate` solves for each of them alone."""
+    few = observe.from_cells(observe.cells(OCEAN, 0.1, np.random.default_rng(1)), fields[0], ERROR, OCEAN)
+    many = observe.from_cells(observe.cells(OCEAN, 0.8, np.random.default_rng(2)), fields[0], ERROR, OCEAN)
+    target = on_sea(fields[:9])
+    apart = observe.from_points([4.5, 6.5], [4.5, 8.5], np.zeros((2, 2)), ERROR, *map(np.arange, SHAPE), OCEAN)
+    for pattern in (few, many, apart):
+        values = np.stack([np.asarray(pattern.of(jnp.asarray(x)).values) for x in fields[:9]])
+        for rank, rest in ((3, 1.0), (12, 0.3)):
+            guess = on_sea(linear.estimate(linear.truncate(gaussian, rank, rest), pattern, values))
+            expected = np.sum((guess - target) ** 2) / np.sum((target - on_sea(gaussian.mean)) ** 2)
+            choice = linear.select(gaussian, fields[:9], [pattern], ranks=(rank,), rests=(rest,))[1]
+            assert choice.error == pytest.approx(expected, rel=1e-4)
+    points = observe.from_points([4.5, 4.6], [4.5, 4.4], np.zeros((2, 2)), ERROR, *map(np.arange, SHAPE), OCEAN)
+    for wrong in (
+        points,
+        many.replace(sigma=many.sigma.at[0].set(0.5)),
+        many.replace(cells=many.cells.at[1].set(many.cells[0])),
+    ):
+        with pytest.raises(InputError, match="see cells of their own, with the same error"):
+            linear.select(gaussian, fields[:9], [wrong])
+
+
 def test_select_counts_each_pattern_relative_to_climatology(gaussian, fields):
     pattern = observe.from_cells(OCEAN & (np.indices(SHAPE)[0] == 4), fields[0], ERROR, OCEAN)
     _, one = linear.select(gaussian, fields[:9], [pattern], ranks=(12,), rests=(1.0,))

@@ -28,6 +28,7 @@ from jax_repaint.prior.analysis import DenseAnalysis
 
 NAMES = ("rbf_legacy", "rbf", "matern32", "matern52", "divergence_free")
 BACKGROUNDS = ("zero", "constant", "climatology")
+FRAMES, FRAMES_WITH_GAPS = 8, 2  # of a step of a fit
 JITTER = 1e-6  # smallest variance on the diagonal, (m/s)^2
 ROOT_JITTER = 1e-8  # of the prior variance: keeps the root of a smooth kernel real
 
@@ -328,7 +329,7 @@ def fit(
     steps: int = 200,
     seed: int = 0,
     points: int = 256,
-    frames: int = 8,
+    frames: int | None = None,
     learning_rate: float = 0.1,
 ) -> tuple[Kernel, np.ndarray]:
     """The kernel that makes training frames likeliest, and the loss of every step.
@@ -348,7 +349,8 @@ def fit(
       positions: (y, x, 2).
       background: (y, x, 2), m/s.
       steps, seed: number of steps; seed of the choice of cells and frames.
-      points, frames: cells and frames a step, at most those there are.
+      points, frames: cells and frames a step, at most those there are; by default FRAMES, or FRAMES_WITH_GAPS, as each
+        of those takes a matrix of its own.
       learning_rate: first step of a logarithm.
 
     Raises:
@@ -360,9 +362,9 @@ def fit(
     velocity = _check_velocity(velocity, ocean)
     if np.shape(background) != positions.shape:
         raise InputError(f"background {np.shape(background)} does not fit the grid; expected {positions.shape}")
-    if min(steps, points, frames, learning_rate) <= 0:
-        raise InputError(f"steps, points, frames and learning_rate must be positive, got {steps}, {points}, {frames}, "
-                         f"{learning_rate}")  # fmt: skip
+    numbers = steps, points, FRAMES if frames is None else frames, learning_rate
+    if min(numbers) <= 0:
+        raise InputError(f"steps, points, frames and learning_rate must be positive, got {numbers}")
     values, where = velocity[:, ocean] - np.asarray(background, np.float32)[ocean], positions[ocean]
     present = np.isfinite(values).all(-1)
     if present.sum(1).min() < 2 <= len(where):
@@ -379,6 +381,8 @@ def fit(
         start, *box = ([math.sqrt(l / 2), math.sqrt(v), n] for l, v, n in (start, *box))  # noqa: E741
 
     rng = np.random.default_rng(seed)
+    if frames is None:
+        frames = FRAMES if present.all() else FRAMES_WITH_GAPS
     if present.all():
         cell = np.stack([rng.permutation(len(where))[:points] for _ in range(steps)])
         frame = np.stack([rng.permutation(len(values))[:frames] for _ in range(steps)])
