@@ -3,8 +3,8 @@
     python -m jax_repaint.train --config=configs/gaps.py --workdir=runs/gaps
 
 It starts from the model that comes with the package, and stands on a linear estimate of up to 1,024 EOFs, chosen for
-30 % hidden cells; a few observed ones would not tell so many apart. Forty minutes on two cores that had other work, five
-of them for the priors. docs/results.md, Other platforms, has what came of it. For fields of your own add
+30 % hidden cells; a few observed ones would not tell so many apart. Forty minutes on two cores that had other work,
+five of them for the priors. docs/results.md, Other platforms, has what came of it. For fields of your own add
 `--config.data.fields=FILE --config.init_from=`.
 `configs/gaps.py:smoke` takes less than a minute on two cores.
 """
