@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -465,6 +466,22 @@ def test_methods_without_a_baseline_are_compared_with_the_linear_estimate(traine
         assert data.attrs["method"] == "paste"
     with pytest.raises(InputError, match="needs a baseline, one of climatology"):
         evaluate.compare({"line:1": {"paste": []}}, {}, 1)
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], ("gaps:0.3", "line:4")), (["walk:9"], ["walk:9"])])
+def test_patterns_are_those_of_the_model_unless_others_are_given(trained, fields, monkeypatch, given, expected):
+    own = dataclasses.replace(trained, training={"config": {"model": {"patterns": "gaps:0.3, line:4"}}})
+    split = Split(np.arange(2), np.arange(2, 4), np.arange(4, 6), decorrelation=1.0)
+    flags = {"methods": ["linear"], "members": 1, "model": "model", "fields": None, "directions": None, "frames": 1,
+             "seed": 0, "patterns": given, "out": "out", "chunk": None, "keep": [], "raw": False}  # fmt: skip
+    asked = []
+    monkeypatch.setattr(evaluate, "FLAGS", SimpleNamespace(**flags))
+    monkeypatch.setattr(model, "load", lambda path: own)
+    monkeypatch.setattr(evaluate, "data_of", lambda *_: (fields, split))
+    monkeypatch.setattr(evaluate, "files_of", lambda *_: ())
+    monkeypatch.setattr(evaluate, "run", lambda trained, fields, numbers, patterns, *_, **__: asked.append(patterns))
+    evaluate.main([])
+    assert asked == [expected]
 
 
 class Asked:
