@@ -1,7 +1,6 @@
 """Fields as a training takes them: read, split, standardised, padded, without gaps; and the priors fitted to them."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,8 @@ from jax_repaint.prior import gp, linear
 
 SHARES = (1.0, 0.5, 0.1)  # of the training covariance in the linear prior
 EXPECTED = 2048  # frames, evenly spread, at most, from which EM finds what fills gaps
+FEWEST = 0.01  # what the error of the chosen directions may exceed the lowest by, where patterns are set
+USUAL_ERROR = 0.01  # of observations that the prior is chosen for, in standard deviations, where no patterns are set
 BLENDED = 6000  # ocean cells up to which a kernel's covariance is blended in; its root takes N^3 / 3 products
 
 
@@ -91,11 +92,9 @@ def prepare(fields: Fields, config: ConfigDict) -> Prepared:
         logging.info("%.3g %% of the training values and %.3g %% of the validation values are present", *shares)
     else:
         present = validation_present = None
-    observations = chosen_for(config.model.patterns, fields.ocean, ocean.shape)
     gaussian, kernel, choice = fit_priors(
-        parts[0], train, validation, ocean, config.model.rank, config.model.gp_steps, standardiser, observations,
-        present, validation_present,
-    )  # fmt: skip
+        parts[0], train, validation, ocean, config, standardiser, present, validation_present
+    )
     if present is not None:
         # The network sees all cells. A draw of the prior given the present ones leaves their joint distribution as it
         # is, where the Gaussian is right. Its mean would be too calm beside real neighbours, and tell at every noise
@@ -110,20 +109,19 @@ def _filled(gaussian: PrincipalGaussian, x: np.ndarray, present: np.ndarray, see
     return np.asarray(distributed.same(linear.fill(gaussian, x, present, seed)))
 
 
-def chosen_for(patterns: str, ocean: np.ndarray, padded: tuple[int, int]) -> list[Observation]:
-    """Observations of the patterns on the padded grid: two draws of each, or the one there is.
-
-    Args:
-      patterns: such as "line:22,walk:90"; empty for the usual ones.
+def _chosen_for(config: ConfigDict, ocean: np.ndarray, padded: tuple[int, int]) -> list[Observation]:
+    """Observations of `model.patterns`, or of the usual ones, on the padded grid: two of each, or the one there is.
 
     Raises:
       InputError: a pattern that cannot be drawn.
     """
+    patterns = config.model.patterns
+    error = config.observed.error if patterns else USUAL_ERROR
     observations = []
     for spec in observe.patterns_of(patterns) or observe.usual(ocean):
         for draw in range(1 if spec.startswith("line") else 2):
             seen = observe.parse(spec, ocean, observe.pattern_rng(0, draw))
-            observation = observe.from_cells(seen, np.zeros((*seen.shape, 2)), 0.01, ocean)
+            observation = observe.from_cells(seen, np.zeros((*seen.shape, 2)), error, ocean)
             observations.append(observe.pad_grid(observation, seen.shape, padded))
     return observations
 
@@ -133,23 +131,23 @@ def fit_priors(
     train: np.ndarray,
     validation: np.ndarray,
     ocean: np.ndarray,
-    rank: int,
-    gp_steps: int,
+    config: ConfigDict,
     standardiser: Standardiser,
-    observations: Sequence[Observation],
     present: np.ndarray | None = None,
     validation_present: np.ndarray | None = None,
 ) -> tuple[PrincipalGaussian, gp.Kernel, linear.Choice]:
     """The linear prior, chosen on validation frames, and the GP by marginal likelihood of training frames.
 
     The linear prior is the training covariance, or a blend with the covariance of the GP where that does better from
-    the `observations` of validation frames: few of them are best explained by few directions, many by many. Fields
+    `model.patterns` of validation frames: few observations are best explained by few directions, many by many. Fields
     with gaps, where `present` and `validation_present` (n, Y, X) tell which cells have a value, are first filled with
     draws of the Gaussian that EM finds, whose covariance is the one that it expects.
     """
+    observations = _chosen_for(config, fields.ocean, ocean.shape)
+    rank, tolerance = config.model.rank, FEWEST if config.model.patterns else 0.0
     logging.info("fitting a Gaussian process")
     climatology = gp.background("climatology", fields.velocity, fields.ocean)
-    kernel, _ = gp.fit("matern32", fields.velocity, fields.ocean, fields.places(), climatology, gp_steps)
+    kernel, _ = gp.fit("matern32", fields.velocity, fields.ocean, fields.places(), climatology, config.model.gp_steps)
     shown = np.unique(np.linspace(0, len(validation) - 1, 48).astype(int))
     frames = validation[shown]
     root = None
@@ -165,7 +163,7 @@ def fit_priors(
     for share in SHARES if root is not None else (1.0,):
         logging.info("choosing a linear prior, %g of its covariance from the training frames", share)
         gaussian = linear.fit(train, ocean, rank, share=share, kernel_root=root)
-        chosen, choice = linear.select(gaussian, frames, observations, present=seen)
+        chosen, choice = linear.select(gaussian, frames, observations, present=seen, tolerance=tolerance)
         found.append((choice.error, chosen, dataclasses.replace(choice, share=share)))
     _, gaussian, choice = min(found, key=lambda candidate: candidate[0])
     logging.info(

@@ -45,7 +45,7 @@ def default_config() -> ConfigDict:
                 "sigma_min": 0.01,
                 "sigma_max": 130.0,
             },
-            # What a conditional denoiser is given in training.
+            # What a conditional denoiser is given in training; the error is also that of model.patterns.
             "observed": {
                 "patterns": 4096,
                 "rows": 96,  # most cells of a pattern

@@ -30,7 +30,7 @@ from jax_repaint.errors import InputError
 from jax_repaint.model import Model, make_schedule
 from jax_repaint.nets import unet
 from jax_repaint.nets.import_torch import from_state_dict
-from jax_repaint.prepare import chosen_for, fit_priors, load_fields, split_fields
+from jax_repaint.prepare import fit_priors, load_fields, split_fields
 
 LFS_POINTER = b"version https://git-lfs"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number of the format before PyTorch 1.6
@@ -268,11 +268,7 @@ def import_model(path: str | os.PathLike, config: ConfigDict, fields: Fields | N
     standardiser = Standardiser.create(numbers.mean, numbers.std, -numbers.mean / numbers.std)
     training, ocean = fields_lib.prepare(fields.select(split.train), standardiser, GRID)
     validation, _ = fields_lib.prepare(fields.select(split.validation), standardiser, GRID)
-    observations = chosen_for(config.model.patterns, fields.ocean, GRID)
-    gaussian, kernel, choice = fit_priors(
-        fields.select(split.train), training, validation, ocean, config.model.rank, config.model.gp_steps, standardiser,
-        observations,
-    )  # fmt: skip
+    gaussian, kernel, choice = fit_priors(fields.select(split.train), training, validation, ocean, config, standardiser)
     land = np.where(ocean[..., None], np.asarray(gaussian.mean), standardiser.land_value)
     sigma = np.asarray(make_schedule(checkpoint.schedule).sigma)
     parts = {part: getattr(split, part) for part in ("train", "validation", "test")}

@@ -34,7 +34,7 @@ from jax_repaint.optimise import (
     make_steps,
     plan,
 )
-from jax_repaint.prepare import chosen_for, fit_priors
+from jax_repaint.prepare import fit_priors
 from jax_repaint.prior import gp, linear
 from jax_repaint.schedule import Schedule
 from jax_repaint.settings import check_config, network_config, sigma_range
@@ -162,8 +162,9 @@ def test_a_prior_says_how_much_of_it_is_from_training_frames():
     standardiser = fields_lib.Standardiser.from_fields(data)
     x, ocean = fields_lib.prepare(data, standardiser, tiny.NETWORK.multiple)
     few = data.select(np.arange(6))
-    patterns = chosen_for("", data.ocean, ocean.shape)
-    gaussian, kernel, choice = fit_priors(few, x[:6], x[10:], ocean, 8, 100, standardiser, patterns)
+    config = tiny.config("anchored")
+    config.model.update({"rank": 8, "gp_steps": 100})
+    gaussian, kernel, choice = fit_priors(few, x[:6], x[10:], ocean, config, standardiser)
     assert choice.share < 1
     root = gp.prior_root(kernel, data.ocean, data.places()).rows(standardiser.std)
     expected = linear.truncate(

@@ -385,6 +385,7 @@ def select(
     ranks: Sequence[int] = RANKS,
     rests: Sequence[float] = RESTS,
     present: np.ndarray | None = None,
+    tolerance: float = 0.0,
 ) -> tuple[PrincipalGaussian, Choice]:
     """The truncation whose estimates of validation frames are best, by mean square error relative to climatology.
 
@@ -395,6 +396,8 @@ def select(
         relative to climatology's.
       present: (n, y, x) bool, of frames with gaps: only present cells are observed and count, and each frame has one
         of the patterns in turn, as no two share an analysis.
+      tolerance: the fewest directions, and of those the best factor, whose error is at most 1 + tolerance times the
+        lowest; what they cost grows with their number.
 
     Returns:
       The prior and what was chosen; `error` is the mean of those relative errors.
@@ -417,7 +420,9 @@ def select(
             squares[kind] += _square_errors(gaussian, candidates, observation, field[None], known)
     used = squares[:, -1] > 0
     errors = np.mean(squares[used, :-1] / squares[used, -1:], 0)
-    best = int(errors.argmin())
+    directions = np.array([rank for rank, _ in tried])
+    fewest = directions[errors <= errors.min() * (1 + tolerance)].min()
+    best = int(np.where(directions == fewest, errors, np.inf).argmin())
     return candidates[best], Choice(*tried[best], float(errors[best]))
 
 
