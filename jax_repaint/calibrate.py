@@ -5,7 +5,8 @@
 The method inpaints frames of the validation part of the model's split; what it learns from them, `calibration.py` says.
 Test frames take no part. The validation part has served before, to choose the best weights and three numbers of the
 linear prior, which is a small leak. Frames count as independent in blocks of time that are as long as it takes the
-errors of the linear estimate to be forgotten; `--block` sets another length.
+errors of the linear estimate to be forgotten; `--block` sets another length. With --fields=FILE --part=all it learns
+from a whole file of which no frame had a part in training; what is evaluated later should not be of that file.
 
 `evaluate` and `inpaint` use the calibration for ensembles of the same method and size, unless they are told --raw.
 """
@@ -156,6 +157,10 @@ def _define_flags() -> None:
     flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
     flags.DEFINE_string("method", "kalman", f"Among {', '.join(METHODS)}.")
     flags.DEFINE_integer("members", 16, "Members of the ensembles that the calibration is for.", lower_bound=2)
+    flags.DEFINE_enum(
+        "part", "validation", ("validation", "all"), "What the frames are drawn from: the validation part, or all of "
+        "--fields, a file of which no frame had a part in training."
+    )  # fmt: skip
     flags.DEFINE_integer("frames", 64, "Validation frames to inpaint, drawn at random.", lower_bound=2)
     flags.DEFINE_list(
         "patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02; by default the model's."
@@ -172,11 +177,11 @@ def main(_) -> None:
     check(FLAGS.method, FLAGS.members, FLAGS.block or 1)
     trained = model.load(FLAGS.model)
     files.check_writable(f"{FLAGS.model}/{model.DESCRIPTION}")
-    fields, split = data_of(trained, FLAGS.fields)
+    fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
     patterns = FLAGS.patterns or trained.patterns
     block = FLAGS.block or block_length(trained, fields.select(split.validation), patterns[0], FLAGS.seed)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
-    logging.info("%d validation frames in blocks of %d frames", numbers.size, block)
+    logging.info("%d frames in blocks of %d frames", numbers.size, block)
     learnt = learn(
         trained, fields.select(numbers), numbers, patterns, FLAGS.method,
         block=block, members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, gate=FLAGS.gate,

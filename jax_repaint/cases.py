@@ -5,7 +5,7 @@ Frames are drawn from the part of a model's fields that its training did not see
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jax_repaint import metrics, observe
+from jax_repaint.data import fields as fields_lib
 from jax_repaint.data import readers, twin
 from jax_repaint.data.fields import Fields, Split, crop, prepare_with_gaps
 from jax_repaint.errors import InputError
@@ -29,8 +30,18 @@ from jax_repaint.settings import default_config
 OBSERVATION_ERROR = 0.005  # m/s, what the methods take the observations' standard error to be
 
 
-def data_of(trained: Model, path: str | None) -> tuple[Fields, Split]:
-    """The fields a model was trained on (or a file with the same grid) and their split, as in its training."""
+def data_of(trained: Model, path: str | None, part: str = "test") -> tuple[Fields, Split]:
+    """The fields a model was trained on (or a file with the same grid) and their split, as in its training.
+
+    Args:
+      part: what is to stand in `Split.test`: "train", "validation" or "test", or "all" for a whole file of which no
+        frame had a part in training, which is the validation part too.
+
+    Raises:
+      InputError: fields that cannot be read, are on another grid, or, for "all", are those of the training.
+    """
+    if part == "all":
+        return _unseen(trained, path)
     config = default_config()
     config.update(ConfigDict(trained.origin["config"]))
     data = config.data
@@ -40,7 +51,31 @@ def data_of(trained: Model, path: str | None) -> tuple[Fields, Split]:
         logging.warning(
             "%s is not the data that the model was trained on; its test part may not be held out", fields.name
         )
-    return fields, split_fields(fields, data)
+    split = split_fields(fields, data)
+    return fields, dataclasses.replace(split, test=getattr(split, part))
+
+
+def _unseen(trained: Model, path: str | None) -> tuple[Fields, Split]:
+    if not path:
+        raise InputError("all frames are held out only of a file (fields) of which none had a part in training")
+    fields = readers.read(path)
+    trained.check_grid(fields)
+    check_unseen([trained], fields)
+    covered = np.flatnonzero(fields.coverage >= fields_lib.LEAST_COVERAGE)
+    if not covered.size:
+        raise InputError(f"{fields.name}: no frame has values in {fields_lib.LEAST_COVERAGE:.0%} of the ocean cells")
+    logging.info("%d of %d frames of %s are taken as held out", covered.size, len(fields), fields.name)
+    # A record too short to forget tells less of that than the training's did.
+    decorrelation = trained.training.get("decorrelation", 0.0)
+    if len(fields) >= fields_lib.FEWEST_LAGGED:
+        decorrelation = max(decorrelation, fields_lib.decorrelation_time(fields))
+    return fields, Split(covered[:0], covered, covered, decorrelation=decorrelation)
+
+
+def check_unseen(models: Iterable[Model], fields: Fields) -> None:
+    """Raises InputError if the fields are those that a model was trained on."""
+    if fields.hash() in [one.training.get("fingerprint") for one in models]:
+        raise InputError(f"{fields.name} is what a model was trained on; of its frames only a part is held out")
 
 
 def files_of(trained: Model, path: str | None) -> list[Path]:
@@ -49,7 +84,9 @@ def files_of(trained: Model, path: str | None) -> list[Path]:
     return readers.files_of(path) if path else []
 
 
-def held_out(trained: Model, path: str | None = None) -> tuple[Callable[[np.ndarray], Fields], Split]:
+def held_out(
+    trained: Model, path: str | None = None, part: str = "test"
+) -> tuple[Callable[[np.ndarray], Fields], Split]:
     """`data_of` as a function that gives frames by their numbers, and the split; of the twin it makes those alone.
 
     Raises:
@@ -57,11 +94,11 @@ def held_out(trained: Model, path: str | None = None) -> tuple[Callable[[np.ndar
     """
     data = trained.origin["config"]["data"]
     if path or data["fields"] or data["block_split"]:
-        fields, split = data_of(trained, path)
+        fields, split = data_of(trained, path, part)
         return fields.select, split
     parts = {name: np.arange(*trained.origin["parts"][name]) for name in ("train", "validation", "test")}
     made = partial(twin.select, twin=twin.Twin(seed=data["twin_seed"]))
-    return made, Split(**parts, decorrelation=trained.origin["decorrelation"])
+    return made, Split(**parts | {"test": parts[part]}, decorrelation=trained.origin["decorrelation"])
 
 
 def with_directions(trained: Model, fields: Fields, split: Split, directions: int) -> Model:

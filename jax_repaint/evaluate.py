@@ -7,7 +7,8 @@ Baselines stand in every table: the mean of the training frames (climatology), t
 of its posterior (linear_samples). The networks' methods start from the linear estimate. A ratio compares ensemble mean
 with ensemble mean, over the same frames, against the best of the baselines.
 
-The model's frames are split again as in its training; the frames that are scored are drawn from the test part. The
+The model's frames are split again as in its training; the frames that are scored are drawn from the test part, or with
+--fields=FILE --part=all from a whole file of which no frame had a part in training, such as another season. The
 method that the model is calibrated for has two rows, as it is and calibrated; --raw leaves the second out.
 Stopped or killed, the same command goes on with the fields that it had not done.
 """
@@ -371,7 +372,11 @@ FLAGS = flags.FLAGS
 def _define_flags() -> None:
     flags.DEFINE_string("model", None, "Folder of a model, as training writes it.")
     flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
-    flags.DEFINE_integer("frames", 64, "Test frames to inpaint, drawn at random.", lower_bound=1)
+    flags.DEFINE_enum(
+        "part", "test", ("test", "all"), "What the frames are drawn from: the test part, or all of --fields, a file of "
+        "which no frame had a part in training."
+    )  # fmt: skip
+    flags.DEFINE_integer("frames", 64, "Frames to inpaint, drawn at random.", lower_bound=1)
     flags.DEFINE_list(
         "patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02; by default the model's."
     )
@@ -394,9 +399,10 @@ def main(_) -> None:
     """Compares methods on held-out frames."""
     check_methods(FLAGS.methods, FLAGS.members)
     trained = model.load(FLAGS.model)
-    fields, split = data_of(trained, FLAGS.fields)
+    fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
     if FLAGS.directions:
-        trained = with_directions(trained, fields, split, FLAGS.directions)
+        training = data_of(trained, None) if FLAGS.part == "all" else (fields, split)
+        trained = with_directions(trained, *training, FLAGS.directions)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     patterns = FLAGS.patterns or trained.patterns
     out = Path(FLAGS.out)

@@ -13,7 +13,6 @@ so recipes compare whose losses weigh levels differently. A ratio that is lower 
 frames is what the network knows by heart.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from absl import flags
 
 from jax_repaint import command, files, gains, guide, model, scoring
 from jax_repaint.array_types import Array, Field, Float, Key, Level
-from jax_repaint.cases import block_length, data_of, make_cases, pick
+from jax_repaint.cases import block_length, check_unseen, data_of, make_cases, pick
 from jax_repaint.data.fields import Fields, prepare_with_gaps
 from jax_repaint.denoise import Denoiser, PrincipalGaussian
 from jax_repaint.ensemble import member_keys
@@ -127,18 +126,18 @@ def compare(errors: Mapping[str, np.ndarray], sigmas: np.ndarray, block: int = 1
     return pd.concat(parts, ignore_index=True)
 
 
-def load_together(folders: Sequence[str]) -> dict[str, Model]:
+def load_together(folders: Sequence[str], part: str = "test") -> dict[str, Model]:
     """The models by their folders.
 
     Raises:
-      InputError: none, one twice, one that cannot be read, or models of different data.
+      InputError: none, one twice, one that cannot be read, or models of different data unless `part` is "all".
     """
     if not folders or len(set(folders)) < len(folders):
         raise InputError(f"one or more different models are needed, got {', '.join(folders) or 'none'}")
     models = {folder: model.load(folder) for folder in folders}
     first = next(iter(models.values()))
     for folder, other in models.items():
-        if not model.same_parts(first, other):
+        if part != "all" and not model.same_parts(first, other):
             raise InputError(f"{folder} was trained on other frames than {folders[0]}: their errors do not compare")
     return models
 
@@ -152,7 +151,10 @@ def _define_flags() -> None:
     )
     flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
     flags.DEFINE_integer("frames", 64, "Frames, drawn at random.", lower_bound=1)
-    flags.DEFINE_enum("part", "test", ("train", "validation", "test"), "Part of the split that they come from.")
+    flags.DEFINE_enum(
+        "part", "test", ("train", "validation", "test", "all"), "Part of the split that they come "
+        "from; all: of --fields, a file of which no frame had a part in training."
+    )  # fmt: skip
     flags.DEFINE_integer("levels", 13, "Noise levels over the range of all models, evenly in log sigma.", lower_bound=2)
     flags.DEFINE_string("pattern", "", "Observations that both denoisers are given, such as line:22; none if empty.")
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and noise.", lower_bound=0, upper_bound=2**32 - 1)
@@ -164,10 +166,11 @@ def main(_) -> None:
     """Prints the table."""
     if FLAGS.out:
         files.check_writable(FLAGS.out, (".csv",))
-    models = load_together(FLAGS.model)
+    models = load_together(FLAGS.model, FLAGS.part)
     first = models[FLAGS.model[0]]
-    fields, split = data_of(first, FLAGS.fields)
-    split = dataclasses.replace(split, test=getattr(split, FLAGS.part))
+    fields, split = data_of(first, FLAGS.fields, FLAGS.part)
+    if FLAGS.part == "all":
+        check_unseen(models.values(), fields)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     chosen, block = fields.select(numbers), block_length(split, len(numbers))
     low, high = max(one.sigma[0] for one in models.values()), min(one.sigma[1] for one in models.values())

@@ -48,7 +48,8 @@ def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
         {
             "model": "",  # folder; empty for the model that comes with the package
             "fields": "",  # file; empty for the data of the model's training
-            "part": "test",  # frames come from it; tune on "validation"
+            # What frames come from; tune on "validation". "all": of `fields`, none of which had a part in training.
+            "part": "test",
             "frames": 32,
             "consecutive": False,  # frames that follow each other, from a random one, instead of random ones
             "patterns": "",  # such as "line:22,walk:90,cells:0.02"; empty for the three usual ones

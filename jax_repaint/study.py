@@ -22,6 +22,8 @@ from jax_repaint.cases import (
     Case,
     GPBaseline,
     block_length,
+    check_unseen,
+    data_of,
     held_out,
     known_of,
     make_cases,
@@ -172,16 +174,20 @@ def open_study(config: ConfigDict) -> Study:
     models = {folder: model.load(folder or SHIPPED) for folder in dict.fromkeys(p.model for p in points)}
     programs = [make_program(point, models[point.model]) for point in points]
     first = next(iter(models.values()))
-    _check_parts(models)
-    select, split = held_out(first, config.fields or None)
+    if config.part == "all":
+        fields, split = data_of(first, config.fields or None, config.part)
+        check_unseen(models.values(), fields)
+        select = fields.select
+    else:
+        _check_parts(models)
+        select, split = held_out(first, config.fields or None, config.part)
     kinds = dict.fromkeys(point.consecutive for point in points)
     frames = {kind: _frames(split, config, kind) for kind in kinds}
     numbers = np.unique(np.concatenate(list(frames.values())))
     chosen = select(numbers)
     for one in models.values():
         one.check_grid(chosen)
-    part = dataclasses.replace(split, test=getattr(split, config.part))
-    blocks = {kind: max(len(frames[kind]) // 4, 1) if kind else block_length(part, len(frames[kind])) for kind in kinds}
+    blocks = {kind: max(len(some) // 4, 1) if kind else block_length(split, len(some)) for kind, some in frames.items()}
     study = Study(config, points, programs, models, chosen, numbers, frames, blocks)
     names = [results.digest([study.task(point, where) for where in study.cases[point.consecutive]]) for point in points]
     for number, name in enumerate(names):
@@ -200,8 +206,8 @@ def _check(config: ConfigDict) -> None:
     for name in ("seeds", "sizes"):
         if any(type(number) is not int for number in config[name]):
             raise InputError(f"{name} must be whole numbers, got {config[name]}")
-    if config.part not in ("test", "validation"):
-        raise InputError(f"part must be test or validation, got {config.part!r}")
+    if config.part not in ("test", "validation", "all"):
+        raise InputError(f"part must be test, validation or all, got {config.part!r}")
     if not config.seeds or any(not 0 <= seed < 2**32 for seed in config.seeds):
         raise InputError(f"seeds must be whole numbers from 0 to {2**32 - 1}, at least one, got {config.seeds}")
     if any(not 1 <= size < config.members for size in config.sizes) or len(set(config.sizes)) < len(config.sizes):
@@ -228,12 +234,11 @@ def _check_parts(models: Mapping[str, Model]) -> None:
 
 
 def _frames(split: Split, config: ConfigDict, consecutive: bool) -> np.ndarray:
-    part = getattr(split, config.part)
-    seed, count = config.seeds[0], min(config.frames, part.size)
+    seed, count = config.seeds[0], min(config.frames, split.test.size)
     if not consecutive:
-        return pick(dataclasses.replace(split, test=part), count, seed)
-    first = int(np.random.default_rng([seed, 0xC5]).integers(part.size - count + 1))
-    return part[first : first + count]
+        return pick(split, count, seed)
+    first = int(np.random.default_rng([seed, 0xC5]).integers(split.test.size - count + 1))
+    return split.test[first : first + count]
 
 
 # --- cases ----------------------------------------------------------------------------------------------------

@@ -472,8 +472,9 @@ def test_methods_without_a_baseline_are_compared_with_the_linear_estimate(traine
 def test_patterns_are_those_of_the_model_unless_others_are_given(trained, fields, monkeypatch, given, expected):
     own = dataclasses.replace(trained, training={"config": {"model": {"patterns": "gaps:0.3, line:4"}}})
     split = Split(np.arange(2), np.arange(2, 4), np.arange(4, 6), decorrelation=1.0)
-    flags = {"methods": ["linear"], "members": 1, "model": "model", "fields": None, "directions": None, "frames": 1,
-             "seed": 0, "patterns": given, "out": "out", "chunk": None, "keep": [], "raw": False}  # fmt: skip
+    flags = {"methods": ["linear"], "members": 1, "model": "model", "fields": None, "part": "test", "frames": 1,
+             "directions": None, "seed": 0, "patterns": given, "out": "out",
+             "chunk": None, "keep": [], "raw": False}  # fmt: skip
     asked = []
     monkeypatch.setattr(evaluate, "FLAGS", SimpleNamespace(**flags))
     monkeypatch.setattr(model, "load", lambda path: own)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from flax import struct
 
-from jax_repaint import guide, levels, model, scoring
+from jax_repaint import cases, guide, levels, model, scoring
 from jax_repaint.cases import pick
 from jax_repaint.data.fields import Fields, Split, crop
 from jax_repaint.denoise import PrincipalGaussian
@@ -127,8 +127,9 @@ def test_models_are_compared_with_the_first_on_the_same_noise(trained, drawn):
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
 def test_frames_come_from_the_part_that_is_asked_for(trained, drawn, tmp_path, monkeypatch, capsys, part):
     parts = {"train": np.arange(60), "validation": np.arange(70, 90), "test": np.arange(100, 120)}
-    monkeypatch.setattr(levels, "load_together", lambda folders: {folders[0]: trained})
-    monkeypatch.setattr(levels, "data_of", lambda *_: (drawn, Split(**parts, decorrelation=0.7)))
+    monkeypatch.setattr(levels, "load_together", lambda folders, _: {folders[0]: trained})
+    monkeypatch.setattr(cases, "load_fields", lambda *_: drawn)
+    monkeypatch.setattr(cases, "split_fields", lambda *_: Split(**parts, decorrelation=0.7))
     asked = {"model": ["one"], "fields": None, "frames": 8, "part": part, "levels": 2, "pattern": "", "seed": 3}
     monkeypatch.setattr(levels, "FLAGS", SimpleNamespace(**asked, out=str(tmp_path / "out.csv")))
     levels.main([])

@@ -276,6 +276,25 @@ def test_select_finds_the_errors_of_single_estimates(gaussian, fields):
             linear.select(gaussian, fields[:9], [wrong])
 
 
+def test_select_takes_no_more_directions_than_it_must(gaussian, fields):
+    pattern = observe.from_cells(observe.cells(OCEAN, 0.2, np.random.default_rng(4)), fields[0], ERROR, OCEAN)
+    ranks, rests = (2, 4, 6, 8, 12), (0.3, 1.0, 3.0)
+    alone = {
+        (rank, rest): linear.select(gaussian, fields[:9], [pattern], ranks=(rank,), rests=(rest,))[1].error
+        for rank in ranks
+        for rest in rests
+    }
+    lowest, chosen = min(alone.values()), []
+    for tolerance in (0.0, 0.1, 1.0, 9.0, 99.0):
+        fewest = min(rank for (rank, _), error in alone.items() if error <= lowest * (1 + tolerance))
+        error, rest = min((alone[fewest, rest], rest) for rest in rests)
+        prior, choice = linear.select(gaussian, fields[:9], [pattern], ranks=ranks, rests=rests, tolerance=tolerance)
+        assert (choice.rank, choice.rest, prior.variance.size) == (fewest, rest, fewest)
+        assert choice.error == pytest.approx(error, rel=1e-5)
+        chosen.append(fewest)
+    assert len(set(chosen)) > 2
+
+
 def test_select_counts_each_pattern_relative_to_climatology(gaussian, fields):
     pattern = observe.from_cells(OCEAN & (np.indices(SHAPE)[0] == 4), fields[0], ERROR, OCEAN)
     _, one = linear.select(gaussian, fields[:9], [pattern], ranks=(12,), rests=(1.0,))

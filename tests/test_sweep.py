@@ -620,12 +620,27 @@ def test_frames_of_a_part_random_and_consecutive(folder):
         np.testing.assert_array_equal(made.fields.velocity, readers.read(folder / "tiny.nc").velocity[made.numbers])
 
 
+def test_all_frames_of_a_file_are_held_out_for_models_that_did_not_see_it(folder, tmp_path):
+    season = tiny.fields(20, seed=4)
+    readers.write(season, tmp_path / "season.nc")
+    config = make_config(folder, frames=20, part="all", fields=str(tmp_path / "season.nc"))
+    made = open_study(config)
+    np.testing.assert_array_equal(made.numbers, np.arange(20))
+    np.testing.assert_array_equal(made.fields.velocity, season.velocity)
+    config.fields = str(folder / "tiny.nc")
+    with pytest.raises(InputError, match=r"tiny\.nc is what a model was trained on"):
+        open_study(config)
+
+
 def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
     """A decorrelation time of a fifth of the validation part, and of a fiftieth of the test part."""
     parts = {"train": np.arange(100), "validation": np.arange(150, 200), "test": np.arange(250, 750)}
     split = Split(**parts, decorrelation=10)
-    monkeypatch.setattr(study_module, "_frames", lambda split, config, kind: getattr(split, config.part)[:20])
-    monkeypatch.setattr(study_module, "held_out", lambda *_: (lambda _: tiny.fields(), split))
+
+    def held_out(trained, path, part):
+        return lambda _: tiny.fields(), dataclasses.replace(split, test=getattr(split, part))
+
+    monkeypatch.setattr(study_module, "held_out", held_out)
     blocks = [open_study(make_config(folder, 1, frames=20, part=part)).blocks for part in ("validation", "test")]
     assert blocks == [{False: 4}, {False: 1}]
 
@@ -654,7 +669,7 @@ def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
         ([{"method": "kalman", "levels": 2.5}], {}, "kalman .*: the number of levels must be a whole number"),
         ([{}], {"sizes": (8,)}, "sizes must be"),
         ([{}], {"frames": 0}, "frames must be at least 1"),
-        ([{}], {"part": "train"}, "part must be test or validation"),
+        ([{}], {"part": "train"}, "part must be test, validation or all"),
         ([{}], {"seeds": ()}, "seeds must be"),
         ([{}], {"seeds": (1.5,)}, "seeds must be whole numbers"),
         ([{}], {"sizes": (2.5,)}, "sizes must be whole numbers"),

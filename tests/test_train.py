@@ -194,6 +194,20 @@ def test_a_prior_is_chosen_for_the_patterns_of_the_setting():
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize(
+    ("error", "fewest", "patterns"), [(1.0, 0.01, "gaps:0.3"), (0.01, 30.0, "gaps:0.3"), (1.0, 30.0, "")]
+)
+def test_a_prior_has_no_more_directions_than_observations_tell_apart(monkeypatch, error, fewest, patterns):
+    """Fewer where errors hide small scales, or where more gain little; the usual patterns know nothing of either."""
+    data, config = tiny.fields(160), with_patterns(patterns)
+    config.observed.error = 0.01
+    usual = prepare.prepare(data, config).choice
+    config.observed.error = error
+    monkeypatch.setattr(prepare, "FEWEST", fewest)
+    found = prepare.prepare(data, config).choice
+    assert found == usual if not patterns else found.rank < usual.rank
+
+
 def with_patterns(patterns):
     config = tiny.config("anchored")
     config.model.update({"rank": 64, "patterns": patterns})

@@ -25,6 +25,7 @@ HOUR = np.timedelta64(3_600_000_000_000, "ns")
 CORRELATED = math.exp(-1)
 LONGEST_LAG = 1 / 4  # of the record: longer lags rest on too few pairs
 CELLS_FOR_CORRELATION = 2048
+FEWEST_LAGGED = 8  # frames of which a decorrelation time can be measured
 LEAST_COVERAGE = 0.1  # of the ocean cells: frames with fewer values say too little to train on or to score
 
 
@@ -338,7 +339,7 @@ def decorrelation_time(fields: Fields) -> float:
     Raises:
       InputError: fewer than eight frames.
     """
-    if len(fields) < 8:
+    if len(fields) < FEWEST_LAGGED:
         raise InputError(f"{fields.name}: {len(fields)} frames are too few to measure a decorrelation time")
     strength = np.abs(autocorrelation(fields))
     last = int(np.flatnonzero(strength >= CORRELATED)[-1])

@@ -1,0 +1,148 @@
+"""What is held out: a part of the fields of a training, or the whole of a file that had no part in it."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jax_repaint import calibrate, cases, evaluate, levels, model
+from jax_repaint.cases import data_of, pick
+from jax_repaint.data import readers
+from jax_repaint.data.fields import prepare
+from jax_repaint.errors import InputError
+from jax_repaint.prior import linear
+from tests import tiny
+
+COMMANDS = {
+    evaluate: {"methods": ["linear"], "out": "out", "keep": [], "raw": False, "directions": None},
+    calibrate: {"method": "linear_samples", "block": 1, "gate": False},
+    levels: {"levels": 2, "pattern": "", "out": ""},
+}
+TAKERS = {evaluate: "run", calibrate: "learn", levels: "denoising_errors"}
+PARTS = {evaluate: "test", calibrate: "validation", levels: "train"}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tiny.model("anchored")
+
+
+@pytest.fixture
+def folder(tmp_path, trained):
+    """The model, its own fields, and those of another season."""
+    model.save(trained, tmp_path / "model")
+    readers.write(tiny.fields(), tmp_path / "own.nc")
+    readers.write(later(), tmp_path / "later.nc")
+    return tmp_path
+
+
+def later(frames=40):
+    fields = tiny.fields(frames, seed=9)
+    return dataclasses.replace(fields, time=fields.time + np.timedelta64(500, "D"), name="later")
+
+
+def numbers_of(command, folder, monkeypatch, **given):
+    """Frame numbers that a command takes, the fields of them, and the model that it takes them for."""
+    asked = {"model": str(folder / "model"), "fields": str(folder / "own.nc"), "part": PARTS[command], "frames": 6,
+             "members": 4, "patterns": ["line:4"], "seed": 3, "chunk": None}  # fmt: skip
+    if command is levels:
+        asked["model"] = [asked["model"]]
+    taken = []
+
+    class Taken(Exception):
+        pass
+
+    def take(trained, fields, numbers, *_, **__):
+        taken.append((numbers, fields, trained))
+        raise Taken
+
+    monkeypatch.setattr(command, "FLAGS", SimpleNamespace(**asked | COMMANDS[command] | given))
+    monkeypatch.setattr(command, TAKERS[command], take)
+    with pytest.raises(Taken):
+        command.main([])
+    return taken[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_a_command_takes_frames_of_its_part_or_of_all_of_a_file(command, folder, trained, monkeypatch):
+    own, _, _ = numbers_of(command, folder, monkeypatch)
+    split = data_of(trained, str(folder / "own.nc"), PARTS[command])[1]
+    assert np.isin(own, getattr(split, PARTS[command])).all()
+    numbers, fields, _ = numbers_of(command, folder, monkeypatch, fields=str(folder / "later.nc"), part="all")
+    assert numbers.size == np.unique(numbers).size == 6
+    np.testing.assert_array_equal(fields.velocity, later().velocity[numbers])
+    everything, _, _ = numbers_of(
+        command, folder, monkeypatch, fields=str(folder / "later.nc"), part="all", frames=1000
+    )
+    np.testing.assert_array_equal(everything, np.arange(40))
+
+
+def test_directions_are_those_of_the_training_and_not_of_what_is_held_out(folder, trained, monkeypatch):
+    path = str(folder / "own.nc")
+    own = dataclasses.replace(trained, training=trained.training | {"config": with_fields(trained, path)})
+    model.save(own, folder / "own")
+    given = {"model": str(folder / "own"), "directions": 5, "fields": str(folder / "later.nc"), "part": "all"}
+    _, _, with_five = numbers_of(evaluate, folder, monkeypatch, **given)
+    fields, split = data_of(own, None)
+    x, _ = prepare(fields.select(split.train), trained.standardiser, trained.network.multiple)
+    expected = linear.fit(x, np.asarray(trained.gaussian.ocean)[..., 0] > 0, 5)
+    np.testing.assert_allclose(np.abs(with_five.gaussian.direction), np.abs(expected.direction), atol=1e-5)
+
+
+def with_fields(trained, path):
+    settings = trained.training["config"]
+    return settings | {"data": settings["data"] | {"fields": path}}
+
+
+def test_all_of_a_file_needs_a_file_that_no_model_was_trained_on(folder, trained):
+    with pytest.raises(InputError, match="only of a file"):
+        data_of(trained, None, "all")
+    with pytest.raises(InputError, match=r"own\.nc is what a model was trained on"):
+        data_of(trained, str(folder / "own.nc"), "all")
+    season = later()
+    here = np.zeros(season.velocity.shape, bool)
+    here[:, 5, 5:8] = True
+    empty = dataclasses.replace(season, velocity=np.where(here, season.velocity, np.nan))
+    readers.write(empty, folder / "empty.nc")
+    with pytest.raises(InputError, match=r"no frame has values in 10% of the ocean cells"):
+        data_of(trained, str(folder / "empty.nc"), "all")
+
+
+def test_a_model_that_names_no_data_can_be_tried_on_a_file(folder, trained):
+    silent = dataclasses.replace(trained, training={})
+    with pytest.raises(InputError, match="nothing is known to be held out"):
+        data_of(silent, str(folder / "later.nc"))
+    fields, split = data_of(silent, str(folder / "later.nc"), "all")
+    np.testing.assert_array_equal(split.test, np.arange(len(fields)))
+    assert not split.train.size
+
+
+@pytest.mark.parametrize("frames", [7, 40])
+def test_blocks_are_no_shorter_than_fields_were_alike_in_training(folder, trained, frames):
+    """Seven frames tell nothing of that, forty that they forget within one."""
+    slow = dataclasses.replace(trained, training=trained.training | {"decorrelation": 5.0})
+    readers.write(later(frames), folder / "some.nc")
+    split = data_of(slow, str(folder / "some.nc"), "all")[1]
+    assert split.decorrelation == 5
+    assert cases.block_length(split, 40) == (5 if frames == 40 else 10)
+    quick = dataclasses.replace(trained, training=trained.training | {"decorrelation": 0.01})
+    assert (data_of(quick, str(folder / "some.nc"), "all")[1].decorrelation > 0.1) == (frames == 40)
+
+
+def test_models_of_other_frames_are_compared_on_a_file_that_none_saw(folder, trained, monkeypatch):
+    other = dataclasses.replace(trained, training=trained.training | {"fingerprint": later().hash()})
+    model.save(other, folder / "other")
+    both = [str(folder / "model"), str(folder / "other")]
+    with pytest.raises(InputError, match="was trained on other frames"):
+        levels.load_together(both)
+    readers.write(tiny.fields(30, seed=5), folder / "third.nc")
+    numbers, _, _ = numbers_of(levels, folder, monkeypatch, model=both, fields=str(folder / "third.nc"), part="all")
+    assert numbers.size == 6
+    with pytest.raises(InputError, match=r"later\.nc is what a model was trained on"):
+        numbers_of(levels, folder, monkeypatch, model=both, fields=str(folder / "later.nc"), part="all")
+
+
+def test_pick_draws_other_frames_of_a_file_for_other_seeds(folder, trained):
+    _, split = data_of(trained, str(folder / "later.nc"), "all")
+    assert (pick(split, 6, 1) != pick(split, 6, 2)).any()
