@@ -346,9 +346,20 @@ def test_windows_come_in_order_and_the_last_is_cut(calls):
     assert len(calls) == 3
 
 
+def test_a_series_may_begin_later(calls):
+    first, count = 2 * twin.WINDOW - 2, twin.WINDOW + 3
+    later = twin.generate(count, progress=False, first=first)
+    assert sorted(calls) == [(1, twin.WINDOW), (2, twin.WINDOW), (3, 1)]
+    whole = twin.generate(first + count, progress=False)
+    np.testing.assert_array_equal(later.velocity, whole.velocity[first:])
+    np.testing.assert_array_equal(later.time, whole.time[first:])
+
+
 def test_bad_input_is_refused():
     with pytest.raises(InputError, match="at least one frame"):
         twin.generate(0)
+    with pytest.raises(InputError, match="first frame of a twin has number 0, got -1"):
+        twin.generate(1, first=-1)
     with pytest.raises(InputError, match="unstable"):
         twin.simulate(Twin(dt=120.0, eddies=4), 0, 1)
     for hours in (0, twin.WINDOW + 1):

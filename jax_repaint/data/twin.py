@@ -18,6 +18,7 @@ window is a function of the parameters, the seed and its number alone: windows r
 series begins with every shorter one.
 
     python -m jax_repaint.data.twin --frames=17040 --out=twin.nc
+    python -m jax_repaint.data.twin --frames=17040 --first=17040 --out=later.nc
 """
 
 import concurrent.futures
@@ -532,19 +533,23 @@ def _window(twin: Twin, window: int, hours: int, folder: Path | None) -> np.ndar
     return velocity
 
 
-def windows(twin: Twin, frames: int, cache: bool = True, workers: int | None = None) -> Iterator[np.ndarray]:
-    """The windows of a series in order, the last one cut to `frames`; simulated by as many threads as there are cores.
+def windows(
+    twin: Twin, frames: int, cache: bool = True, workers: int | None = None, first: int = 0
+) -> Iterator[np.ndarray]:
+    """The windows of `frames` hours in order, those at both ends cut; simulated by as many threads as there are cores.
 
     Threads are enough: the time is spent inside one compiled program, which holds no lock.
     """
     folder = cache_folder("twin", twin.key()) if cache else None
     workers = workers or os.cpu_count() or 1
-    counts = [min(WINDOW, frames - start) for start in range(0, frames, WINDOW)]
+    counts = {
+        i: min(WINDOW, first + frames - i * WINDOW) for i in range(first // WINDOW, -(-(first + frames) // WINDOW))
+    }
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_window, twin, i, count, folder) for i, count in enumerate(counts)]
+        jobs = [pool.submit(_window, twin, i, count, folder) for i, count in counts.items()]
         try:
-            for job in jobs:
-                yield job.result()
+            for i, job in zip(counts, jobs, strict=True):
+                yield job.result()[max(first - i * WINDOW, 0) :]
         finally:
             for job in jobs:
                 job.cancel()
@@ -567,7 +572,9 @@ def _times(index: np.ndarray) -> np.ndarray:
     return START + index * np.timedelta64(3600 * 10**9, "ns")
 
 
-def generate(frames: int, twin: Twin | None = None, cache: bool = True, progress: bool = True) -> Fields:
+def generate(
+    frames: int, twin: Twin | None = None, cache: bool = True, progress: bool = True, first: int = 0
+) -> Fields:
     """`frames` hourly fields of the twin.
 
     Args:
@@ -575,22 +582,25 @@ def generate(frames: int, twin: Twin | None = None, cache: bool = True, progress
       twin: parameters; the default ones if None.
       cache: keep and reuse windows in the user's cache folder.
       progress: show a bar.
+      first: number of the first one.
 
     Raises:
-      InputError: no frame is asked for, or the model became unstable.
+      InputError: no frame is asked for, `first` is negative, or the model became unstable.
     """
     twin = twin or Twin()
     if frames < 1:
         raise InputError(f"a twin needs at least one frame, got {frames}")
+    if first < 0:
+        raise InputError(f"the first frame of a twin has number 0, got {first}")
     ocean, lat, lon = grid()
     velocity = np.empty((frames, *ocean.shape, 2), np.float32)
     done = 0
     with tqdm.tqdm(total=frames, unit="frame", desc="twin", disable=None if progress else True) as bar:
-        for part in windows(twin, frames, cache):
+        for part in windows(twin, frames, cache, first=first):
             velocity[done : done + len(part)] = part
             done += len(part)
             bar.update(len(part))
-    return Fields.create(velocity, lat, lon, _times(np.arange(frames)), ocean, NAME)
+    return Fields.create(velocity, lat, lon, _times(first + np.arange(frames)), ocean, NAME)
 
 
 FLAGS = flags.FLAGS
@@ -598,6 +608,7 @@ FLAGS = flags.FLAGS
 
 def _define_flags() -> None:
     flags.DEFINE_integer("frames", 17040, "Hourly frames to simulate.", lower_bound=1)
+    flags.DEFINE_integer("first", 0, "Number of the first one; from 17040 on they are of other years.", lower_bound=0)
     flags.DEFINE_string("out", "twin.nc", "File to write: .nc, .zarr or .npz.")
     flags.DEFINE_integer("seed", 0, "Of weather and eddies.", lower_bound=0)
     flags.DEFINE_bool("cache", True, "Keep simulated windows in the user's cache folder and reuse them.")
@@ -607,7 +618,7 @@ def main(_) -> None:
     """Simulates and writes a series."""
     out = Path(FLAGS.out)
     check_writable(out, (".nc", ".zarr", ".npz"))
-    fields = generate(FLAGS.frames, Twin(seed=FLAGS.seed), FLAGS.cache)
+    fields = generate(FLAGS.frames, Twin(seed=FLAGS.seed), FLAGS.cache, first=FLAGS.first)
     readers.write(fields, out)
     print(f"wrote {len(fields)} hourly fields of {fields.shape[0]} x {fields.shape[1]} cells to {out}")
 
