@@ -37,6 +37,7 @@ SMALLER = (
     (r"--frames=\d+", "--frames=2"),
     (r"\bmembers=\d+", "members=4"),
     (r"--levels=\d+", "--levels=2"),
+    (r"--fields=\S+ (--(config\.)?part=all)", r"--fields=other.nc \1"),
     (r"--steps=\d+", "--steps=2"),
     (r"--rows=\d+", "--rows=8"),
     (r"--(config\.)?(patterns?)=line:\d+\S*", r"--\1\2=line:4"),
@@ -284,6 +285,8 @@ def furnish(folder: Path, page: Path) -> None:
     lat, lon = 18.29 + 0.005 * (flow.lat - 18) / 0.01, -64.72 + 0.004 * (flow.lon - 295) / 0.01
     data = Fields.create(flow.velocity, lat, lon, flow.time, name="currents.nc")
     readers.write(data, folder / "currents.nc")
+    other = tiny.fields(40, seed=1).velocity
+    readers.write(Fields.create(other, lat, lon, flow.time[:40], name="other.nc"), folder / "other.nc")
     tables = [content for _, content in blocks(page.read_text()) if content.startswith("lat,lon,")]
     (folder / "track.csv").write_text(tables[0] if tables else TABLE)
     trained = tiny.model("anchored", data)
