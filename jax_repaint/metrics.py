@@ -76,6 +76,7 @@ def least_members(antithetic: bool) -> int:
 
 
 def require_pairs(count: int, antithetic: bool) -> None:
+    """Raises InputError at antithetic members that are no pairs."""
     if antithetic and count % 2:
         raise InputError(f"antithetic members come in pairs, got {count} members")
 
@@ -88,6 +89,7 @@ def _require_spread(count: int, antithetic: bool) -> None:
 
 
 def require_sizes(dx: float | np.ndarray, dy: float | np.ndarray, where: np.ndarray) -> None:
+    """Raises InputError unless the metres of the cells `where` (y, x) are one number, or one for each, and positive."""
     for name, size in (("dx", np.asarray(dx)), ("dy", np.asarray(dy))):
         if size.shape not in ((), where.shape):
             raise InputError(f"{name} {size.shape} is neither one number nor one for each of the cells {where.shape}")
@@ -97,6 +99,7 @@ def require_sizes(dx: float | np.ndarray, dy: float | np.ndarray, where: np.ndar
 
 
 def quotient(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    """over / under of one shape, NaN where `under` is not positive."""
     return np.divide(over, under, out=np.full(np.shape(under), np.nan), where=under > 0)
 
 

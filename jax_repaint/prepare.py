@@ -52,6 +52,7 @@ Frames = Array | tuple[Array, Array]
 
 
 def arrays_of(frames: Frames) -> tuple[Array, ...]:
+    """The one or two arrays of frames."""
     return frames if isinstance(frames, tuple) else (frames,)
 
 

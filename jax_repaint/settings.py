@@ -159,6 +159,11 @@ def check_config(config: ConfigDict) -> None:
 
 
 def tensorboard() -> type:
+    """The writer of TensorBoard's logs.
+
+    Raises:
+      InputError: the extra that has it is not installed.
+    """
     try:
         from tensorboardX import SummaryWriter
     except ImportError as e:
