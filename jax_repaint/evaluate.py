@@ -16,15 +16,15 @@ Stopped or killed, the same command goes on with the fields that it had not done
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import tqdm
 import xarray as xr
 from absl import flags, logging
 
-from jax_repaint import command, details, device, files, metrics, model, plots, provenance, scoring
+from jax_repaint import command, details, device, files, metrics, model, plots, scoring
 from jax_repaint.cases import (
     Case,
     block_length,
@@ -301,10 +301,10 @@ def run(
             raise InputError("this model was exported without a fitted GP")
     for name in ("table.csv", "frames.csv", "details.csv", *written.values(), "figure.png"):
         files.check_writable(out / name, inputs=inputs)
-    unfinished = Unfinished(out, {
-        "model": model.fingerprint(trained), "fields": fields.hash(), "numbers": list(map(int, numbers)),
-        "patterns": patterns, "members": members, "seed": int(seed), "source": provenance.source(),
-        "jax": jax.__version__, "backend": jax.default_backend(),
+    unfinished = Unfinished(out / "unfinished")
+    unfinished.begin(trained, {
+        "fields": fields.hash(), "numbers": list(map(int, numbers)), "patterns": patterns, "members": members,
+        "seed": int(seed),
     })  # fmt: skip
     results = {}
     for name in methods:
@@ -355,11 +355,8 @@ def _run_in_parts(
     with tqdm.tqdm(total=len(cases), desc=name, unit="field", disable=None) as bar:
         for first in range(0, len(cases), size):
             some = cases[first : first + size]
-            part = unfinished.get(name, first, len(some))
-            if part is None:
-                part = run_method(name, trained, fields, some, members, seed, chunk)
-                unfinished.put(name, first, part)
-            parts.append(part)
+            make = partial(run_method, name, trained, fields, some, members, seed, chunk)
+            parts.append(unfinished.made(name, first, len(some), make))
             bar.update(len(some))
     seconds = sum(part.seconds * len(part.members) for part in parts) / len(cases)
     made = [one for part in parts for one in part.members]

@@ -6,13 +6,15 @@
     import jax_repaint
     fields = jax_repaint.load().inpaint("track.csv")
 
-Observations are points or cells (data/observations.py). The result is a CF-1.11 data set, in which only the members
+Observations are points or cells (data/observations.py). A command that was stopped goes on where it was. The result is a CF-1.11 data set, in which only the members
 carry the standard names of currents: programs that drift particles choose their variables by these.
 """
 
 import datetime
+import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from jax_repaint.ensemble import frame_batches
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 from jax_repaint.prior import linear
+from jax_repaint.unfinished import Unfinished
 
 METHODS = ("linear_samples", *methods.REPAINT, *methods.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
@@ -90,6 +93,7 @@ def inpaint(
     leave_out: bool = False,
     chunk: int | None = None,
     progress: bool = True,
+    unfinished: Unfinished | None = None,
 ) -> xr.Dataset:
     """Fields from observations, one for each of their times.
 
@@ -104,6 +108,7 @@ def inpaint(
       raw: whether a calibration that came with the model is left out.
       chunk: members sampled at a time, of several times where they have fewer; what pays on the device by default.
       progress: whether to say on stderr that a program is being compiled, and how far things are.
+      unfinished: keeps what is made before the end, until it is told to remove that.
 
     Returns:
       eastward_ and northward_sea_water_velocity (realization, time, lat, lon), mean, standard deviation, 5 to 95 %
@@ -129,13 +134,24 @@ def inpaint(
     calibration = None if raw else calibration_of(trained, method, members)
     made: dict[int, Estimate] = {}
     rows = [gains.rows_of(trained.gaussian, _observation(trained, frame, method)) for frame in frames]
+    batches = list(frame_batches(rows, members, chunk, trained.gaussian, methods.LEVELS))
+    if unfinished:
+        asked = {
+            "frames": [_digits(frame) for frame in frames],
+            "batches": [list(map(int, batch)) for batch in batches],
+            "members": members,
+            "seed": seed,
+        }
+        unfinished.begin(trained, asked)
     hidden = None if progress and len(frames) > 1 else True
     with tqdm.tqdm(total=len(frames), unit="field", disable=hidden) as bar:
-        for batch in frame_batches(rows, members, chunk, trained.gaussian, methods.LEVELS):
+        for number, batch in enumerate(batches):
             if progress:
                 _announce(trained, rows[batch[0]], len(batch), members, method)
             mine = [frames[i] for i in batch]
-            made |= zip(batch, estimate(trained, mine, members, seed, method, calibration, chunk), strict=True)
+            keep = partial(unfinished.made, method, number, len(batch)) if unfinished else None
+            fields = estimate(trained, mine, members, seed, method, calibration, chunk, keep)
+            made |= zip(batch, fields, strict=True)
             bar.update(len(made) - bar.n)
     estimates = [made[number] for number in range(len(frames))]
     _warn_of_misfit(estimates)
@@ -222,19 +238,22 @@ def estimate(
     method: str,
     calibration: Calibration | None = None,
     chunk: int | None = None,
+    keep: Callable[[Callable[[], methods.Result]], methods.Result] | None = None,
 ) -> list[Estimate]:
     """The ensembles of some fields, sampled together where their observations have as many rows.
 
     Args:
       calibration: for ensembles of this method and size; None leaves them as they are.
       chunk: members sampled at a time; what pays on the device by default.
+      keep: gives what a function that samples returns, or what is kept of it.
 
     Raises:
       InputError: members that are not finite.
     """
     chunk = chunk or device.usual_batch()
     cases = [_case(trained, frame, method) for frame in frames]
-    ensembles = methods.run_method(method, trained, None, cases, members, seed, chunk).members
+    sample = partial(methods.run_method, method, trained, None, cases, members, seed, chunk)
+    ensembles = (keep(sample) if keep else sample()).members
     for case, made in zip(cases, ensembles, strict=True):
         fine = np.isfinite(made[:, trained.ocean]).all((1, 2))
         if fine.sum() < members:
@@ -278,6 +297,14 @@ def _estimate(
     values = np.where(case.observed[..., None], values, np.nan).astype(np.float32)
     misfit = misfit_of(frame.observation, made.mean(0))
     return Estimate(case.time, made, prior_mean, std, low, high, case.observed, values, misfit)
+
+
+def _digits(frame: Observed) -> str:
+    """Name of the observations of one field and of its time."""
+    told = hashlib.blake2b(str(frame.time).encode(), digest_size=8)
+    for part in jax.tree.leaves(frame.observation):
+        told.update(np.asarray(part).tobytes())
+    return told.hexdigest()
 
 
 def misfit_of(observation: observe.Observation, mean: np.ndarray) -> float:
@@ -602,12 +629,15 @@ def main(_) -> None:
     if FLAGS.figure:
         files.check_writable(FLAGS.figure, plots.FORMATS, inputs=readers.files_of(FLAGS.observations))
     columns = {key: getattr(FLAGS, f"{key}_name") for key in NAMES}
+    out = Path(FLAGS.out)
+    unfinished = Unfinished(out.with_name(f"{out.name}_unfinished"))
     fields = inpaint(
         jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,
         columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw, chunk=FLAGS.chunk,
-        leave_out=FLAGS.leave_out,
+        leave_out=FLAGS.leave_out, unfinished=unfinished,
     )  # fmt: skip
     readers.write_dataset(fields, FLAGS.out)
+    unfinished.remove()
     if FLAGS.figure:
         figure(fields, FLAGS.figure)
     count = fields.sizes["time"]

@@ -40,6 +40,8 @@ from jax_repaint.schedule import Schedule
 if TYPE_CHECKING:
     import xarray as xr
 
+    from jax_repaint.unfinished import Unfinished
+
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 FORMAT = 1
 INPUTS = {"eps": 2, "edm": 2, "anchored": 4, "conditional": 5}  # channels that the network of each form sees
@@ -111,6 +113,7 @@ class Model:
         leave_out: bool = False,
         chunk: int | None = None,
         progress: bool = True,
+        unfinished: "Unfinished | None" = None,
     ) -> "xr.Dataset":
         """Fields from observations, one for each of their times, as `inpaint.inpaint`, which says what is in them.
 
@@ -127,13 +130,15 @@ class Model:
           leave_out: whether rows of a table on land, outside the grid or without values are left out, not refused.
           chunk: members sampled at a time; what pays on the device by default.
           progress: whether to say on stderr how far things are.
+          unfinished: `jax_repaint.unfinished.Unfinished(path)`, which keeps what is made before the end in a folder
+            beside that path, so that the same call goes on after a stop; its `remove` removes the folder.
         """
         # That module needs this one.
         from jax_repaint import inpaint
 
         return inpaint.inpaint(
             self, observations, members, seed, time, columns=columns, sigma=sigma, step=step, method=method, raw=raw,
-            leave_out=leave_out, chunk=chunk, progress=progress,
+            leave_out=leave_out, chunk=chunk, progress=progress, unfinished=unfinished,
         )  # fmt: skip
 
     @property

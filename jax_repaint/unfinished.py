@@ -1,46 +1,66 @@
-"""What an evaluation has made before it ends, so that the same command goes on where it was stopped.
+"""What a long command has made before it ends, so that the same command goes on where it was stopped.
 
-OUT/unfinished_DIGITS/METHOD_FIRST_COUNT.npz    members of COUNT cases from number FIRST on; seconds and calls
+NAME_DIGITS/METHOD_NUMBER_COUNT.npz    members of the COUNT cases of a part, that NUMBER names; seconds and calls
 
-The digits name everything that members depend on, so that another evaluation into the same folder has files of its own.
-They are removed when their evaluation has written its tables.
+The digits name everything that members depend on, so that another command of the same NAME has files of its own. They
+are removed when their command has written what it is for.
 """
 
 import contextlib
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
-from jax_repaint import files
+from jax_repaint import files, provenance
 from jax_repaint.errors import InputError
 from jax_repaint.methods import Result
+from jax_repaint.model import Model, fingerprint
 
-WORTH = 10.0  # seconds from which a file is worth its room
+WORTH = 1.0  # seconds from which a file is worth its room
 
 
 class Unfinished:
-    """The parts of one evaluation that are done.
+    """The parts of one command that are done.
 
     Args:
-      out: folder of the evaluation.
-      asked: everything that members depend on, as JSON takes it.
+      name: of the folder, without the digits.
     """
 
-    def __init__(self, out: Path, asked: Mapping[str, Any]):
-        digits = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
-        self.folder = out / f"unfinished_{digits}"
-        if self.folder.exists():
-            logging.info("goes on with what %s holds of this evaluation", self.folder)
+    def __init__(self, name: Path):
+        self.name = self.folder = name
 
-    def get(self, method: str, first: int, count: int) -> Result | None:
-        """The result of `count` cases from number `first` on; None where it has to be made."""
-        path = self._path(method, first, count)
+    def begin(self, trained: Model, asked: Mapping[str, Any]) -> None:
+        """Looks for what is done of the same by the same program.
+
+        Args:
+          asked: everything that members depend on beside model, code and machine, as JSON takes it.
+        """
+        asked = dict(asked) | {
+            "model": fingerprint(trained), "source": provenance.source(), "jax": jax.__version__,
+            "backend": jax.default_backend(),
+        }  # fmt: skip
+        digits = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
+        self.folder = self.name.with_name(f"{self.name.name}_{digits}")
+        if self.folder.exists():
+            logging.info("goes on with what %s holds", self.folder)
+
+    def made(self, method: str, number: int, count: int, make: Callable[[], Result]) -> Result:
+        """The result of a part of `count` cases, from its file or as `make` makes it."""
+        found = self._get(method, number, count)
+        if found is None:
+            found = make()
+            self._put(method, number, found)
+        return found
+
+    def _get(self, method: str, number: int, count: int) -> Result | None:
+        path = self._path(method, number, count)
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
                 members = [held[f"members_{i}"] for i in range(count)]
@@ -51,13 +71,12 @@ class Unfinished:
             logging.warning("%s cannot be read and is made again", path)
             return None
 
-    def put(self, method: str, first: int, result: Result) -> None:
-        """Keeps a result that took longer than WORTH; where the disk is full it is made again after a stop."""
+    def _put(self, method: str, number: int, result: Result) -> None:
         if result.seconds * len(result.members) < WORTH:
             return
         held = {f"members_{i}": made for i, made in enumerate(result.members)}
         try:
-            with files.whole_file(self._path(method, first, len(result.members))) as temporary:
+            with files.whole_file(self._path(method, number, len(result.members))) as temporary:
                 np.savez(
                     temporary, seconds=result.seconds, calls=result.calls, antithetic=result.antithetic, **held
                 )  # fmt: skip
@@ -65,11 +84,11 @@ class Unfinished:
             logging.warning("%s: after a stop it would be made again", e)
 
     def remove(self) -> None:
-        """Removes the files of this evaluation."""
+        """Removes the files of this command."""
         for path in self.folder.glob("*.npz"):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def _path(self, method: str, first: int, count: int) -> Path:
-        return self.folder / f"{method}_{first}_{count}.npz"
+    def _path(self, method: str, number: int, count: int) -> Path:
+        return self.folder / f"{method}_{number}_{count}.npz"

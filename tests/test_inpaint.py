@@ -23,7 +23,7 @@ from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
 
 import jax_repaint
-from jax_repaint import export, gains, guide, inpaint, memory, methods, metrics, model, observe
+from jax_repaint import export, gains, guide, inpaint, memory, methods, metrics, model, observe, unfinished
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.cases import make_cases
 from jax_repaint.data import readers
@@ -1161,6 +1161,69 @@ def test_mistakes_of_the_command_write_nothing(trained, tmp_path, monkeypatch, c
     with pytest.raises(InputError, match=message):
         inpaint.main([])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def series(trained, tmp_path, monkeypatch):
+    """The command on a table of five hours, and what of them it had to make; stops when told."""
+    monkeypatch.chdir(tmp_path)
+    model.save(trained, "model")
+    hours = np.repeat(pd.date_range("2020-03-01", periods=5, freq="h"), 3)
+    table(15, seed=2, time=hours).to_csv("track.csv", index=False)
+    monkeypatch.setattr(unfinished, "WORTH", 0)
+    batches = []
+
+    def run(stop_at=99, **changes):
+        batches.clear()
+
+        def made(method, trained, fields, cases, *rest):
+            if len(batches) == stop_at:
+                raise KeyboardInterrupt
+            batches.append([str(case.time)[:13] for case in cases])
+            return run_method(method, trained, fields, cases, *rest)
+
+        monkeypatch.setattr(methods, "run_method", made)
+        monkeypatch.setattr(inpaint, "FLAGS", options(chunk=8, **changes))
+        inpaint.main([])
+
+    return SimpleNamespace(run=run, batches=batches)
+
+
+def test_a_stopped_series_goes_on_where_it_was(series, tmp_path):
+    series.run(out="whole.nc")
+    whole = list(series.batches)
+    assert len(whole) == 3
+    with pytest.raises(KeyboardInterrupt):
+        series.run(stop_at=2)
+    assert series.batches == whole[:2]
+    kept = sorted(path.name for path in tmp_path.glob("fields.nc_unfinished_*/*"))
+    assert kept == ["kalman_0_2.npz", "kalman_1_2.npz"]
+    with pytest.raises(KeyboardInterrupt):
+        # Another seed, or other observations, have other members.
+        series.run(stop_at=0, seed=1)
+    before = pd.read_csv("track.csv")
+    before.assign(u=before.u + 0.01).to_csv("track.csv", index=False)
+    with pytest.raises(KeyboardInterrupt):
+        series.run(stop_at=0)
+    before.to_csv("track.csv", index=False)
+    series.run()
+    assert series.batches == whole[2:]
+    assert not list(tmp_path.glob("*unfinished*"))
+    with xr.open_dataset("fields.nc") as found, xr.open_dataset("whole.nc") as expected:
+        xr.testing.assert_equal(found, expected)
+
+
+def test_what_cannot_be_written_is_kept(series, tmp_path, monkeypatch):
+    def full(*_):
+        raise InputError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "write_dataset", full)
+        with pytest.raises(InputError, match="no space left"):
+            series.run()
+    assert len(list(tmp_path.glob("fields.nc_unfinished_*/*"))) == 3
+    series.run()
+    assert not series.batches
 
 
 def test_the_method_of_a_model_has_the_options_of_the_function(trained, monkeypatch):
