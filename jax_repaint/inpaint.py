@@ -6,8 +6,9 @@
     import jax_repaint
     fields = jax_repaint.load().inpaint("track.csv")
 
-Observations are points or cells (data/observations.py). A command that was stopped goes on where it was. The result is a CF-1.11 data set, in which only the members
-carry the standard names of currents: programs that drift particles choose their variables by these.
+Observations are points or cells (data/observations.py). The result is a CF-1.11 data set, in which only the members
+carry the standard names of currents: programs that drift particles choose their variables by these. A command that was
+stopped goes on where it was.
 """
 
 import datetime
