@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from jax_repaint import command, files, findings, levels, model, resumption, sample, scoring, sweep, train
 from jax_repaint.cases import block_length, data_of, pick
+from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
 from jax_repaint.findings import Evidence
@@ -261,10 +262,13 @@ def gather(
     weight, threshold = variance_facts(open_study(sweep_config("head_to_head", attention, plain, **options)))
     denoising, found = {}, None
     if {LEVELS, RESUME} & set(names):
-        fields, split = data_of(models["attention"], options.get("fields"))
+        fields, split = data_of(models["attention"], options.get("fields"), options.get("part", "test"))
     if LEVELS in names:
         others = {f"{one.training['config']['model']['network']}, {one.form}": one for one in map(model.load, beside)}
         denoising = errors_by_level(models | others, fields, split, min(64, frames or 64), sigmas)
+    if RESUME in names and options.get("part") == "all":
+        # It is trained on, and that data had no part in training.
+        fields, split = data_of(models["attention"], None)
     if RESUME in names and fields.gaps:
         logging.warning("%s has gaps, on which no training is continued in wrong ways", fields.name)
     elif RESUME in names:
@@ -334,8 +338,8 @@ def named_models(attention: str, plain: str, again: Sequence[Pair] = ()) -> dict
     }
 
 
-def about(attention: str, plain: str, command_line: str, again: Sequence[Pair] = ()) -> list[str]:
-    """Lines on how the page was made."""
+def about(attention: str, plain: str, command_line: str, again: Sequence[Pair] = (), fields: str = "") -> list[str]:
+    """Lines on how the page was made; `fields` names the file of the frames, if they are not of the training's data."""
     lines = []
     for name, folder in named_models(attention, plain, again).items():
         one = model.load(folder)
@@ -356,8 +360,9 @@ def about(attention: str, plain: str, command_line: str, again: Sequence[Pair] =
         "The notes are the log of the PyTorch experiments that this project began with: RePaint with a UNet of two "
         "components, started from a Gaussian process, with noise that its variance modulates. "
         f"Made by the command below on `{first.training['data']}`. Errors are on unobserved ocean cells of held-out "
-        "frames; a loss has the weights of its form, and beside it stands that of the exact Gaussian denoiser. Without "
-        "--attention and --plain the command trains the networks first."
+        f"frames{f' of `{fields}`, which had no part in training' if fields else ''}; a loss "
+        "has the weights of its form, and beside it stands that of the exact Gaussian denoiser. Without --attention "
+        "and --plain the command trains the networks first."
     )
     if first.form != "eps":
         sentence += (
@@ -381,6 +386,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("scale", "cpu", SCALES, "full: 128 frames and all members everywhere, for a GPU.")
     flags.DEFINE_integer("frames", 0, "At most so many frames; 0 for no limit.", lower_bound=0)
     flags.DEFINE_list("only", [], f"Parts among {', '.join(PARTS)}; all if empty.")
+    flags.DEFINE_string("fields", "", "File, none of whose frames had a part in training, to inpaint those of instead.")
     flags.DEFINE_list("beside", [], "Folders of other models, whose errors by noise level are shown too.")
     flags.DEFINE_string("out", "", "The page (.md); by default WORKDIR/reproduction.md. Its pictures lie beside it.")
     flags.mark_flag_as_required("workdir")
@@ -394,18 +400,21 @@ def main(_) -> None:
     files.check_writable(out, (".md",))
     for folder in FLAGS.beside:
         model.load(folder)
+    if FLAGS.fields:
+        readers.read(FLAGS.fields)
     try:
         (attention, plain), *again = models_of(workdir, (FLAGS.attention, FLAGS.plain), FLAGS.configs, FLAGS.seeds)
     except Interrupted:
         print(f"stopped; the same command continues from {workdir}")
         sys.exit(143)
-    options = {"scale": FLAGS.scale, "frames": FLAGS.frames, "again": again}
+    changes = {"fields": FLAGS.fields, "part": "all"} if FLAGS.fields else {}
+    options = {"scale": FLAGS.scale, "frames": FLAGS.frames, "again": again, "changes": changes}
     run_sweeps(workdir, attention, plain, names, **options)
     evidence = gather(workdir, attention, plain, names, **options, beside=FLAGS.beside)
-    named = ("scale", "frames", "only", "attention", "plain", "configs", "seeds", "beside")
+    named = ("scale", "frames", "only", "attention", "plain", "configs", "seeds", "fields", "beside")
     given = {name: FLAGS[name].serialize() for name in named if FLAGS[name].value != FLAGS[name].default}
     line = " ".join(["python -m jax_repaint.reproduce --workdir=WORKDIR", *given.values()])
-    verdicts = findings.write(evidence, out, about(attention, plain, line, again))
+    verdicts = findings.write(evidence, out, about(attention, plain, line, again, Path(FLAGS.fields).name))
     width = max(map(len, verdicts), default=0)
     for title, judged in verdicts.items():
         print(f"{title:<{width}}  {judged}")

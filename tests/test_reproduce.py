@@ -359,6 +359,28 @@ def changes(folder):
     return {"fields": str(folder / "tiny.nc"), "patterns": "line:3", "resample_steps": 1}
 
 
+def test_another_season_stands_in_for_the_test_part(folder, tmp_path, monkeypatch):
+    """All of it is held out; what is trained goes on with the data of the training."""
+    season = tiny.fields(30, seed=8)
+    readers.write(season, tmp_path / "season.nc")
+    one = model.load(folder / "model")
+    settings = one.training["config"]
+    settings = settings | {"data": settings["data"] | {"fields": str(folder / "tiny.nc")}}
+    model.save(dataclasses.replace(one, training=one.training | {"config": settings}), tmp_path / "model")
+    trained = str(tmp_path / "model")
+    changed = {"fields": str(tmp_path / "season.nc"), "part": "all", "patterns": "line:3"}
+    study = reproduce.open_study(reproduce.sweep_config("head_to_head", trained, trained, **changed))
+    np.testing.assert_array_equal(study.numbers, np.arange(30))
+    seen = {}
+    monkeypatch.setattr(reproduce, "errors_by_level", lambda models, fields, *_: seen.update(levels=fields) or {})
+    monkeypatch.setattr(reproduce.resumption, "run", lambda _, fields, *__: seen.update(resume=fields))
+    reproduce.gather(tmp_path, trained, trained, (reproduce.LEVELS, reproduce.RESUME), changes=changed)
+    np.testing.assert_array_equal(seen["levels"].velocity, season.velocity)
+    np.testing.assert_array_equal(seen["resume"].velocity, tiny.fields().velocity)
+    sentence, *_ = reproduce.about(trained, trained, "the command", fields="season.nc")
+    assert "held-out frames of `season.nc`, which had no part in training; a loss" in sentence
+
+
 NAMES = ("head_to_head", "equal_weight")
 LOSSES = ("held_out_loss", "held_out_loss_of_linear")
 
