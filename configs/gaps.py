@@ -2,10 +2,10 @@
 
     python -m jax_repaint.train --config=configs/gaps.py --workdir=runs/gaps
 
-It starts from the model that comes with the package, and stands on a linear estimate of up to 1,024 EOFs, chosen for
-30 % hidden cells; a few observed ones would not tell so many apart. Forty minutes on two cores that had other work,
-five of them for the priors. docs/results.md, Other platforms, has what came of it. For fields of your own add
-`--config.data.fields=FILE --config.init_from=`.
+It starts from the model that comes with the package, and stands on a linear estimate of as few of 1,024 EOFs as do
+where 30 % of the cells are hidden and the others known to `observed.error`, here 512; from a few observed cells nothing
+would tell so many apart. Half an hour on two cores that had other work. docs/results.md, Other platforms, has what came
+of it. For fields of your own add `--config.data.fields=FILE --config.init_from=`.
 `configs/gaps.py:smoke` takes less than a minute on two cores.
 """
 
