@@ -49,7 +49,9 @@ def data_of(trained: Model, path: str | None, part: str = "test") -> tuple[Field
     trained.check_grid(fields)
     if fields.hash() != trained.origin["fingerprint"]:
         logging.warning(
-            "%s is not the data that the model was trained on; its test part may not be held out", fields.name
+            "%s is not the data that the model was trained on, and its test part may not be held out; if none of its "
+            "frames had a part in training, the part all takes every one",
+            fields.name,
         )
     split = split_fields(fields, data)
     return fields, dataclasses.replace(split, test=getattr(split, part))

@@ -95,6 +95,13 @@ def with_fields(trained, path):
     return settings | {"data": settings["data"] | {"fields": path}}
 
 
+def test_who_names_other_fields_is_told_of_the_whole_of_them(folder, trained, caplog):
+    _, split = data_of(trained, str(folder / "later.nc"))
+    assert split.test.size < 40
+    assert "later.nc is not the data that the model was trained on" in caplog.text
+    assert "the part all takes every one" in caplog.text
+
+
 def test_all_of_a_file_needs_a_file_that_no_model_was_trained_on(folder, trained):
     with pytest.raises(InputError, match="only of a file"):
         data_of(trained, None, "all")
