@@ -291,14 +291,7 @@ def run(
         if name not in (*methods, added):
             raise InputError(f"{name} is not among the methods that are run, {', '.join(methods)}")
     cases = make_cases(trained, fields, numbers, patterns, seed)
-    for name in methods:
-        # What a method asks of the model, before the first one runs.
-        if name in POSTERIOR:
-            levels_of(trained, name)
-        if name in REPAINT:
-            stages_of(trained, name)
-        if name == "gp" and trained.kernel is None:
-            raise InputError("this model was exported without a fitted GP")
+    _check_model(trained, methods)
     for name in ("table.csv", "frames.csv", "details.csv", *written.values(), "figure.png"):
         files.check_writable(out / name, inputs=inputs)
     unfinished = Unfinished(out / "unfinished")
@@ -329,12 +322,29 @@ def run(
         history = f"jax_repaint, model {model.fingerprint(trained)}, method {name}, seed {seed}"
         data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name)
         readers.write_netcdf(data, out / file)
-    first = [next(i for i, case in enumerate(cases) if case.pattern == pattern) for pattern in dict.fromkeys(patterns)]
-    result = results[shown]
-    examples = [example(trained, cases[i], result.members[i], result.spread(i)) for i in first]
+    examples = _examples(trained, cases, results[shown])
     plots.currents(out / "figure.png", examples, fields.ocean, fields.metres(), f"{fields.name}, {shown}")
     unfinished.remove()
     return format_rows(rows)
+
+
+def _check_model(trained: Model, methods: Sequence[str]) -> None:
+    """Raises InputError where a method asks more of the model than it has, before the first one runs."""
+    for name in methods:
+        if name in POSTERIOR:
+            levels_of(trained, name)
+        if name in REPAINT:
+            stages_of(trained, name)
+        if name == "gp" and trained.kernel is None:
+            raise InputError("this model was exported without a fitted GP")
+
+
+def _examples(trained: Model, cases: Sequence[Case], result: Result) -> list[plots.Example]:
+    """The first frame of each pattern."""
+    first: dict[str, int] = {}
+    for i, case in enumerate(cases):
+        first.setdefault(case.pattern, i)
+    return [example(trained, cases[i], result.members[i], result.spread(i)) for i in first.values()]
 
 
 def _run_in_parts(

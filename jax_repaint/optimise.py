@@ -180,6 +180,33 @@ def make_places(key: Key, count: int, stratified: bool) -> Float[Array, " b"]:
     return (jnp.arange(count, dtype=u.dtype) + u) / count if stratified else u
 
 
+def _make_mirrors(
+    ocean: Array, grid: tuple[int, int], standardiser: Standardiser | None
+) -> Callable[[Key, Array, list[Array]], tuple[Array, list[Array]]]:
+    """mirrored(key, frames, present): each frame, and its cells, as mirrored east-west and north-south or as they are.
+
+    East-west mirrors change the sign of u, north-south mirrors of v. The coast stays: `train.flips` is off for that.
+    """
+    rows, columns = (
+        np.r_[np.arange(inner)[::-1], np.arange(inner, side)] for inner, side in zip(grid, ocean.shape[:2], strict=True)
+    )
+    # A velocity of zero in standardised units, about which a component turns round.
+    still = jnp.zeros(2) if standardiser is None else jnp.asarray(-standardiser.mean / standardiser.std)
+
+    def turn(x0: Array, component: int) -> Array:
+        return x0.at[..., component].set(2 * still[component] - x0[..., component])
+
+    def mirrored(key: Key, x0: Array, present: list[Array]) -> tuple[Array, list[Array]]:
+        turned = jax.random.bernoulli(key, 0.5, (2, len(x0), 1, 1, 1))
+        x0 = jnp.where(turned[0], turn(x0[:, :, columns], 0), x0)
+        x0 = jnp.where(turned[1], turn(x0[:, rows], 1), x0)
+        present = [jnp.where(turned[0], cells[:, :, columns], cells) for cells in present]
+        present = [jnp.where(turned[1], cells[:, rows], cells) for cells in present]
+        return x0 * ocean[None], present
+
+    return mirrored
+
+
 def make_steps(
     config: ConfigDict,
     loss: Loss,
@@ -201,28 +228,13 @@ def make_steps(
     # XLA on CPUs runs the gradients of convolutions more than ten times slower inside a loop.
     on_cpu = jax.default_backend() == "cpu"
     stratified = config.model.form != "eps"
-    rows, columns = (
-        np.r_[np.arange(inner)[::-1], np.arange(inner, side)]
-        for inner, side in zip(grid or ocean.shape[:2], ocean.shape[:2], strict=True)
-    )
-
-    # A velocity of zero in standardised units, about which a component turns round.
-    still = jnp.zeros(2) if standardiser is None else jnp.asarray(-standardiser.mean / standardiser.std)
-
-    def turn(x0: Array, component: int) -> Array:
-        return x0.at[..., component].set(2 * still[component] - x0[..., component])
+    mirrored = _make_mirrors(ocean, grid or ocean.shape[:2], standardiser) if t.flips else None
 
     def batch_loss(params: dict, frames: tuple[Array, ...], key: Key) -> Level:
         x0, *present = frames
         where, noise, mirror = jax.random.split(key, 3)
-        if t.flips:
-            # East-west mirrors turn u round, north-south mirrors v; the coast stays, which is why this is off.
-            turned = jax.random.bernoulli(mirror, 0.5, (2, len(x0), 1, 1, 1))
-            x0 = jnp.where(turned[0], turn(x0[:, :, columns], 0), x0)
-            x0 = jnp.where(turned[1], turn(x0[:, rows], 1), x0)
-            x0 = x0 * ocean[None]
-            present = [jnp.where(turned[0], cells[:, :, columns], cells) for cells in present]
-            present = [jnp.where(turned[1], cells[:, rows], cells) for cells in present]
+        if mirrored:
+            x0, present = mirrored(mirror, x0, present)
         places = make_places(where, len(x0), stratified)
         keys = jax.random.split(noise, len(x0))
         x0, keys, places, *present = distributed.split((x0, keys, places, *present), mesh)
