@@ -7,6 +7,11 @@ Networks with attention and plain ones, from two seeds each, are trained in WORK
 named. The first pair does everything; the others are compared with each other. The sweeps of configs/sweeps run in
 WORKDIR/sweeps, and a training that goes on in wrong and right ways (resumption.py) in WORKDIR/resume. Started again, it
 goes on where it was. The page (findings.py) has the notes' numbers of each finding beside those found.
+
+A test part of three months is four blocks of the bootstrap. Two years that no network saw are twenty:
+
+    python -m jax_repaint.data.twin --first=17040 --frames=17040 --out=later.nc
+    python -m jax_repaint.reproduce --workdir=runs/reproduce_later --fields=later.nc
 """
 
 import dataclasses
