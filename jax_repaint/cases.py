@@ -35,7 +35,7 @@ def data_of(trained: Model, path: str | None, part: str = "test") -> tuple[Field
 
     Args:
       part: what is to stand in `Split.test`: "train", "validation" or "test", or "all" for a whole file of which no
-        frame had a part in training, which is the validation part too.
+        frame had a part in training, which is the validation part too, and decorrelates as the training's frames did.
 
     Raises:
       InputError: fields that cannot be read, are on another grid, or, for "all", are those of the training.
@@ -67,10 +67,12 @@ def _unseen(trained: Model, path: str | None) -> tuple[Fields, Split]:
     if not covered.size:
         raise InputError(f"{fields.name}: no frame has values in {fields_lib.LEAST_COVERAGE:.0%} of the ocean cells")
     logging.info("%d of %d frames of %s are taken as held out", covered.size, len(fields), fields.name)
-    # A record too short to forget tells less of that than the training's did.
-    decorrelation = trained.training.get("decorrelation", 0.0)
-    if len(fields) >= fields_lib.FEWEST_LAGGED:
-        decorrelation = max(decorrelation, fields_lib.decorrelation_time(fields))
+    # That of the training goes for the place, in frames of the same step. Measured anew, under tides that come back
+    # for months, it is now a month and now half a year.
+    decorrelation = trained.training.get("decorrelation", math.nan)
+    if math.isnan(decorrelation):
+        known = len(fields) >= fields_lib.FEWEST_LAGGED
+        decorrelation = fields_lib.decorrelation_time(fields) if known else float(len(fields))
     return fields, Split(covered[:0], covered, covered, decorrelation=decorrelation)
 
 
