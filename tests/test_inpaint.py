@@ -1198,17 +1198,17 @@ def test_a_stopped_series_goes_on_where_it_was(series, tmp_path):
     assert series.batches == whole[:2]
     kept = sorted(path.name for path in tmp_path.glob("fields.nc_unfinished_*/*"))
     assert kept == ["kalman_0_2.npz", "kalman_1_2.npz"]
-    with pytest.raises(KeyboardInterrupt):
-        # Another seed, or other observations, have other members.
-        series.run(stop_at=0, seed=1)
+    # Another seed, or other observations, have other members.
     before = pd.read_csv("track.csv")
-    before.assign(u=before.u + 0.01).to_csv("track.csv", index=False)
-    with pytest.raises(KeyboardInterrupt):
-        series.run(stop_at=0)
+    for seed, more in ((1, 0.0), (0, 0.01)):
+        before.assign(u=before.u + more).to_csv("track.csv", index=False)
+        with pytest.raises(KeyboardInterrupt):
+            series.run(stop_at=1, seed=seed)
+        assert series.batches == whole[:1]
     before.to_csv("track.csv", index=False)
     series.run()
     assert series.batches == whole[2:]
-    assert not list(tmp_path.glob("*unfinished*"))
+    assert len(list(tmp_path.glob("*unfinished*"))) == 2
     with xr.open_dataset("fields.nc") as found, xr.open_dataset("whole.nc") as expected:
         xr.testing.assert_equal(found, expected)
 

@@ -630,6 +630,17 @@ def test_all_frames_of_a_file_are_held_out_for_models_that_did_not_see_it(folder
     config.fields = str(folder / "tiny.nc")
     with pytest.raises(InputError, match=r"tiny\.nc is what a model was trained on"):
         open_study(config)
+    one = model.load(folder / "model")
+    readers.write(tiny.fields(20, seed=5), tmp_path / "third.nc")
+    other = one.training | {"fingerprint": readers.read(tmp_path / "season.nc").hash()}
+    model.save(dataclasses.replace(one, training=other), tmp_path / "other")
+    (_, second, *_) = config.points.values()
+    second.model = str(tmp_path / "other")
+    config.fields = str(tmp_path / "third.nc")
+    assert len(open_study(config).models) == 2
+    config.fields = str(tmp_path / "season.nc")
+    with pytest.raises(InputError, match=r"season\.nc is what a model was trained on"):
+        open_study(config)
 
 
 def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
