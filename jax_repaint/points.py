@@ -52,6 +52,7 @@ def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
             "part": "test",
             "frames": 32,
             "consecutive": False,  # frames that follow each other, from a random one, instead of random ones
+            "stretches": 1,  # of consecutive frames, spread over the part; each has its share of them
             "patterns": "",  # such as "line:22,walk:90,cells:0.02"; empty for the three usual ones
             "seeds": (0,),  # of patterns and members; the first one draws the frames
             "members": 8,
@@ -85,6 +86,7 @@ def smoke(config: ConfigDict, arg: str) -> ConfigDict:
         config.frames = min(config.frames, 2)
         config.members = min(config.members, 2)
         config.sizes = tuple(size for size in config.sizes if size < config.members)
+        config.stretches = 1
         config.resample_steps = 1
         config.levels = 4
     elif arg:

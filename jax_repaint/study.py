@@ -187,7 +187,7 @@ def open_study(config: ConfigDict) -> Study:
     chosen = select(numbers)
     for one in models.values():
         one.check_grid(chosen)
-    blocks = {kind: max(len(some) // 4, 1) if kind else block_length(split, len(some)) for kind, some in frames.items()}
+    blocks = {kind: _block(split, config, kind, len(some)) for kind, some in frames.items()}
     study = Study(config, points, programs, models, chosen, numbers, frames, blocks)
     names = [results.digest([study.task(point, where) for where in study.cases[point.consecutive]]) for point in points]
     for number, name in enumerate(names):
@@ -197,7 +197,7 @@ def open_study(config: ConfigDict) -> Study:
 
 
 def _check(config: ConfigDict) -> None:
-    for name in ("frames", "members"):
+    for name in ("frames", "members", "stretches"):
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, got {config[name]}")
     for name in ("batch", "memory_gb"):
@@ -234,11 +234,26 @@ def _check_parts(models: Mapping[str, Model]) -> None:
 
 
 def _frames(split: Split, config: ConfigDict, consecutive: bool) -> np.ndarray:
+    """Numbers of random frames, or of stretches of frames: one stretch at a random place in each share of the part."""
     seed, count = config.seeds[0], min(config.frames, split.test.size)
     if not consecutive:
         return pick(split, count, seed)
-    first = int(np.random.default_rng([seed, 0xC5]).integers(split.test.size - count + 1))
-    return split.test[first : first + count]
+    stretches, rng, chosen = min(config.stretches, count), np.random.default_rng([seed, 0xC5]), []
+    # Shares of both differ by one at most, the first ones being the longer: each stretch has room in its share.
+    shares = zip(np.array_split(split.test, stretches), np.array_split(np.arange(count), stretches), strict=True)
+    for room, stretch in shares:
+        first = int(rng.integers(room.size - stretch.size + 1))
+        chosen.append(room[first : first + stretch.size])
+    return np.concatenate(chosen)
+
+
+def _block(split: Split, config: ConfigDict, consecutive: bool, count: int) -> int:
+    """How many of `count` frames lie within one decorrelation time, at most a quarter; of stretches, whole ones."""
+    if not consecutive:
+        return block_length(split, count)
+    stretches = min(config.stretches, count)
+    together = math.ceil(stretches * split.decorrelation / split.test.size)
+    return max(min(together * math.ceil(count / stretches), count // 4), 1)
 
 
 # --- cases ----------------------------------------------------------------------------------------------------

@@ -277,6 +277,35 @@ def test_the_numbers_of_the_notes_hold():
     assert [check.verdict for check in checks] == [HOLDS] * len(checks)
 
 
+def test_rows_are_told_from_each_other():
+    """Ten rows of twelve frames that are as hard as random ones on the whole, from half to once and a half as hard."""
+    frames = np.concatenate([100 * number + np.arange(12) for number in range(10)])
+    hard = np.repeat(np.linspace(0.5, 1.5, 10), 12)
+    rows = make_rows("consecutive", lambda label, stage: 0.8, noise=0.001, frames=120)
+    in_row = rows["label"].str.endswith("row")
+    rows["block"] = 12
+    rows.loc[in_row, "frame"] = frames[rows.loc[in_row, "frame"].astype(int)]
+    for _, mine in rows[in_row].groupby(["label", "stage"]):
+        rows.loc[mine.sort_values("frame").index, "mse_seed_gp"] = 0.01
+        rows.loc[mine.sort_values("frame").index, "mse_member"] = 0.008 * hard
+    evidence = dataclasses.replace(make_evidence(names=()), sweeps={"consecutive": rows})
+    checks = {check.name: check for check in findings.row_of_frames(evidence).checks}
+    assert checks["adaptive: ratio in rows over ratio at random"].value == pytest.approx(1, rel=0.01)
+    for method in ("adaptive", "multistage"):
+        for which, value in (("lowest", 0.4), ("highest", 1.2)):
+            assert checks[f"{method}: {which} ratio of one row among 10"].value == pytest.approx(value)
+    # A frame that failed is in no row, and does not cut one in two.
+    row = findings.chosen(rows, "adaptive, row")
+    row.loc[5, ["failed_members", "mse_member"]] = 1, np.nan
+    np.testing.assert_allclose(findings.ratios_of_rows(row), 0.8 * np.linspace(0.5, 1.5, 10))
+
+
+@pytest.mark.parametrize(("row", "expected"), [(0.6, HOLDS), (0.72, OPEN), (0.8, NOT)])
+def test_rows_that_flatter_by_half_of_the_notes_difference(row, expected):
+    effects = lambda label, stage: row if label.endswith("row") else 0.8  # noqa: E731
+    assert judge("Frames in a row flatter the method", effects) == expected
+
+
 def test_seeds_of_a_frame_stay_in_one_block():
     rows = make_rows("head_to_head", by_method(gp_init=0.8), noise=0.3)
     again = make_rows("head_to_head", by_method(gp_init=0.8), noise=0.2).assign(seed=1)

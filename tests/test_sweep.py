@@ -620,6 +620,38 @@ def test_frames_of_a_part_random_and_consecutive(folder):
         np.testing.assert_array_equal(made.fields.velocity, readers.read(folder / "tiny.nc").velocity[made.numbers])
 
 
+@pytest.mark.parametrize(
+    ("frames", "stretches", "lengths", "block"),
+    [
+        (20, 1, [20], 5), (20, 4, [5, 5, 5, 5], 5), (11, 3, [4, 4, 3], 2), (60, 10, [6] * 10, 6), (3, 5, [1, 1, 1], 1),
+        (120, 10, [12] * 10, 12), (120, 60, [2] * 60, 6),
+    ],
+)  # fmt: skip
+def test_stretches_of_frames_lie_all_over_the_part(folder, monkeypatch, frames, stretches, lengths, block):
+    """Of a decorrelation time of twenty in 500 frames: a stretch in each share, and whole ones in a block."""
+    split = Split(np.arange(100), np.arange(150, 200), np.arange(250, 750), decorrelation=20)
+
+    def held_out(trained, path, part):
+        return lambda numbers: tiny.fields(len(numbers)), split
+
+    def one(add):
+        add(method="linear_samples", consecutive=True)
+
+    monkeypatch.setattr(study_module, "held_out", held_out)
+    config = make_config(folder, 1, frames=frames, stretches=stretches)
+    config.points = default_config(one).points
+    made = open_study(config)
+    found = np.split(made.frames[True], np.flatnonzero(np.diff(made.frames[True]) > 1) + 1)
+    # Neighbours can touch where the end of one share is the beginning of the next.
+    together = np.cumsum(lengths)
+    assert set(np.cumsum([len(stretch) for stretch in found])) <= set(together)
+    assert sum(map(len, found)) == sum(lengths)
+    shares = np.array_split(split.test, len(lengths))
+    for share, first, length in zip(shares, made.frames[True][together - lengths], lengths, strict=True):
+        assert share[0] <= first and first + length - 1 <= share[-1]
+    assert made.blocks == {True: block}
+
+
 def test_all_frames_of_a_file_are_held_out_for_models_that_did_not_see_it(folder, tmp_path):
     season = tiny.fields(20, seed=4)
     readers.write(season, tmp_path / "season.nc")
@@ -675,6 +707,7 @@ def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
         ([{}, {"label": "again"}], {}, "again and adaptive are the same point"),
         ([{"method": "kalman"}], {"members": 3}, "antithetic pairs: 3 is odd"),
         ([{"method": "kalman", "members": 3}], {}, "antithetic pairs: 3 is odd"),
+        ([{}], {"stretches": 0}, "stretches must be at least 1, got 0"),
         ([{"members": 0}], {}, "p000: members must be a whole number, at least 1, got 0"),
         ([{"members": 2.5}], {}, "p000: members must be a whole number, at least 1, got 2.5"),
         ([{"method": "kalman", "levels": 2.5}], {}, "kalman .*: the number of levels must be a whole number"),

@@ -4,7 +4,8 @@
 
 The notes tuned and tested on frames that follow each other: gamma, stages and the hundred frames of their best result.
 On random frames its average went from .802 to 1.001 (bulk.py). Here one stage and six on both. A row of frames shorter
-than the decorrelation time is about one independent frame, which is why its intervals mean little.
+than the decorrelation time is about one independent frame, so that there are ten rows, all over the part: what rows are
+on the whole is one question, how far one of them is from the others is another.
 
 `:smoke` tries it in a minute on two cores.
 """
@@ -26,4 +27,5 @@ def get_config(arg: str = ""):
     config.patterns = "line:22"
     config.prior = "seed_gp"
     config.x, config.curve = "consecutive", "method"
+    config.stretches = 10
     return smoke(config, arg)
