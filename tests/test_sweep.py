@@ -648,7 +648,8 @@ def test_stretches_of_frames_lie_all_over_the_part(folder, monkeypatch, frames, 
     assert sum(map(len, found)) == sum(lengths)
     shares = np.array_split(split.test, len(lengths))
     for share, first, length in zip(shares, made.frames[True][together - lengths], lengths, strict=True):
-        assert share[0] <= first and first + length - 1 <= share[-1]
+        assert share[0] <= first
+        assert first + length - 1 <= share[-1]
     assert made.blocks == {True: block}
 
 
