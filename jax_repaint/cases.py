@@ -77,9 +77,18 @@ def _unseen(trained: Model, path: str | None) -> tuple[Fields, Split]:
 
 
 def check_unseen(models: Iterable[Model], fields: Fields) -> None:
-    """Raises InputError if the fields are those that a model was trained on."""
-    if fields.hash() in [one.training.get("fingerprint") for one in models]:
-        raise InputError(f"{fields.name} is what a model was trained on; of its frames only a part is held out")
+    """Raises InputError if the fields are those that a model was trained on; warns if they are of the same time."""
+    for one in models:
+        if fields.hash() == one.training.get("fingerprint"):
+            raise InputError(f"{fields.name} is what a model was trained on; of its frames only a part is held out")
+        first, last = np.array(one.training.get("time", ["NaT", "NaT"]), "datetime64[ns]")
+        same = int(((first <= fields.time) & (fields.time <= last)).sum())
+        if same:
+            logging.warning(
+                "%d of %d frames of %s are of the time that a model was trained on, from %s to %s; of the same "
+                "currents they are not held out",
+                same, len(fields), fields.name, *one.training["time"],
+            )  # fmt: skip
 
 
 def files_of(trained: Model, path: str | None) -> list[Path]:

@@ -175,6 +175,12 @@ def fit_priors(
     return gaussian, kernel, choice
 
 
+def time_range(fields: Fields, split: Split) -> list[str]:
+    """First and last time (UTC, ISO 8601) of the frames that a training sees, those it is validated on among them."""
+    seen = np.concatenate([split.train, split.validation])
+    return [str(fields.time[i].astype("datetime64[s]")) for i in (seen.min(), seen.max())]
+
+
 def missing(fields: Fields, split: Split) -> dict[str, dict[str, float]]:
     """What a model of fields with gaps says of them: fractions of ocean values, and frames that were left out."""
     if not fields.gaps:

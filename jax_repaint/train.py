@@ -39,7 +39,7 @@ from jax_repaint.locks import locked
 from jax_repaint.model import Model
 from jax_repaint.nets import unet
 from jax_repaint.optimise import Plan, State, make_held_out, make_loss, make_optimiser, make_steps, plan
-from jax_repaint.prepare import Frames, Prepared, load_fields, missing, prepare
+from jax_repaint.prepare import Frames, Prepared, load_fields, missing, prepare, time_range
 from jax_repaint.settings import check_config, default_config, network_config, sigma_range
 
 
@@ -125,6 +125,7 @@ class Run:
                     for part in [getattr(data.split, name)]
                 },
                 "decorrelation": data.split.decorrelation,
+                "time": time_range(fields, data.split),
                 "step": int(state.step),
                 "held_out_loss": float(state.best),
                 "held_out_loss_of_linear": self.linear_loss,

@@ -9,8 +9,9 @@ import pytest
 from jax_repaint import calibrate, cases, evaluate, levels, model
 from jax_repaint.cases import data_of, pick
 from jax_repaint.data import readers
-from jax_repaint.data.fields import decorrelation_time, prepare
+from jax_repaint.data.fields import Split, decorrelation_time, prepare
 from jax_repaint.errors import InputError
+from jax_repaint.prepare import time_range
 from jax_repaint.prior import linear
 from tests import tiny
 
@@ -114,6 +115,22 @@ def test_all_of_a_file_needs_a_file_that_no_model_was_trained_on(folder, trained
     readers.write(empty, folder / "empty.nc")
     with pytest.raises(InputError, match=r"no frame has values in 10% of the ocean cells"):
         data_of(trained, str(folder / "empty.nc"), "all")
+
+
+def test_frames_of_the_time_of_the_training_are_counted(folder, trained, caplog):
+    """A file that begins before the end of what a training saw; none in a model that does not say when that was."""
+    own = tiny.fields()
+    split = Split(np.arange(41), np.arange(42, 50), np.arange(51, 60))
+    dated = dataclasses.replace(trained, training=trained.training | {"time": time_range(own, split)})
+    assert dated.training["time"] == ["2020-01-01T00:00:00", "2020-01-03T01:00:00"]
+    season = dataclasses.replace(later(), time=own.time[49] + (np.arange(40) - 12) * own.step)
+    readers.write(season, folder / "season.nc")
+    for one in (trained, dated):
+        data_of(one, str(folder / "later.nc"), "all")
+    data_of(trained, str(folder / "season.nc"), "all")
+    assert "are of the time" not in caplog.text
+    data_of(dated, str(folder / "season.nc"), "all")
+    assert "13 of 40 frames of season.nc are of the time that a model was trained on, from 2020-01-01T00" in caplog.text
 
 
 def test_a_model_that_names_no_data_can_be_tried_on_a_file(folder, trained):

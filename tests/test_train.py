@@ -589,6 +589,8 @@ def test_a_run_writes_its_log_and_its_best_model(finished):
     np.testing.assert_allclose(trained.training["held_out_loss"], log.ema_held_out_loss.min(), rtol=1e-5)
     assert trained.training["step"] == log.step[log.ema_held_out_loss.idxmin()]
     assert trained.training["fingerprint"] == tiny.fields().hash()
+    ends = tiny.fields().time[[0, trained.training["parts"]["validation"][1] - 1]]
+    np.testing.assert_array_equal(np.array(trained.training["time"], "datetime64[ns]"), ends)
     assert run(finished).training == trained.training
 
 
