@@ -213,18 +213,24 @@ class Model:
 
     def check_grid(self, fields: Fields) -> None:
         """Raises InputError unless the fields are on this model's grid."""
-        same = fields.ocean.shape == self.ocean.shape and (fields.ocean == self.ocean).all()
-        if same:
-            lat, lon = _places(fields.lat, fields.lon) - _places(self.lat, self.lon)
-            # The same meridian may be written as -65 or 295. Ten metres: coordinates in float32 are off by less.
-            apart = np.abs([lat, (lon + 180) % 360 - 180])
-            same = bool((apart <= 1e-4).all())
-        if not same:
-            raise InputError(
-                f"the model was trained on another grid: {self.ocean.shape} with {self.ocean.sum()} ocean cells from "
-                f"{self.lat.min():.4f} N {self.lon.min():.4f} E; {fields.name} is {fields.ocean.shape} with "
-                f"{fields.ocean.sum()} ocean cells from {fields.lat.min():.4f} N {fields.lon.min():.4f} E"
-            )
+        check_same_grid(self, fields)
+
+
+def check_same_grid(trained: Model | Fields, fields: Fields) -> None:
+    """Raises InputError unless the fields are on the grid of a model, or of the fields that one is to be trained on."""
+    same = fields.ocean.shape == trained.ocean.shape and (fields.ocean == trained.ocean).all()
+    if same:
+        lat, lon = _places(fields.lat, fields.lon) - _places(trained.lat, trained.lon)
+        # The same meridian may be written as -65 or 295. Ten metres: coordinates in float32 are off by less.
+        apart = np.abs([lat, (lon + 180) % 360 - 180])
+        same = bool((apart <= 1e-4).all())
+    if not same:
+        was = "was trained" if isinstance(trained, Model) else "is to be trained"
+        raise InputError(
+            f"the model {was} on another grid: {trained.ocean.shape} with {trained.ocean.sum()} ocean cells from "
+            f"{trained.lat.min():.4f} N {trained.lon.min():.4f} E; {fields.name} is {fields.ocean.shape} with "
+            f"{fields.ocean.sum()} ocean cells from {fields.lat.min():.4f} N {fields.lon.min():.4f} E"
+        )
 
 
 def same_parts(one: Model, other: Model) -> bool:

@@ -30,12 +30,12 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from jax_repaint import command, files, findings, levels, model, resumption, sample, scoring, sweep, train
-from jax_repaint.cases import block_length, data_of, pick
-from jax_repaint.data import readers
+from jax_repaint.cases import block_length, check_unseen, data_of, pick
+from jax_repaint.data import readers, twin
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
 from jax_repaint.findings import Evidence
-from jax_repaint.model import Model
+from jax_repaint.model import Model, check_same_grid
 from jax_repaint.study import Study, open_study
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -207,16 +207,20 @@ class Interrupted(Exception):
     """SIGTERM stopped a training, which the same command continues."""
 
 
-def models_of(workdir: Path, named: Sequence[Sequence[str]], configs: Sequence[str], seeds: int = 1) -> list[Pair]:
+def models_of(
+    workdir: Path, named: Sequence[Sequence[str]], configs: Sequence[str], seeds: int = 1, fields: Fields | None = None
+) -> list[Pair]:
     """Folders of the models with attention and plain, in pairs: those named, and trained ones where none are.
 
     Args:
       named: folders with attention, and plain ones.
       configs: of the two kinds.
       seeds: pairs, if no folder is named.
+      fields: what they are to be tried on, if not on the test part of their data.
 
     Raises:
-      InputError: a folder that holds no model, a configuration that is not there, folders that are no pairs.
+      InputError: a folder that holds no model, a configuration that is not there, folders that are no pairs, fields on
+        another grid or those of a training.
     """
     if len(configs) != 2 or len({Path(path).stem for path in configs}) != 2:
         raise InputError(f"configs are two files, of the network with attention and of the plain one, got {configs}")
@@ -225,10 +229,12 @@ def models_of(workdir: Path, named: Sequence[Sequence[str]], configs: Sequence[s
         raise InputError(f"models come in pairs, but {' and '.join(str(len(folders)) for folders in named)} are named")
     for folders, path in zip(named, configs, strict=True):
         # Before long work.
-        for folder in folders:
-            model.load(folder)
-        if not folders:
-            read_config(_found(path))
+        models = [model.load(folder) for folder in folders]
+        config = None if folders else read_config(_found(path))
+        if fields:
+            check_unseen(models, fields)
+            for one in models or [_trained_on(config, fields)]:
+                check_same_grid(one, fields)
     kinds = [
         folders or [_trained(_found(path), workdir, again) for again in range(max(counts))]
         for folders, path in zip(named, configs, strict=True)
@@ -238,6 +244,14 @@ def models_of(workdir: Path, named: Sequence[Sequence[str]], configs: Sequence[s
 
 def _trained(path: Path, workdir: Path, again: int) -> str:
     return trained_model(path, workdir / "models" / f"{path.stem}{f'_{again}' if again else ''}", again)
+
+
+def _trained_on(config: ConfigDict, fields: Fields) -> Fields:
+    """The fields that a model is to be trained on, or one frame of the twin; raises InputError if they are `fields`."""
+    own = readers.read(config.data.fields) if config.data.fields else twin.select(np.arange(1))
+    if own.hash() == fields.hash():
+        raise InputError(f"{fields.name} is what a model is to be trained on; of its frames only a part is held out")
+    return own
 
 
 def _found(path: str) -> Path:
@@ -405,10 +419,9 @@ def main(_) -> None:
     files.check_writable(out, (".md",))
     for folder in FLAGS.beside:
         model.load(folder)
-    if FLAGS.fields:
-        readers.read(FLAGS.fields)
+    named, fields = (FLAGS.attention, FLAGS.plain), readers.read(FLAGS.fields) if FLAGS.fields else None
     try:
-        (attention, plain), *again = models_of(workdir, (FLAGS.attention, FLAGS.plain), FLAGS.configs, FLAGS.seeds)
+        (attention, plain), *again = models_of(workdir, named, FLAGS.configs, FLAGS.seeds, fields)
     except Interrupted:
         print(f"stopped; the same command continues from {workdir}")
         sys.exit(143)
@@ -416,8 +429,8 @@ def main(_) -> None:
     options = {"scale": FLAGS.scale, "frames": FLAGS.frames, "again": again, "changes": changes}
     run_sweeps(workdir, attention, plain, names, **options)
     evidence = gather(workdir, attention, plain, names, **options, beside=FLAGS.beside)
-    named = ("scale", "frames", "only", "attention", "plain", "configs", "seeds", "fields", "beside")
-    given = {name: FLAGS[name].serialize() for name in named if FLAGS[name].value != FLAGS[name].default}
+    shown = ("scale", "frames", "only", "attention", "plain", "configs", "seeds", "fields", "beside")
+    given = {name: FLAGS[name].serialize() for name in shown if FLAGS[name].value != FLAGS[name].default}
     line = " ".join(["python -m jax_repaint.reproduce --workdir=WORKDIR", *given.values()])
     verdicts = findings.write(evidence, out, about(attention, plain, line, again, Path(FLAGS.fields).name))
     width = max(map(len, verdicts), default=0)

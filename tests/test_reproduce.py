@@ -569,6 +569,36 @@ def test_models_are_trained_once(folder, tmp_path, monkeypatch):
         reproduce.trained_model(path, tmp_path / "stopped")
 
 
+def test_fields_that_do_not_go_with_a_training_are_refused_before_it(folder, tmp_path, monkeypatch):
+    tiny.register(monkeypatch)
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import tiny\n\ndef get_config(arg=''):\n    config = tiny.config()\n"
+        f"    config.data.fields = {str(folder / 'tiny.nc')!r}\n    return config\n"
+    )
+    trained = []
+    monkeypatch.setattr(reproduce, "trained_model", lambda path, workdir, again: trained.append(path) or str(path))
+    given = [str(folder / "model")]
+    own, other = readers.read(folder / "tiny.nc"), tiny.fields(20, seed=8)
+    moved = dataclasses.replace(other, lat=other.lat + 1)
+
+    def models_of(named, configs, fields):
+        return reproduce.models_of(tmp_path, named, configs, 1, fields)
+
+    twin_and_own = ("configs/micro.py", str(path))
+    for named, fields, message in (
+        (([], given), other, r"is to be trained on another grid: \(44, 94\)"),
+        ((given, []), moved, r"the model was trained on another grid"),
+        ((given, given), own, r"tiny\.nc is what a model was trained on"),
+    ):
+        with pytest.raises(InputError, match=message):
+            models_of(named, twin_and_own, fields)
+    with pytest.raises(InputError, match=r"tiny\.nc is what a model is to be trained on"):
+        models_of(([], given), (str(path), "configs/micro.py"), own)
+    assert not trained
+    assert models_of((given, []), twin_and_own, other) == [(given[0], str(path))]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
