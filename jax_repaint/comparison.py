@@ -26,7 +26,7 @@ from absl import logging
 from jax_repaint import metrics, plots, scoring
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
-from jax_repaint.results import BASELINES
+from jax_repaint.methods import DETERMINISTIC
 
 FILES = ("rows.parquet", "table.csv", "table.txt", "sweep.png", "seed_gp.png")
 SCORES = list(scoring.FrameScores.__dataclass_fields__)
@@ -58,14 +58,14 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
         mine = mine.sort_values(["frame", "seed"])
         first = mine.iloc[0]
         failed = mine["failed_members"] > 0
-        best = min(BASELINES, key=lambda name, mine=mine: _mean_or_inf(mine[f"mse_{name}"]))
+        best = min(DETERMINISTIC, key=lambda name, mine=mine: _mean_or_inf(mine[f"mse_{name}"]))
         line = {
             "pattern": pattern, "point": point, "stage": stage, "members": members, "label": first["label"],
             "method": first["method"], "settings": first["settings"], "frames": len(mine), "failed": int(failed.sum()),
             "failed_at": mine["failed_at"][failed].iloc[0] if failed.any() else "", "best": best,
             "coverage": float((mine["observed"] / mine["ocean"]).mean()), "whole": whole,
         }  # fmt: skip
-        line |= {f"mse_{name}": float(mine[f"mse_{name}"][~failed | failed.all()].mean()) for name in BASELINES}
+        line |= {f"mse_{name}": float(mine[f"mse_{name}"][~failed | failed.all()].mean()) for name in DETERMINISTIC}
         if not failed.all():
             line |= _scores(mine[~failed], best, mine["seed"].nunique())
         lines.append(line)
@@ -156,7 +156,7 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
         names = list(mine["label"])
         width = max(map(len, names))
         best = ", ".join(dict.fromkeys(mine["best"]))
-        bases = ", ".join(f"{name} {mine[f'mse_{name}'].iloc[0]:.3g}" for name in BASELINES)
+        bases = ", ".join(f"{name} {mine[f'mse_{name}'].iloc[0]:.3g}" for name in DETERMINISTIC)
         the_mean = f"mean of {mine['whole'].iloc[0]}, as expected," if unlike else "mean"
         scores, ratios = [], []
         for name, (_, line) in zip(names, mine.iterrows(), strict=True):

@@ -24,9 +24,9 @@ from absl import logging
 from jax_repaint import files, locks
 from jax_repaint.checkpoint import flatten
 from jax_repaint.errors import InputError
+from jax_repaint.methods import DETERMINISTIC
 
 CONFIG, PARTS = "config.json", "parts"
-BASELINES = ("climatology", "seed_gp", "gp", "linear")
 # Raised with every change of the code that makes other rows of the same settings; a workdir of older rows is refused.
 VERSION = 3
 # One row is one point, pattern, frame, seed, stage and size of the ensemble.
@@ -58,7 +58,7 @@ SCHEMA = pa.schema(
         "energy_truth": pa.float64(),
         "failed_members": pa.int64(),  # whose values are not finite
         "failed_at": pa.string(),  # where the first of them failed
-        **{f"mse_{name}": pa.float64() for name in BASELINES},
+        **{f"mse_{name}": pa.float64() for name in DETERMINISTIC},
         # Squared errors by distance to the nearest observation; edges in cells.
         "distance_edges": pa.list_(pa.float64()),
         "distance_cells": pa.list_(pa.int64()),

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jax_repaint import comparison, metrics, results, scoring
+from jax_repaint import comparison, methods, metrics, scoring
 from jax_repaint.errors import InputError
 
 FRAMES = 6
@@ -21,7 +21,7 @@ def make_rows():
         scale = 1 + 0.3 * frame
         baselines = {
             f"mse_{name}": scale * size
-            for name, size in zip(results.BASELINES, (0.4, 0.2 if pattern else 0.05, 0.3, 0.1), strict=True)
+            for name, size in zip(methods.DETERMINISTIC, (0.4, 0.2 if pattern else 0.05, 0.3, 0.1), strict=True)
         }
         for seed, stage in np.ndindex(2, 2):
             failed = point == 1 and frame == 2

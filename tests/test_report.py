@@ -15,7 +15,19 @@ import pytest
 import tiny
 import xarray as xr
 
-from jax_repaint import checkpoint, comparison, evaluate, metrics, model, plots, report, results, scoring, train
+from jax_repaint import (
+    checkpoint,
+    comparison,
+    evaluate,
+    methods,
+    metrics,
+    model,
+    plots,
+    report,
+    results,
+    scoring,
+    train,
+)
 from jax_repaint.cases import Case
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
@@ -452,7 +464,7 @@ def make_rows(points=2, stages=(1, 2), frames=4, failed=()):
             for frame in range(frames):
                 for stage in stages:
                     scores = dict(zip(comparison.SCORES, [4, False, 50, *rng.uniform(0.5, 1, 7)], strict=True))
-                    bases = {f"mse_{name}": rng.uniform(1, 2) for name in results.BASELINES}
+                    bases = {f"mse_{name}": rng.uniform(1, 2) for name in methods.DETERMINISTIC}
                     rows.append(
                         {
                             "task": f"{pattern} {point} {frame}", "point": point, "label": f"gamma={point}",

@@ -168,7 +168,7 @@ def test_baselines_are_those_of_evaluate(folder, study, first):
         (case,) = make_cases(trained, fields.select([where.frame]), [where.frame], [where.pattern], where.seed)
         scored = metrics.scored_cells(case.truth, fields.ocean, case.observed)
         mine = rows[(rows["frame"] == where.frame) & (rows["seed"] == where.seed) & (rows["pattern"] == where.pattern)]
-        for name in results.BASELINES:
+        for name in methods.DETERMINISTIC:
             made = run_method(name, trained, fields, [case], 1).members[0][0]
             np.testing.assert_allclose(mine[f"mse_{name}"], metrics.mse(made, case.truth, scored), rtol=1e-5)
 
@@ -822,7 +822,7 @@ def test_every_method_is_in_the_table_of_all():
     path = next(path for path in SWEEPS if path.stem == "methods")
     module = loaded(path)
     usual, full = (read_points(module.get_config(arg)) for arg in ("", "full"))
-    assert {point.method for point in usual} == {*methods.METHODS} - {*results.BASELINES, "given", *module.STAGES}
+    assert {point.method for point in usual} == {*methods.METHODS} - {*methods.DETERMINISTIC, "given", *module.STAGES}
     every = sample.method("multistage")
     for name in module.STAGES:
         stages = sample.method(name)
