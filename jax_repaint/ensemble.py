@@ -270,18 +270,46 @@ def survivors(
     for frame, x, failed in zip(frames, outcome.x, outcome.failed, strict=True):
         fine = (failed < 0).all(-1)
         where = [str(sample.first_failure(stages, one)) for one in failed[~fine]]
-        if fine.sum() < min(2, len(fine)):
-            raise InputError(
-                f"{name}: {len(where)} of {len(fine)} members of frame {frame} are not finite, the first one from "
-                f"{where[0]}; smaller steps (guidance_scale) or another denoiser may help"
-            )
-        if where:
-            logging.warning(
-                "%s: %d of %d members of frame %d are left out, not finite from %s",
-                name, len(where), len(fine), frame, "; ".join(where),
-            )  # fmt: skip
+        remedy = "smaller steps (guidance_scale) or another denoiser may help"
+        first, every = (f" from {'; '.join(some)}" for some in (where[:1], where))
+        _check_left(name, frame, fine, f", the first one{first}; {remedy}", every)
         kept.append(x[fine])
     return kept
+
+
+def finite_members(
+    name: str, frames: Sequence[int], ensembles: Sequence[np.ndarray], ocean: np.ndarray, antithetic: bool = False
+) -> list[np.ndarray]:
+    """The members of each frame that are finite, and a warning that says how many are not: `survivors` of others.
+
+    Args:
+      name: of the method, for messages.
+      frames: of the ensembles (M, y, x, 2).
+      ocean: (y, x) bool, the cells that have values.
+      antithetic: whether members 2j and 2j + 1 are partners, which are kept or left out together.
+
+    Raises:
+      InputError: a frame has fewer than two members left (or none, where one was asked for).
+    """
+    kept = []
+    for frame, x in zip(frames, ensembles, strict=True):
+        fine = np.isfinite(x[:, ocean]).all((1, 2))
+        if antithetic:
+            fine = fine.reshape(-1, 2).all(1).repeat(2)
+        _check_left(name, frame, fine, "; another method or another denoiser may help")
+        kept.append(x if fine.all() else x[fine])
+    return kept
+
+
+def _check_left(name: str, frame: int, fine: np.ndarray, remedy: str, where: str = "") -> None:
+    """Warns of members that are not finite; raises InputError where too few are left."""
+    lost, members = int((~fine).sum()), len(fine)
+    if members - lost < min(2, members):
+        raise InputError(f"{name}: {lost} of {members} members of frame {frame} are not finite{remedy}")
+    if lost:
+        logging.warning(
+            "%s: %d of %d members of frame %d are left out, not finite%s", name, lost, members, frame, where
+        )
 
 
 @jax.jit

@@ -14,6 +14,7 @@ from jax_repaint.cases import OBSERVATION_ERROR, Case, GPBaseline, hold_out, kno
 from jax_repaint.checks import whole_number
 from jax_repaint.data.fields import Fields
 from jax_repaint.ensemble import (
+    finite_members,
     frame_batches,
     in_chunks,
     member_keys,
@@ -135,9 +136,11 @@ def run_method(
       chunk: members sampled at a time, of several cases where they have fewer; what pays on the device by default.
       count: noise levels of posterior samplers.
 
+    Members that are not finite are left out, of antithetic pairs both.
+
     Raises:
       InputError: an unknown method, an odd number of antithetic members, a method that asks the network about noise
-        it was not trained for, too little memory for one member.
+        it was not trained for, too little memory for one member, a case with fewer than two members left.
     """
     began = time.monotonic()
     chunk = chunk or device.usual_batch()
@@ -195,6 +198,8 @@ def run_method(
         calls = hyper.calls
     else:
         raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
+    if name == "linear_samples" or name in POSTERIOR:
+        made = finite_members(name, frames, made, trained.ocean, name in PAIRED)
     return Result(made, (time.monotonic() - began) / len(cases), calls * members, name in PAIRED)
 
 

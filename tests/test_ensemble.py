@@ -17,6 +17,7 @@ from jax_repaint import ensemble, gains, guide, observe
 from jax_repaint.denoise import PrincipalGaussian, Regimes
 from jax_repaint.ensemble import (
     batch_shape,
+    finite_members,
     frame_batches,
     in_chunks,
     member_keys,
@@ -352,6 +353,26 @@ def test_survivors(broken, caplog):
     message = r"guided: 7 of 8 members of frame 5 are not finite, .* stage 1, iteration 6, t 5"
     with pytest.raises(InputError, match=message):
         survivors("guided", STAGES, [5, 6, 9], Outcome(broken.x, failed))
+
+
+def test_members_that_are_not_finite_are_left_out_with_their_partners(caplog):
+    ocean = np.array([[True, False], [True, True]])
+    made = np.random.default_rng(0).standard_normal((3, 6, 2, 2, 2))
+    made[:, :, ~ocean] = np.nan
+    made[1, 3, 1, 0, 1] = np.inf
+    alone, pairs = (finite_members("kalman", [5, 6, 9], made, ocean, antithetic=both) for both in (False, True))
+    for kept, left in ((alone, [0, 1, 2, 4, 5]), (pairs, [0, 1, 4, 5])):
+        np.testing.assert_array_equal(kept[1], made[1, left])
+        np.testing.assert_array_equal(kept[0], made[0])
+        np.testing.assert_array_equal(kept[2], made[2])
+    assert [record.message for record in caplog.records] == [
+        f"kalman: {lost} of 6 members of frame 6 are left out, not finite" for lost in (1, 2)
+    ]
+    made[2, :5, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match=r"kalman: 5 of 6 members of frame 9 are not finite; another method"):
+        finite_members("kalman", [5, 6, 9], made, ocean)
+    (one,) = finite_members("kalman", [5], made[:1, :1], ocean)
+    np.testing.assert_array_equal(one, made[0, :1])
 
 
 def test_guidance_explodes_and_says_so(gaussian, known):

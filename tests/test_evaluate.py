@@ -356,6 +356,9 @@ def test_no_network_is_asked_about_noise_beyond_its_training(trained, fields, ca
 def test_mistakes_of_methods(trained, fields, cases):
     with pytest.raises(InputError, match="method 'magic' is not one of climatology"):
         run_method("magic", trained, fields, cases, 4)
+    broken = dataclasses.replace(trained, params=jax.tree.map(lambda leaf: leaf * np.nan, trained.params))
+    with pytest.raises(InputError, match=rf"kalman: 4 of 4 members of frame {cases[0].frame} are not finite; another"):
+        run_method("kalman", broken, fields, cases[:1], 4, count=3)
     with pytest.raises(InputError, match="come in pairs, got 3 members"):
         run_method("kalman", trained, fields, cases, 3)
 
