@@ -17,7 +17,7 @@ and the others of posterior.Posterior.create.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,8 @@ MEMBERS = "members"  # of one point; in its rows and its tasks by the sizes of i
 _LEVELS = {"levels": "count", "sigma_max": "sigma_max", "sigma_min": "sigma_min"} | {
     name: name for name in ("eta", "dps_step", "cg_steps", "second_order", "stop_sigma")
 }
+
+_OF_ONE = {"dps_step": "dps", "cg_steps": "mmps"}  # settings of one posterior sampler alone
 
 
 def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
@@ -186,7 +188,8 @@ def _settings(method: str) -> set[str]:
     """Names of the settings of a method."""
     if method in methods.REPAINT:
         return {*inspect.signature(Repaint.create).parameters, *sample.METHODS[method], "var_decay"}
-    return set(_LEVELS) if method in methods.POSTERIOR else set()
+    others = {name for name, owner in _OF_ONE.items() if owner != method}
+    return set(_LEVELS) - others if method in methods.POSTERIOR else set()
 
 
 Program = tuple[Repaint, ...] | Posterior | None
@@ -204,6 +207,7 @@ def make_program(point: Point, trained: Model) -> Program:
         if point.repaint:
             stages = {key: value for key, value in point.hyper.items() if key != "var_decay"}
             program = sample.method(point.method, trained.steps.steps, **stages)
+            _check_effect(point, program)
         elif point.method in methods.POSTERIOR:
             hyper = {_LEVELS[key]: value for key, value in point.hyper.items()}
             usual = methods.levels_of(trained, point.method).sigma
@@ -214,6 +218,24 @@ def make_program(point: Point, trained: Model) -> Program:
     except InputError as e:
         raise InputError(f"{point.label}: {e}") from e
     return program
+
+
+def _check_effect(point: Point, stages: Sequence[Repaint]) -> None:
+    """Raises InputError at a setting without any effect, which would look like one that has been tried."""
+    even = all(stage.noise_floor == 1 for stage in stages)
+    trusting = any(stage.blend > 0 or stage.guided for stage in stages)
+    idle = {
+        "gamma": ("noise_floor below 1 and a normalise other than flat",
+                  even or all(stage.normalise == "flat" for stage in stages)),
+        "anneal": ("noise_floor below 1", even),
+        "normalise": ("noise_floor below 1, blend or guidance", even and not trusting),
+        "confidence_floor": ("blend or guidance", not trusting),
+        "var_decay": ("more than one stage", len(stages) == 1),
+    }  # fmt: skip
+    for name in point.hyper:
+        needs, nothing = idle.get(name, ("", False))
+        if nothing:
+            raise InputError(f"{name} has no effect without {needs}")
 
 
 def describe(point: Point, program: Program) -> dict[str, Any]:
