@@ -12,7 +12,7 @@ so that a correction is a choice of V ~= Cov[x0 | x], and of sigma^2 J^T, J = dx
     cov_pigdm  V = C_t                     x0 + sigma^2 J^T A^T S^-1 (y - A x0)
     pigdm      V = sigma^2 / (1 + sigma^2) I, otherwise cov_pigdm
     mmps       V = sigma^2 J               the same, S^-1 by conjugate gradients
-    dps        a step of constant length along the gradient of |y - A x0|
+    dps        a step proportional to the gradient of |y - A x0|
     given      none: the denoiser itself has been given y (conditional.py)
 
 C_t = (Sigma^-1 + I / sigma^2)^-1 is exact for a Gaussian prior (gains.py). Every correction is called as
@@ -159,9 +159,9 @@ def dps(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: E
 
     Under ancestral steps (eta = 1) to sigma' = `sigma_next` this moves the variance-preserving x_t by
     -step grad_{x_t} |y - A x0|, as Chung et al. 2023 ("Diffusion Posterior Sampling for General Noisy Inverse
-    Problems", algorithm 1 with its normalised step). `step` is a length in standardised units (standard deviations
-    of the field), taken once a level: it has to be tuned again for another number of levels. Implementations that
-    differentiate the square and divide by the norm take twice the step.
+    Problems", algorithm 1 with its normalised step). `step` multiplies a gradient without units and so has those of the
+    field (standard deviations). It is taken once a level: it has to be tuned again for another number of levels.
+    Implementations that differentiate the square and divide by the norm take twice the step.
     """
     x0, pull = jax.vjp(denoise, x)
     misfit = evidence.misfit(x0)

@@ -84,8 +84,8 @@ class Posterior:
         if not 0 < dps_step < math.inf:
             raise InputError(f"dps_step must be positive and finite, got {dps_step}")
         cg_steps = whole_number("cg_steps", cg_steps, 1)
-        if not stop_sigma <= sigma_max:
-            raise InputError(f"stop_sigma {stop_sigma} is above the first level {sigma_max}")
+        if not 0 <= stop_sigma <= sigma_max:
+            raise InputError(f"stop_sigma must be from 0 to the first level {sigma_max}, got {stop_sigma}")
         sigma = levels(count, sigma_min, sigma_max)
         # The first level always runs: rounding may leave it a little below sigma_max.
         run = np.append(True, sigma[1:] >= stop_sigma)

@@ -52,7 +52,7 @@ class Length:
       epoch: steps.
       before: epochs of Adam at a constant rate.
       after: epochs of each branch.
-      held_out: validation frames.
+      held_out: validation frames; all of them where there are fewer.
       dispatch: steps between two changes of the rate, and between two averages of the weights.
     """
 
@@ -132,7 +132,8 @@ def run(
     length = length or Length()
     settings = {"config": config.to_dict(), "length": dataclasses.asdict(length), "fields": fields.hash()}
     settings = json.loads(json.dumps(settings))
-    block = block_length(dataclasses.replace(split, test=split.validation), length.held_out)
+    held_out = min(length.held_out, split.validation.size)
+    block = block_length(dataclasses.replace(split, test=split.validation), held_out)
     path = folder / SETTINGS
     if path.exists():
         if json.loads(path.read_text()) != settings:

@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from jax_repaint import metrics, structures
+from jax_repaint.checks import whole_number
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 
@@ -81,8 +82,7 @@ def ratio_of_means(
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
         raise InputError(f"frame {i} cannot be compared: MSE {method[i]} against {baseline[i]}")
-    if block < 1:
-        raise InputError(f"a block has at least one frame, got {block}")
+    block = whole_number("block", block, 1)
     n = method.size
     lo = hi = math.nan
     if n >= 2 * block:

@@ -97,7 +97,7 @@ def energy_bands(field: np.ndarray, dx: float, dy: float) -> tuple[np.ndarray, n
         E_ij = (U_ij^2 + V_ij^2) / (2 Y X),   k_ij = sqrt((i / Y dy)^2 + (j / X dx)^2) / 2
 
     with orthonormal type-II coefficients U, V, which need no periodic field. Bands are 1 / (2 L) wide, L the
-    shorter side, and start at 1 / (4 L): the mean flow and what is longer than the shorter side stay out.
+    shorter side, and start at 1 / (4 L): the mean flow and what is longer than four times the shorter side stay out.
 
     Args:
       field: (..., y, x, 2) in m/s, finite.
@@ -125,8 +125,9 @@ def spectrum(truth: np.ndarray, members: np.ndarray, ocean: np.ndarray, dx: floa
     Observed cells inside the rectangle take part: a transform has no holes.
 
     Raises:
-      InputError: the rectangle is smaller than 8 by 8 cells, or a field is not finite there.
+      InputError: the rectangle is smaller than 8 by 8 cells, a field is not finite there, a size is not positive.
     """
+    metrics.require_sizes(dx, dy, np.ones((1, 1), bool))
     valid = metrics.known_cells(truth, ocean)
     metrics.on_scored(truth, members, valid)
     rows, columns = ocean_rectangle(valid)
@@ -150,6 +151,9 @@ def divergence_vorticity(
     Returns:
       divergence (..., y, x), vorticity (..., y, x), both zero outside `interior`, and interior (y, x) bool:
       ocean cells whose four neighbours are ocean.
+
+    Raises:
+      InputError: cell sizes that are not positive, or not one for each cell.
     """
     u_x, u_y, v_x, v_y, interior = _gradient(field, ocean, dx, dy)
     return u_x + v_y, v_x - u_y, interior
@@ -160,6 +164,7 @@ def _gradient(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """u_x, u_y, v_x, v_y by centred differences, 1/s, zero outside interior, and interior (y, x) bool."""
     ocean = np.asarray(ocean, bool)
+    metrics.require_sizes(dx, dy, ocean)
     field = np.where(ocean[..., None], np.asarray(field, np.float64), 0)
     interior = np.zeros_like(ocean)
     interior[1:-1, 1:-1] = ocean[1:-1, 1:-1] & ocean[:-2, 1:-1] & ocean[2:, 1:-1] & ocean[1:-1, :-2] & ocean[1:-1, 2:]
@@ -184,10 +189,12 @@ def derivative_scores(
     Keys: {divergence, vorticity}_{error, member, truth}; error and member are averaged over members.
 
     Raises:
-      InputError: no stencil of five ocean cells is scored, shapes that do not fit.
+      InputError: no stencil of five ocean cells is scored, shapes that do not fit, a member that is not finite where
+        the truth is known, a cell size that is not positive.
     """
-    metrics.on_scored(truth, members, scored)
     valid = metrics.known_cells(truth, ocean)
+    metrics.on_scored(truth, members, scored)
+    metrics.on_scored(truth, members, valid)
     *of_truth, interior = divergence_vorticity(truth, valid, dx, dy)
     of_members = divergence_vorticity(members, valid, dx, dy)[:2]
     where = interior & scored

@@ -526,6 +526,29 @@ def test_derivative_scores_of_a_rotation_too_fast():
     lonely[0, 0] = True
     with pytest.raises(InputError, match="four ocean neighbours"):
         structures.derivative_scores(rotation, members, lonely, ocean, 50.0, 50.0)
+    for size in (-2.0, 0.0, np.nan):
+        for sizes in ((size, 50.0), (50.0, np.full(SHAPE, size))):
+            with pytest.raises(InputError, match="cell sizes are positive numbers of metres"):
+                structures.derivative_scores(rotation, members, ocean, ocean, *sizes)
+        with pytest.raises(InputError, match="cell sizes are positive numbers of metres"):
+            structures.spectrum(rotation, members, np.ones(SHAPE, bool), 50.0, size)
+    # Beside the one scored cell, where its derivative needs it.
+    y, x = np.argwhere(structures.divergence_vorticity(rotation, ocean, 50.0, 50.0)[2])[0]
+    lonely[0, 0], lonely[y, x] = False, True
+    members[1, y, x + 1] = np.nan
+    with pytest.raises(InputError, match="a member is not finite"):
+        structures.derivative_scores(rotation, members, lonely, ocean, 50.0, 50.0)
+
+
+def test_waves_up_to_four_times_the_shorter_side_are_in_the_first_band():
+    """Along a channel of three sides, a wave of three sides, and half a wave of six, which is what is too long."""
+    side, cells = 16, np.arange(48) + 0.5
+    for half_waves, inside in ((2, True), (1, False)):
+        field = np.zeros((side, 48, 2))
+        field[..., 0] = np.cos(np.pi * half_waves * cells / 48)
+        wavenumber, energy = structures.energy_bands(field, 50.0, 50.0)
+        np.testing.assert_allclose(wavenumber[0], 1 / (2 * side * 50))
+        np.testing.assert_allclose(energy[0], 0.25 if inside else 0, atol=1e-12)
 
 
 # --- eddies -------------------------------------------------------------------------------------------------
@@ -765,8 +788,9 @@ def test_ratio_rejects_what_cannot_be_paired():
         scoring.ratio_of_means([1.0, 1.0], [1.0, 0.0], block=1, seed=0)
     with pytest.raises(InputError, match="frame 0"):
         scoring.ratio_of_means([math.nan, 1.0], [1.0, 1.0], block=1, seed=0)
-    with pytest.raises(InputError, match="at least one frame"):
-        scoring.ratio_of_means([1.0], [1.0], block=0, seed=0)
+    for block in (0, 2.5):
+        with pytest.raises(InputError, match=f"block must be a whole number, at least 1, got {block}"):
+            scoring.ratio_of_means([1.0], [1.0], block=block, seed=0)
     short = scoring.ratio_of_means([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], block=2, seed=0)
     assert math.isnan(short.lo)
     assert short.ratio == 1.0

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 
 from jax_repaint import gains, guide, memory
+from jax_repaint.checks import whole_number
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
@@ -69,11 +70,12 @@ def fit(
       kernel_root: R (values, values), standardised, component fastest.
 
     Raises:
-      InputError: fewer than two frames, a share outside [0, 1] or below 1 without a kernel.
+      InputError: fewer than two frames, no direction, a share outside [0, 1] or below 1 without a kernel.
     """
     n = len(x)
     if n < 2:
         raise InputError(f"a covariance needs at least two frames, got {n}")
+    rank = whole_number("rank", rank, 1)
     if not 0 <= share <= 1 or (share < 1 and kernel_root is None):
         raise InputError(f"the share of the training covariance is 1, or in [0, 1] beside a kernel; got {share}")
     values = np.asarray(x, np.float32)[:, ocean].reshape(n, -1)
