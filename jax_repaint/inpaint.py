@@ -43,7 +43,7 @@ from jax_repaint.unfinished import Unfinished
 
 METHODS = ("linear_samples", *methods.REPAINT, *methods.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
-STRANGE = 20  # standard deviations from the mean
+STRANGE, IMPOSSIBLE = 20, 100  # standard deviations from the mean that are warned of, and refused
 DRAWN = 3  # fields in a picture
 MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
 LARGEST_ERROR = 1e6  # m/s
@@ -166,19 +166,35 @@ def _check_units(trained: Model, frames: Sequence[Observed]) -> None:
     """Warns of the observation that is least like a current of the training.
 
     Raises:
-      InputError: most of a table is unlike any.
+      InputError: most are unlike any, some hold the same value that is unlike any, or one cannot be a current.
     """
     mean, std = trained.standardiser.mean, trained.standardiser.std
     values = [np.asarray(frame.observation.values)[: frame.count] for frame in frames]
     away = [np.abs((one - mean) / std).max(1) for one in values]
-    typical = float(np.median(np.concatenate(away)))
-    if typical > STRANGE and frames[0].rows is not None:
+    typical = float(np.quantile(np.concatenate(away), 0.5, method="lower"))
+    if typical > STRANGE:
         raise InputError(
             f"the observations are typically {typical:.0f} standard deviations of the training currents away from "
             "their mean; they must be in m/s"
         )
+    every = np.concatenate(values)
+    strange = np.abs((every - mean) / std) > STRANGE
+    for name, ours, theirs in zip("uv", every.T, strange.T, strict=True):
+        number, times = np.unique(ours[theirs], return_counts=True)
+        if times.max(initial=0) > 1:
+            raise InputError(
+                f"{times.max()} of {len(every)} observations have {name} = {number[times.argmax()]:g} m/s exactly, "
+                "unlike any current of the training; is a fill value undeclared? leave them out"
+            )
     number = max(range(len(frames)), key=lambda i: away[i].max())
     worst = int(away[number].argmax())
+    if away[number][worst] > IMPOSSIBLE:
+        u, v = values[number][worst]
+        raise InputError(
+            f"{_whereabouts(trained, frames[number], worst)}: (u, v) = ({u:.4g}, {v:.4g}) is "
+            f"{away[number][worst]:.0f} standard deviations of the training currents away from their mean; leave it "
+            "out, or give it in m/s"
+        )
     if away[number][worst] > STRANGE:
         logging.warning(
             "an observation is %.0f standard deviations of the training currents away from their mean; is it in m/s, "

@@ -658,7 +658,10 @@ BAD = {
     "another grid": (np.zeros((6, 12, 2)), "not on the model's grid"),
     "another array": (np.zeros((7, 12)), "not on the model's grid"),
     "an array of text": (np.full((7, 12, 2), "a"), "holds numbers"),
-    "an array on land": (np.ones((7, 12, 2)), "observed but lies on land"),
+    "an array on land": (
+        np.ones((7, 12, 2)),
+        r"has values in 20 cells that are land of the model, the first one \(y=0, x=0\); --leave_out .* leaves",
+    ),
     "an infinite cell": (np.where(np.isnan(gappy()), np.nan, np.inf), "infinite"),
     "a list": ([1, 2], "got list"),
     "no file": ("nowhere.csv", "cannot read nowhere.csv: No such file"),
@@ -693,13 +696,40 @@ def test_rows_that_cannot_be_used_are_left_out_when_asked(caplog, tmp_path):
     assert not caplog.records
     with pytest.raises(InputError, match="no observation is left: the observations has 2 observations on land"):
         collect(at(lat=18.0), GRID, leave_out=True)
-    with pytest.raises(InputError, match="goes with tables of points"):
-        collect(gappy(), GRID, leave_out=True)
     # Rows are counted as they stand in the table.
     with pytest.raises(InputError, match=r"time is no date such as .* in rows 7, 8"):
         collect(untidy().assign(time=[*["2020-01-01"] * 7, "noon", "noon"]), GRID, leave_out=True)
     with pytest.raises(InputError, match="must be positive, but is not in row 3"):
         collect(untidy().assign(sigma=[0.1, 0, 0, 0, *[0.1] * 5]), GRID, leave_out=True)
+
+
+def test_cells_on_land_are_left_out_when_asked(tmp_path, caplog):
+    """Of an array, and of a file of three fields with errors of their own, one of which has values on land."""
+    ashore, path = gappy(), tmp_path / "radar.nc"
+    ashore[0, :2] = 0.1, 0.2
+    right = three_times((gappy(), None), time=np.array(["2020-01-01", "2020-01-02", "2020-01-03"], "datetime64[ns]"))
+    for name, standard in (("u", "eastward_sea_water_velocity"), ("v", "northward_sea_water_velocity")):
+        right[name].attrs = {"standard_name": standard, "units": "m s-1"}
+        right[f"{name}_error"] = xr.full_like(right[name], 0.02)
+        right[f"{name}_error"].attrs = {"standard_name": f"{standard} standard_error", "units": "m s-1"}
+    series = right.copy(deep=True)
+    for name in "uv":
+        series[name][1, 0, :2] = 0.3
+    series.to_netcdf(path)
+    for source, other in ((ashore, gappy()), (path, right)):
+        with pytest.raises(
+            InputError, match=r"values in 2 cells that are land of the model, the first one \(y=0, x=0\)"
+        ):
+            collect(source, GRID)
+        caplog.clear()
+        found, expected = collect(source, GRID, leave_out=True), collect(other, GRID, leave_out=True)
+        assert (
+            caplog.text.count("in 2 cells that are land of the model, the first one (y=0, x=0); they are left out") == 1
+        )
+        for one, two in zip(found, expected, strict=True):
+            assert one.count == two.count
+            np.testing.assert_array_equal(one.observation.cells, two.observation.cells)
+            np.testing.assert_array_equal(one.observation.values, two.observation.values)
 
 
 def test_many_bad_points_are_counted_and_a_few_named():
@@ -987,8 +1017,31 @@ def test_a_table_in_cm_s_is_refused(trained, caplog):
     quietly(trained, points, method="linear_samples")
     assert not caplog.records
     other = points.assign(u=100 * points.u, v=100 * points.v)
-    with pytest.raises(InputError, match=r"typically \d\d standard deviations of the training currents .* in m/s"):
-        quietly(trained, other, method="linear_samples")
+    for wrong in (other, 100 * gappy()):
+        with pytest.raises(
+            InputError, match=r"typically \d\d\d? standard deviations of the training currents .* in m/s"
+        ):
+            quietly(trained, wrong, method="linear_samples")
+
+
+def test_fill_values_and_spikes_that_are_no_current_are_refused(trained):
+    for points in (table(9), table(9).assign(time=[f"2020-01-0{1 + n % 3}" for n in range(9)])):
+        points.loc[[2, 6], "v"] = -9.99
+        message = r"2 of 9 observations have v = -9\.99 m/s exactly, .* is a fill value undeclared\? leave them out"
+        with pytest.raises(InputError, match=message):
+            quietly(trained, points, method="linear_samples")
+    points = table(9)
+    points.loc[7, "u"] = 49.0
+    away = (49 - trained.standardiser.mean[0]) / trained.standardiser.std[0]
+    assert away > 100
+    with pytest.raises(
+        InputError, match=rf"row 7 .*: \(u, v\) = \(49, .*\) is {away:.0f} standard deviations .* leave it"
+    ):
+        quietly(trained, points, method="linear_samples")
+    velocity = gappy()
+    velocity[4, 6] = 0.1, -49.0
+    with pytest.raises(InputError, match=r"cell \(y=4, x=6\) .* leave it out"):
+        quietly(trained, velocity, method="linear_samples")
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def collect(
       sigma: standard error of u and v, m/s, of observations that bring none.
       time: the one time that all observations count for.
       step: times of a table are rounded to multiples of this, "1h" or "30min".
-      leave_out: whether rows of a table that are on land, outside the grid or without values are left out, with a
-        warning, instead of refused.
+      leave_out: whether rows of a table that are on land, outside the grid or without values, and cells of a field
+        that are on land, are left out, with a warning, instead of refused.
 
     Raises:
       InputError: no observation, one that is not finite, on land, outside the grid or has no positive error; a
@@ -122,8 +122,6 @@ def collect(
         return _from_table(source, grid, columns, sigma, when, step, name, leave_out)
     if step is not None:
         raise InputError("a step to round times to goes with tables of points")
-    if leave_out:
-        raise InputError("to leave out rows goes with tables of points")
     known = True
     if _is_pair(source):
         source = xr.Dataset(dict(zip("uv", source, strict=True)))
@@ -131,11 +129,14 @@ def collect(
         known = any(_dated(variable) for variable in source.coords.values())
         source, errors = _from_xarray(source, columns)
     if isinstance(source, Fields):
-        return _from_fields(source, errors, grid, sigma, when, known)
+        return _from_fields(source, errors, grid, sigma, when, known, leave_out)
     if isinstance(source, np.ndarray):
         if source.dtype.kind not in "fiu":
             raise InputError(f"an array of observations holds numbers, got {source.dtype}")
-        return [_of_cells(unmasked(source), grid, sigma, UNKNOWN if when is None else when, name)]
+        velocity = unmasked(source)
+        _check_cells(velocity, grid, name)
+        (velocity,) = _on_ocean(velocity[None], grid, name, leave_out)
+        return [_of_cells(velocity, grid, sigma, UNKNOWN if when is None else when, name)]
     raise InputError(
         f"observations are a path, a DataFrame, an xarray Dataset or pair of DataArrays, or an array (y, x, 2); "
         f"got {type(source).__name__}"
@@ -493,8 +494,9 @@ def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> tuple[Field
 
 
 def _from_fields(
-    fields: Fields, errors: Fields | None, grid: Grid, sigma: float, when: np.datetime64 | None, known: bool
-) -> list[Observed]:
+    fields: Fields, errors: Fields | None, grid: Grid, sigma: float, when: np.datetime64 | None, known: bool,
+    leave_out: bool,
+) -> list[Observed]:  # fmt: skip
     _check_grid(fields, grid)
     if when is not None and len(fields) > 1:
         raise InputError(f"{fields.name} has {len(fields)} times; one time can be given to one field only")
@@ -503,8 +505,27 @@ def _from_fields(
         times = [UNKNOWN]
     return [
         _of_cells(velocity, grid, sigma if errors is None else _errors_of(velocity, day, errors), time, fields.name)
-        for time, day, velocity in zip(times, fields.time, fields.velocity, strict=True)
+        for time, day, velocity in zip(
+            times, fields.time, _on_ocean(fields.velocity, grid, fields.name, leave_out), strict=True
+        )
     ]
+
+
+def _on_ocean(velocity: np.ndarray, grid: Grid, name: str, leave_out: bool) -> np.ndarray:
+    """Velocities (time, y, x, 2) without those of cells that are land of the model.
+
+    Raises:
+      InputError: there are such, and they are not to be left out.
+    """
+    ashore = np.isfinite(velocity).all(-1).any(0) & ~grid.ocean
+    if not ashore.any():
+        return velocity
+    y, x = np.argwhere(ashore)[0]
+    said = f"{name} has values in {ashore.sum()} cells that are land of the model, the first one (y={y}, x={x})"
+    if not leave_out:
+        raise InputError(f"{said}; {LEAVE_OUT}")
+    logging.warning("%s; they are left out", said)
+    return np.where(ashore[..., None], np.nan, velocity)
 
 
 def _errors_of(velocity: np.ndarray, time: np.datetime64, errors: Fields) -> np.ndarray:
@@ -553,9 +574,12 @@ def _overlap(fields: Fields, grid: Grid) -> bool:
     return bool(south <= north and apart <= width)
 
 
-def _of_cells(velocity: np.ndarray, grid: Grid, sigma: float | np.ndarray, time: np.datetime64, name: str) -> Observed:
+def _check_cells(velocity: np.ndarray, grid: Grid, name: str) -> None:
     if velocity.shape != (*grid.ocean.shape, 2):
         raise InputError(f"{name} {velocity.shape} is not on the model's grid, (y, x, 2) = {(*grid.ocean.shape, 2)}")
+
+
+def _of_cells(velocity: np.ndarray, grid: Grid, sigma: float | np.ndarray, time: np.datetime64, name: str) -> Observed:
     observed = np.isfinite(velocity).all(-1)
     if np.isinf(velocity).any():
         raise InputError(f"{name}: a velocity is infinite")
