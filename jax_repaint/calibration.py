@@ -572,7 +572,7 @@ def independent_length(series: np.ndarray) -> int:
 
     Means are over the frames, or pairs of them, that have a number; others hold NaN. The sum ends before the first
     autocorrelation r that is not positive, at a quarter of the record at the latest. Where r falls exponentially, the
-    means of neighbouring blocks then correlate by about 1 / 16.
+    means of neighbouring blocks then correlate by about 1 / 16; under tides and seasons, which come back, by more.
 
     Raises:
       InputError: fewer than two frames, or the same number in all of them.

@@ -923,9 +923,9 @@ In the tables of checks:
 
 - a `condition` has to hold before a claim can be judged at all; what is `beside` is shown and does not count;
 - "no effect" is a ratio within one per cent of 1;
-- intervals are of a paired moving-block bootstrap, in blocks of one decorrelation time or, where that is shorter, of a
-  quarter of the frames; over fewer than {FEWEST} frames they decide nothing. Those of wins are Wilson's, as if frames
-  were independent.
+- intervals are of a paired moving-block bootstrap, in blocks of one decorrelation time (longer ones where errors are
+  alike for longer), at most of a quarter of the frames; over fewer than {FEWEST} frames they decide nothing. Those of
+  wins are Wilson's, as if frames were independent.
 
 `average` is the notes' number: the average over frames of the ratio of one member's error to that of the notes'
 Gaussian process. Frames on which that is nearly right rule it, so that verdicts are on ratios of means. S1 to S10 are

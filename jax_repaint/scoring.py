@@ -57,13 +57,15 @@ def ratio_of_means(
     """Ratio of mean errors on the same frames, with a paired moving-block bootstrap interval.
 
     Neighbouring frames are alike, so blocks of them are drawn, and both methods always on the same blocks. A
-    mean of per-frame ratios would be ruled by frames on which the baseline happens to be nearly perfect.
+    mean of per-frame ratios would be ruled by frames on which the baseline happens to be nearly perfect. Where
+    the difference m - ratio b, which the interval is of, has a memory tau = 1 + 2 sum r_l (up to the first
+    r_l < 2 / sqrt(n)), a block is 2 tau long, if that is more than `block`, and at most a quarter of the frames.
     Percentiles of the B = n / block blocks are taken further out, at Phi(sqrt(B / (B - 1)) t_{B - 1}),
     because plain ones are too narrow for few blocks.
 
     Args:
       method_mse, baseline_mse: (n,) one number a frame, in the order of time.
-      block: frames in a block, at least as many as stay correlated.
+      block: frames in a block, at least.
       seed: of the resampling.
       level: of both intervals. The Wilson interval takes frames as independent.
 
@@ -84,6 +86,7 @@ def ratio_of_means(
         raise InputError(f"frame {i} cannot be compared: MSE {method[i]} against {baseline[i]}")
     block = whole_number("block", block, 1)
     n = method.size
+    block = max(block, min(_block(method - method.mean() / baseline.mean() * baseline), n // 4))
     lo = hi = math.nan
     if n >= 2 * block:
         rng = np.random.default_rng(seed)
@@ -107,6 +110,17 @@ def ratio_of_means(
         median=float(np.median(single)),
         frames=n,
     )
+
+
+def _block(x: np.ndarray) -> int:
+    """2 tau of a series of mean zero, tau = 1 + 2 sum_l r_l over lags before its autocorrelation is gone; 1 if none."""
+    square, found = float(x @ x), 0.0
+    for lag in range(1, x.size // 4):
+        r = float(x[lag:] @ x[:-lag]) / square if square > 0 else 0.0
+        if r < 2 / math.sqrt(x.size):
+            break
+        found += r
+    return math.ceil(2 * (1 + 2 * found)) if found else 1
 
 
 # --- tables --------------------------------------------------------------------------------------------

@@ -742,20 +742,39 @@ def correlated_errors(rng: np.random.Generator, n: int, memory: float) -> tuple[
 def test_bootstrap_interval_covers_the_ratio_of_correlated_frames():
     rng = np.random.default_rng(0)
     truth = math.exp(0.02)
-    hits = {1: 0, 20: 0}
+    hits = {1: 0, 3: 0, 20: 0}
     for _ in range(250):
         method, baseline = correlated_errors(rng, 150, 0.7)
         for block in hits:
             result = scoring.ratio_of_means(method, baseline, block, seed=1, resamples=400)
             hits[block] += result.lo <= truth <= result.hi
-    assert 0.88 <= hits[20] / 250 <= 0.98
-    # Taking correlated frames for independent ones gives intervals that are far too narrow.
-    assert hits[1] / 250 < 0.75
+    # However short the blocks that are asked for, e-folding times (3) among them, they are made long enough.
+    assert all(0.86 <= count / 250 <= 0.98 for count in hits.values()), hits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_block", lambda x: 1)
+        alone = [scoring.ratio_of_means(*correlated_errors(rng, 150, 0.7), 1, 1, resamples=400) for _ in range(250)]
+    assert sum(one.lo <= truth <= one.hi for one in alone) / 250 < 0.75
+
+
+def test_blocks_are_no_longer_where_nothing_is_remembered():
+    """Frames whose errors are independent keep the block that is asked for, in nearly every draw."""
+    rng = np.random.default_rng(0)
+    longer = sum(scoring._block(rng.standard_normal(128)) > 1 for _ in range(1000))
+    assert longer < 50
+    memory = np.exp(-1 / 6)
+    slow = [correlated_errors(rng, 4000, memory)[0] for _ in range(20)]
+    # 2 tau of an autoregression: tau = (1 + r) / (1 - r).
+    expected = 2 * (1 + memory) / (1 - memory)
+    assert np.mean([scoring._block(np.log(one) - np.log(one).mean()) for one in slow]) == pytest.approx(
+        expected, rel=0.1
+    )
 
 
 def test_interval_of_few_frames_is_as_wide_as_that_of_student():
     """Against a baseline that is always 1 the ratio is a mean, of ten numbers that a normal distribution might give."""
-    method = 1 + 0.1 * stats.norm.ppf((np.arange(10) + 0.5) / 10)
+    # In an order of their own, as sorted they would remember each other.
+    order = np.random.default_rng(0).permutation(10)
+    method = 1 + 0.1 * stats.norm.ppf((order + 0.5) / 10)
     found = scoring.ratio_of_means(method, np.ones(10), 1, 0, resamples=200_000)
     half = stats.t.ppf(0.975, 9) * method.std(ddof=1) / math.sqrt(10)
     np.testing.assert_allclose((found.lo - 1, found.hi - 1), (-half, half), rtol=0.025)

@@ -306,7 +306,7 @@ def test_rows_that_flatter_by_half_of_the_notes_difference(row, expected):
     assert judge("Frames in a row flatter the method", effects) == expected
 
 
-def test_seeds_of_a_frame_stay_in_one_block():
+def test_seeds_of_a_frame_stay_in_one_block(monkeypatch):
     rows = make_rows("head_to_head", by_method(gp_init=0.8), noise=0.3)
     again = make_rows("head_to_head", by_method(gp_init=0.8), noise=0.2).assign(seed=1)
     both = pd.concat([rows, again])
@@ -314,6 +314,7 @@ def test_seeds_of_a_frame_stay_in_one_block():
         findings.chosen(both, next(x for x in both["label"].unique() if x.startswith(m))) for m in ("gp_init", "plain")
     )
     errors = [one.sort_values(["frame", "seed"])["mse_member"].to_numpy() for one in (over, under)]
+    monkeypatch.setattr(scoring, "_block", lambda difference: 1)
     found = findings.paired(over, under)
     assert found == scoring.ratio_of_means(*errors, block=4, seed=0)
     assert found.lo != scoring.ratio_of_means(*errors, block=2, seed=0).lo
