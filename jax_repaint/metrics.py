@@ -338,15 +338,6 @@ def spread_skill(
     return float(np.sqrt(factor * np.mean(variance) / error)) if error > 0 else math.nan
 
 
-def member_range_level(members: int, level: float = 0.9, antithetic: bool = False) -> float:
-    """What `coverage` by order statistics gives M exchangeable members: `level`, less for few members.
-
-    min(level, (M - 1) / (M + 1)),   M halved for antithetic members
-    """
-    count = members // 2 if antithetic else members
-    return min(level, (count - 1) / (count + 1))
-
-
 def half_width(members: int, antithetic: bool = False, level: float = 0.9) -> float:
     """Half the width of a central interval of M Gaussian members, in their standard deviations.
 
@@ -373,8 +364,8 @@ def coverage(
 
     Few members do not know their std, which is why q is not the Gaussian quantile (1.645 for 90 %) it tends
     to: with it a perfect ensemble of any size covers `level`. For antithetic pairs the second takes the two
-    halves of the ensemble one by one. The
-    member range of a small ensemble covers less than `level`: `member_range_level` says how much.
+    halves of the ensemble one by one. Of M exchangeable members (M in a half) the order statistics cover
+    min(level, (M - 1) / (M + 1)).
 
     Raises:
       InputError: fewer than two members (two pairs if antithetic), level not in (0, 1), shapes that

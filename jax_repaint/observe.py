@@ -5,7 +5,6 @@ up to four grid cells with bilinear weights; an observed cell is a position with
 to a bucket so that another pattern of similar size does not compile again; padded rows have `valid` False.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -326,24 +325,6 @@ def pad_grid(observation: Observation, shape: tuple[int, int], padded: tuple[int
     """The same observation on a grid padded to the north and east, where flat indices are different."""
     y, x = observation.cells // shape[1], observation.cells % shape[1]
     return observation.replace(cells=y * padded[1] + x)
-
-
-def stack(observations: Sequence[Observation]) -> Observation:
-    """Observations of several frames as one batch, padded to the largest of them."""
-    size = max(o.size for o in observations)
-
-    def grow(o: Observation) -> Observation:
-        extra = size - o.size
-        rows = ((0, extra), (0, 0))
-        return Observation(
-            cells=jnp.pad(o.cells, rows),
-            weights=jnp.pad(o.weights, rows),
-            values=jnp.pad(o.values, rows),
-            sigma=jnp.pad(o.sigma, rows, constant_values=1.0),
-            valid=jnp.pad(o.valid, (0, extra)),
-        )
-
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(grow, observations))
 
 
 def pattern_rng(seed: int, frame: int) -> np.random.Generator:

@@ -153,18 +153,6 @@ def test_pad_grid_sees_the_same_cells():
     assert not np.asarray(wide.adjoint(observation.sigma, padded))[SHAPE[0] :].any()
 
 
-def test_stack_pads_to_the_largest():
-    parts = [points(*scattered(count)) for count in (3, 40)]
-    both = observe.stack(parts)
-    assert both.cells.shape == (2, 64, 4)
-    seen = jax.vmap(observe.Observation.apply, (0, None))(both, jnp.asarray(FIELD))
-    for number, (part, count) in enumerate(zip(parts, (3, 40), strict=True)):
-        np.testing.assert_allclose(seen[number, :count], part.apply(jnp.asarray(FIELD))[:count], atol=1e-6)
-        assert not seen[number, count:].any()
-        assert int(both.valid[number].sum()) == count
-    assert (np.asarray(both.sigma)[0, 3:] == 1).all()
-
-
 # --- mistakes -----------------------------------------------------------------------------------------------
 
 
