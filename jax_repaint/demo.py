@@ -5,7 +5,7 @@
 
 Without arguments the network that comes with the package fills a held-out frame of the Ram Head twin. With a file, a
 network is first trained on its training range, briefly; the linear estimate that it starts from is good from the first
-step. Writes table.csv, fields.nc and figure.png.
+step. Writes table.csv, fields.nc and figure.png; of what is there it replaces what an earlier demo or evaluation wrote.
 """
 
 import math
@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from jax_repaint import SHIPPED, command, distributed, evaluate, files, methods, model, observe, train
+from jax_repaint import SHIPPED, command, distributed, evaluate, methods, model, observe, train
 from jax_repaint.cases import block_length, files_of, held_out, pick
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, carve
@@ -81,6 +81,8 @@ def main(_) -> None:
     """Inpaints and says where the results are."""
     methods.check_methods(FLAGS.methods, FLAGS.members)
     out = Path(FLAGS.out)
+    # Before the training.
+    evaluate.check_out(out, inputs=readers.files_of(FLAGS.fields) if FLAGS.fields else ())
     if FLAGS.fields:
         if "given" in FLAGS.methods:
             raise InputError(
@@ -88,8 +90,6 @@ def main(_) -> None:
             )
         if not (FLAGS.train_range and FLAGS.test_range):
             raise InputError("--fields needs --train_range and --test_range, for instance 0:250 and 275:365")
-        # Before the training; evaluate.run asks it of all its files.
-        files.check_kept(out / "fields.nc", readers.files_of(FLAGS.fields))
         series = readers.read(FLAGS.fields)
         for pattern in FLAGS.patterns:
             observe.parse(pattern, series.ocean, observe.pattern_rng(FLAGS.seed, 0))

@@ -10,7 +10,8 @@ with ensemble mean, over the same frames, against the best of the baselines.
 The model's frames are split again as in its training; the frames that are scored are drawn from the test part, or with
 --fields=FILE --part=all from a whole file of which no frame had a part in training, such as another season. The
 method that the model is calibrated for has two rows, as it is and calibrated; --raw leaves the second out.
-Stopped or killed, the same command goes on with the fields that it had not done.
+Stopped or killed, the same command goes on with the fields that it had not done. In --out it replaces what an earlier
+evaluation wrote, and nothing else.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import h5netcdf
 import numpy as np
 import tqdm
 import xarray as xr
@@ -37,6 +39,7 @@ from jax_repaint.cases import (
 )
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
+from jax_repaint.data.probe import check_hdf5
 from jax_repaint.errors import InputError
 from jax_repaint.methods import (
     BASELINES,
@@ -54,6 +57,14 @@ from jax_repaint.methods import (
 from jax_repaint.model import Model
 from jax_repaint.unfinished import Unfinished
 
+# The first columns of each table.
+TABLES = {
+    "table.csv": "pattern,method,frames,members,",
+    "frames.csv": "pattern,frame,time,method,",
+    "details.csv": "pattern,method,energy_score,",
+}
+FIELDS, FIGURE = "fields.nc", "figure.png"
+TRUTH = "eastward_sea_water_velocity_truth"  # a variable of these files of fields alone
 PART = 16  # cases of a network's method that are kept together when they are done
 
 
@@ -251,6 +262,50 @@ def example(trained: Model, case: Case, members: np.ndarray, spread: np.ndarray)
     )
 
 
+def check_out(out: Path, kept: Sequence[str] = (), inputs: Sequence[Path] = ()) -> None:
+    """Before long work: whether what `run` writes into a folder would replace only what it wrote there before.
+
+    Args:
+      kept, inputs: as for `run`.
+
+    Raises:
+      InputError: a file of these names that no evaluation wrote, or that is read; the folder of a model.
+    """
+    if (out / model.DESCRIPTION).exists() or (out / model.WEIGHTS).exists():
+        raise InputError(f"cannot write an evaluation to {out}: it is the folder of a model; give --out another")
+    names = [*TABLES, FIELDS, *map(_file_of, kept)]
+    for name in (*names, FIGURE):
+        files.check_kept(out / name, inputs)
+    there = [name for name in names if (out / name).exists()]
+    others = [name for name in there if not _is_ours(out / name)]
+    # A picture does not say what it is of; it is written last, so that a table is there if it is of an evaluation.
+    if not there and (out / FIGURE).exists():
+        others = [FIGURE]
+    if others:
+        raise InputError(
+            f"cannot write an evaluation to {out}: {others[0]} is there, and is not of an earlier one; give --out "
+            "another folder"
+        )
+
+
+def _file_of(method: str) -> str:
+    return f"fields_{method}.nc"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an evaluation wrote a table or a file of fields."""
+    try:
+        if path.name in TABLES:
+            with path.open("rb") as file:
+                head = TABLES[path.name].encode()
+                return file.read(len(head)) == head
+        check_hdf5(path)
+        with h5netcdf.File(path) as data:
+            return TRUTH in data.variables
+    except (OSError, InputError, ValueError, KeyError, RuntimeError):
+        return False
+
+
 def run(
     trained: Model,
     fields: Fields,
@@ -278,6 +333,10 @@ def run(
       kept: other methods whose members are written too, into fields_{method}.nc.
       raw: whether to leave out the row {method}_calibrated of the method that the model's calibration is for.
       inputs: files that are read, which `out` must not replace.
+
+    Raises:
+      InputError: methods, members or patterns that cannot be used, a folder that cannot be written or holds other
+        files of these names.
     """
     check_methods(methods, members)
     if not set(methods) & set(DETERMINISTIC):
@@ -286,14 +345,15 @@ def run(
     patterns = list(dict.fromkeys(patterns))
     added = None if raw else calibrated_name(trained, methods, members)
     shown = shown or (added if added and methods[-1] == trained.calibration.method else methods[-1])
-    written = {shown: "fields.nc"} | {name: f"fields_{name}.nc" for name in kept if name != shown}
+    written = {shown: FIELDS} | {name: _file_of(name) for name in kept if name != shown}
     for name in written:
         if name not in (*methods, added):
             raise InputError(f"{name} is not among the methods that are run, {', '.join(methods)}")
+    check_out(out, [name for name in written if name != shown], inputs)
     cases = make_cases(trained, fields, numbers, patterns, seed)
     _check_model(trained, methods)
-    for name in ("table.csv", "frames.csv", "details.csv", *written.values(), "figure.png"):
-        files.check_writable(out / name, inputs=inputs)
+    for name in (*TABLES, *written.values(), FIGURE):
+        files.check_writable(out / name)
     unfinished = Unfinished(out / "unfinished")
     unfinished.begin(trained, {
         "fields": fields.hash(), "numbers": list(map(int, numbers)), "patterns": patterns, "members": members,
@@ -312,7 +372,7 @@ def run(
         written.pop(added, None)
         if shown == added:
             shown = trained.calibration.method
-            written[shown] = "fields.nc"
+            written[shown] = FIELDS
     scores = score(cases, results, fields.ocean)
     rows = compare(scores, results, block)
     scoring.write_csv(rows, out / "table.csv")
@@ -323,7 +383,7 @@ def run(
         data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name)
         readers.write_netcdf(data, out / file)
     examples = _examples(trained, cases, results[shown])
-    plots.currents(out / "figure.png", examples, fields.ocean, fields.metres(), f"{fields.name}, {shown}")
+    plots.currents(out / FIGURE, examples, fields.ocean, fields.metres(), f"{fields.name}, {shown}")
     unfinished.remove()
     return format_rows(rows)
 
@@ -405,14 +465,15 @@ def _define_flags() -> None:
 def main(_) -> None:
     """Compares methods on held-out frames."""
     check_methods(FLAGS.methods, FLAGS.members)
-    trained = model.load(FLAGS.model)
+    trained, out = model.load(FLAGS.model), Path(FLAGS.out)
+    # Before the fields, whose simulation may take minutes; `run` asks it of all that is read.
+    check_out(out, FLAGS.keep, readers.files_of(FLAGS.fields) if FLAGS.fields else ())
     fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
     if FLAGS.directions:
         training = data_of(trained, None) if FLAGS.part == "all" else (fields, split)
         trained = with_directions(trained, *training, FLAGS.directions)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     patterns = FLAGS.patterns or trained.patterns
-    out = Path(FLAGS.out)
     text = run(
         trained, fields.select(numbers), numbers, patterns, FLAGS.methods, out,
         members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, block=block_length(split, len(numbers)),

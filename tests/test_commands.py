@@ -113,6 +113,15 @@ MISTAKES = {
         ["demo", "--fields=mine/fields.nc", "--train_range=0:40", "--test_range=50:60", "--out=mine"],
         "mine/fields.nc is a file that this command reads, and would be lost",
     ),
+    "results in the place of other tables": (
+        ["evaluate", "--model=model", "--fields=tiny.nc", "--frames=2", "--out=tables", "--methods=linear"],
+        "cannot write an evaluation to tables: table.csv is there, and is not of an earlier one",
+    ),
+    "demo in the place of other tables": (
+        ["demo", "--fields=tiny.nc", "--train_range=0:40", "--test_range=50:60", "--out=tables"],
+        "cannot write an evaluation to tables: table.csv is there, and is not of an earlier one",
+    ),
+    "results in a model": ([*EVALUATE[:-1], "--out=model"], "to model: it is the folder of a model"),
     "nothing observed": (["inpaint", "--out=new.nc"], "--observations=FILE and --out=FILE.nc or FILE.zarr are needed"),
     "missing observations": (["inpaint", "--model=model", "--observations=nowhere.csv", "--out=new.nc"], "nowhere.csv"),
     "fields to no NetCDF": (["inpaint", "--model=model", "--observations=tiny.nc", "--out=new.csv"], "one of .nc"),
@@ -128,6 +137,8 @@ def folder(tmp_path_factory):
     readers.write(data, folder / "tiny.nc")
     (folder / "mine").mkdir()
     readers.write(data, folder / "mine" / "fields.nc")
+    (folder / "tables").mkdir()
+    (folder / "tables" / "table.csv").write_text("x")
     data.lon[:] += 1
     readers.write(data, folder / "shifted.nc")
     model.save(tiny.model(data=readers.read(folder / "tiny.nc")), folder / "model")

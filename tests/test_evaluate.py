@@ -659,6 +659,54 @@ def test_results_do_not_replace_what_is_read(trained, fields, tmp_path):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "name", ["table.csv", "frames.csv", "details.csv", "fields.nc", "fields_linear.nc", "figure.png"]
+)
+def test_results_replace_nothing_but_earlier_results(trained, fields, tmp_path, monkeypatch, name):
+    """A file of the user's is refused with its name before anything is made, and stays byte for byte."""
+    out = tmp_path / "mine"
+    out.mkdir()
+    content = b"x,y\n1,2\n"
+    if name == "fields.nc":
+        # As `inpaint` names it in its own commands.
+        xr.Dataset({"eastward_sea_water_velocity": ("x", np.zeros(3))}).to_netcdf(out / name, engine="h5netcdf")
+        content = (out / name).read_bytes()
+    (out / name).write_bytes(content)
+    monkeypatch.setattr(evaluate, "make_cases", None)
+    with pytest.raises(InputError, match=rf"mine: {name} is there, and is not of an earlier one; give --out another"):
+        evaluate.run(
+            trained, fields, NUMBERS, PATTERNS, ["linear", "linear_samples"], out, members=2, kept=["linear"]
+        )  # fmt: skip
+    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [(name, content)]
+
+
+def test_results_are_not_put_into_a_model(trained, fields, tmp_path):
+    model.save(trained, tmp_path / "model")
+    with pytest.raises(InputError, match="model: it is the folder of a model"):
+        evaluate.run(trained, fields, NUMBERS, PATTERNS, ["linear"], tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [model.DESCRIPTION, model.WEIGHTS]
+
+
+def test_an_evaluation_replaces_an_earlier_one_and_goes_into_what_a_stopped_one_left(trained, fields, tmp_path):
+    def run(frames, **settings):
+        evaluate.run(
+            trained, fields.select(range(frames)), NUMBERS[:frames], PATTERNS[:1], ["linear", "linear_samples"],
+            tmp_path, members=2, **settings,
+        )  # fmt: skip
+        return pd.read_csv(tmp_path / "table.csv").frames.unique()
+
+    # Names of the user's own are no hindrance, nor is what is unfinished.
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "unfinished_0123456789abcdef").mkdir()
+    assert run(1, kept=["linear"]) == 1
+    assert run(2, kept=["linear"]) == 2
+    # One that was killed between its files.
+    for name in ("fields.nc", "details.csv"):
+        (tmp_path / name).unlink()
+    assert run(3) == 3
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_results_need_a_folder(trained, fields, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
