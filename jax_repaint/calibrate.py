@@ -8,7 +8,9 @@ linear prior, which is a small leak. Frames count as independent in blocks of ti
 errors of the linear estimate to be forgotten; `--block` sets another length. With --fields=FILE --part=all it learns
 from a whole file of which no frame had a part in training; what is evaluated later should not be of that file.
 
-`evaluate` and `inpaint` use the calibration for ensembles of the same method and size, unless they are told --raw.
+`evaluate` and `inpaint` use the calibration for ensembles of the same method and size, unless they are told --raw. A
+model has one calibration: a new one replaces it, but one of another method, or from more blocks of time, only with
+--replace.
 """
 
 import dataclasses
@@ -93,7 +95,7 @@ def learn(
         frames from less than two blocks whose members are finite.
     """
     check(name, members, block)
-    blocks = np.unique(np.asarray(numbers) // block).size
+    blocks = blocks_of(numbers, block)
     if blocks < 2:
         raise InputError(f"{len(numbers)} frames in blocks of {block} frames are one block of time; two are needed")
     if blocks < calibration.BLOCKS_TO_PROMISE:
@@ -149,6 +151,39 @@ def check(name: str, members: int, block: int) -> None:
         raise InputError(f"a block of time has at least one frame, got {block}")
 
 
+def blocks_of(numbers: Sequence[int], block: int) -> int:
+    """Blocks of time that frames of the series, by their numbers, are of."""
+    return np.unique(np.asarray(numbers) // block).size
+
+
+def check_replaced(old: Calibration | None, name: str, blocks: int | None = None) -> None:
+    """Before long work: whether a calibration of `name` may take the place of an old one without being told to.
+
+    Args:
+      blocks: of time that the new one is to be learnt from; None if not yet known.
+
+    Raises:
+      InputError: the old one is of another method, or rests on more blocks of time.
+    """
+    if old is None:
+        return
+    if old.method != name:
+        raise InputError(
+            f"the model has a calibration of another method, {words_of(old)}; inpaint would take {name} instead of "
+            f"{old.method} by default; calibrate a copy of the model, or say --replace"
+        )
+    if blocks is not None and old.blocks > blocks:
+        raise InputError(
+            f"the model has a calibration from more blocks of time, {words_of(old)}, than the {blocks} of this one; "
+            "calibrate a copy of the model, take more --frames, or say --replace"
+        )
+
+
+def words_of(old: Calibration) -> str:
+    """Such as "16 members of kalman from 384 fields in 124 blocks"."""
+    return f"{old.members} members of {old.method} from {old.frames} fields in {old.blocks} blocks"
+
+
 FLAGS = flags.FLAGS
 
 
@@ -167,6 +202,7 @@ def _define_flags() -> None:
     )
     flags.DEFINE_integer("block", None, "Frames in a block of time; by default measured.", lower_bound=1)
     flags.DEFINE_bool("gate", False, "Also learn a weight for single frames; twice the work, here and in use.")
+    flags.DEFINE_bool("replace", False, "Replace a calibration of another method, or from more blocks of time, too.")
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.mark_flag_as_required("model")
@@ -177,15 +213,22 @@ def main(_) -> None:
     check(FLAGS.method, FLAGS.members, FLAGS.block or 1)
     trained = model.load(FLAGS.model)
     files.check_writable(f"{FLAGS.model}/{model.DESCRIPTION}")
+    old = trained.calibration
+    if not FLAGS.replace:
+        check_replaced(old, FLAGS.method)
     fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
     patterns = FLAGS.patterns or trained.patterns
     block = FLAGS.block or block_length(trained, fields.select(split.validation), patterns[0], FLAGS.seed)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     logging.info("%d frames in blocks of %d frames", numbers.size, block)
+    if not FLAGS.replace:
+        check_replaced(old, FLAGS.method, blocks_of(numbers, block))
     learnt = learn(
         trained, fields.select(numbers), numbers, patterns, FLAGS.method,
         block=block, members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, gate=FLAGS.gate,
     )  # fmt: skip
+    if old is not None:
+        logging.warning("replaces the calibration for %s by one for %s", words_of(old), words_of(learnt))
     model.store_calibration(FLAGS.model, learnt)
     print(learnt.describe())
     print(f"\nstored in {FLAGS.model}")

@@ -120,6 +120,11 @@ def inpaint(
       InputError: observations that cannot be used or are not in m/s, too many for the memory, a method or number of
         members that does not exist.
     """
+    if not method and default_method(trained) == "linear_samples":
+        logging.warning(
+            "the model is calibrated for linear_samples, which is taken and uses no network; --method= (method=) names "
+            "another"
+        )
     method = method or default_method(trained)
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")

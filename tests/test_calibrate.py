@@ -835,6 +835,48 @@ def test_one_block_of_time_is_refused_before_the_work(trained, data):
         calibrate.learn(trained, data.select([3, 5]), [3, 5], ["line:4"], "kalman", block=9)
 
 
+def test_a_calibration_gives_way_only_to_one_of_its_method_from_as_many_blocks(learnt):
+    """`learnt` is of 20 blocks of linear_samples."""
+    calibrate.check_replaced(None, "kalman", 2)
+    calibrate.check_replaced(learnt, "linear_samples")
+    for blocks in (20, 21):
+        calibrate.check_replaced(learnt, "linear_samples", blocks)
+    with pytest.raises(InputError, match=r"more blocks of time, 6 members .* 80 fields in 20 blocks, than the 19 of"):
+        calibrate.check_replaced(learnt, "linear_samples", 19)
+    with pytest.raises(InputError, match=r"another method, 6 members of linear_samples .*, or say --replace"):
+        calibrate.check_replaced(learnt, "kalman")
+    assert calibrate.blocks_of([0, 1, 7, 8, 29], 4) == 4
+
+
+def calibrating(folder, *options, code=0):
+    """The command on a small model in `folder`; what it says on stderr, and the calibration that is there then."""
+    command = ["--model=model", "--fields=tiny.nc", "--members=4", "--patterns=line:4", *options]
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_repaint.calibrate", *command], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr, model.load(folder / "model").calibration
+
+
+def test_the_command_replaces_a_better_calibration_only_when_told(learnt, tmp_path):
+    readers.write(tiny.fields(), tmp_path / "tiny.nc")
+    model.save(tiny.model(data=readers.read(tmp_path / "tiny.nc")), tmp_path / "model")
+    model.store_calibration(tmp_path / "model", learnt)
+    for options, said in (
+        (["--method=kalman"], "error: the model has a calibration of another method, 6 members of linear_samples"),
+        (["--method=linear_samples", "--frames=3", "--block=1"], "20 blocks, than the 3 of this one"),
+    ):
+        err, kept = calibrating(tmp_path, *options, code=2)
+        assert said in err
+        assert kept == learnt
+    err, made = calibrating(tmp_path, "--method=linear_samples", "--frames=3", "--block=1", "--replace")
+    assert (made.members, made.blocks) == (4, 3)
+    assert (
+        "replaces the calibration for 6 members of linear_samples from 80 fields in 20 blocks by one for 4 members of "
+        "linear_samples from 3 fields in 3 blocks" in err
+    )
+
+
 def test_the_command_calibrates(tmp_path):
     data = tiny.fields()
     readers.write(data, tmp_path / "tiny.nc")

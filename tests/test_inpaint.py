@@ -425,6 +425,18 @@ def test_the_method_is_that_of_the_calibration_or_of_the_network(trained, form, 
     assert inpaint.default_method(dataclasses.replace(trained, form=form, calibration=calibration)) == expected
 
 
+def test_a_default_method_without_a_network_is_said(trained, caplog):
+    ready = calibrated_with(trained, method="linear_samples", antithetic=False)
+    fields = quietly(ready, table(6), members=8)
+    said = "calibrated for linear_samples, which is taken and uses no network"
+    assert said in caplog.text
+    caplog.clear()
+    asked = quietly(ready, table(6), members=8, method="linear_samples")
+    quietly(calibrated_with(trained), table(6), members=8)
+    assert said not in caplog.text
+    np.testing.assert_array_equal(both(fields), both(asked))
+
+
 def test_the_file_is_cf_and_its_members_alone_have_the_names_of_currents(trained, tmp_path):
     pytest.importorskip("cf_xarray")
     points = table(8, time=["2020-01-01T00:00"] * 5 + ["2020-01-01T01:00"] * 3)
