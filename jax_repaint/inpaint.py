@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import tqdm
 import xarray as xr
 from absl import flags, logging
@@ -31,7 +32,7 @@ from jax_repaint import command, device, files, gains, methods, metrics, observe
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.cases import OBSERVATION_ERROR, Case, hold_out_of, prior_of
-from jax_repaint.checks import whole_number
+from jax_repaint.checks import check_number, whole_number
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, crop
 from jax_repaint.data.observations import Grid, Observed, collect
@@ -86,9 +87,9 @@ def inpaint(
     seed: int = 0,
     time: str | np.datetime64 | None = None,
     *,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, Any] | None = None,
     sigma: float = OBSERVATION_ERROR,
-    step: str | None = None,
+    step: str | datetime.timedelta | np.timedelta64 | None = None,
     method: str | None = None,
     raw: bool = False,
     leave_out: bool = False,
@@ -101,7 +102,7 @@ def inpaint(
     Args:
       trained: the model, on whose grid the fields are.
       observations: path, DataFrame, xarray Dataset or pair, or array; columns, sigma (m/s), time, step and
-        leave_out are those of `data.observations.collect`.
+        leave_out are those of `data.observations.collect`; a step may be a duration too, and a column's name a number.
       members: of the ensemble; even where they come in antithetic pairs.
       seed: names the members; a field depends on it, its time and its observations, and but for
         rounding on no other field.
@@ -118,8 +119,13 @@ def inpaint(
 
     Raises:
       InputError: observations that cannot be used or are not in m/s, too many for the memory, a method or number of
-        members that does not exist.
+        members that does not exist, an option of another kind.
     """
+    columns, step = _names(columns), _duration(step)
+    check_number("sigma", sigma)
+    for name, value in (("raw", raw), ("leave_out", leave_out), ("progress", progress)):
+        if not isinstance(value, bool | np.bool_):
+            raise InputError(f"{name} must be True or False, got {value!r}")
     if not method and default_method(trained) == "linear_samples":
         logging.warning(
             "the model is calibrated for linear_samples, which is taken and uses no network; --method= (method=) names "
@@ -165,6 +171,27 @@ def inpaint(
     if isinstance(observations, str | Path):
         attributes["observations_file"] = Path(observations).name
     return to_dataset(trained, estimates, attributes)
+
+
+def _names(columns: Mapping[str, Any] | None) -> dict[str, str]:
+    """Names of columns as text, as they are compared; tables without a header have numbers."""
+    if columns is None:
+        return {}
+    if not isinstance(columns, Mapping):
+        raise InputError(f"columns must be a dictionary such as {{'u': 'vx'}}, got {columns!r}")
+    return {key: str(name) for key, name in columns.items() if name is not None and str(name) != ""}
+
+
+def _duration(step: Any) -> Any:
+    """A step that pandas knows; NumPy's durations it does not."""
+    if step is None or isinstance(step, str | datetime.timedelta | pd.offsets.BaseOffset):
+        return step
+    if isinstance(step, np.timedelta64) and np.datetime_data(step)[0] != "generic":
+        # Months and years have no fixed length.
+        if np.isnat(step) or np.datetime_data(step)[0] in "YM":
+            raise InputError(f"step {step!r} is not a fixed duration such as 1h or 30min")
+        return pd.Timedelta(step)
+    raise InputError(f"step must be a duration with its unit, such as '1h' or a timedelta, got {step!r}")
 
 
 def _check_units(trained: Model, frames: Sequence[Observed]) -> None:

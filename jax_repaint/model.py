@@ -7,6 +7,7 @@ Loading reads numbers and text only; nothing is unpickled or run.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -105,9 +106,9 @@ class Model:
         seed: int = 0,
         time: str | np.datetime64 | None = None,
         *,
-        columns: Mapping[str, str] | None = None,
+        columns: Mapping[str, Any] | None = None,
         sigma: float = 0.005,
-        step: str | None = None,
+        step: str | datetime.timedelta | np.timedelta64 | None = None,
         method: str | None = None,
         raw: bool = False,
         leave_out: bool = False,
@@ -122,9 +123,10 @@ class Model:
           members: of the ensemble; even where they come in antithetic pairs.
           seed: names the members.
           time: the one time that all observations count for.
-          columns: own names of "lat", "lon", "u", "v", "sigma", "time" where they are not the usual ones.
+          columns: own names of "lat", "lon", "u", "v", "sigma", "time" where they are not the usual ones; numbers of
+            columns where a DataFrame has no names.
           sigma: standard error in m/s of observations that bring none.
-          step: times of a table are rounded to multiples of this, "1h" or "30min".
+          step: times of a table are rounded to multiples of this, "1h", "30min" or a duration.
           method: sampler; by default the one that the model is calibrated for.
           raw: whether the calibration that came with the model is left out.
           leave_out: whether rows of a table on land, outside the grid or without values are left out, not refused.
@@ -348,9 +350,11 @@ def load(folder: str | os.PathLike) -> Model:
       folder: path; "ram_head", where there is no such folder, names the model in the package.
 
     Raises:
-      InputError: no model there, of a newer format, truncated, weights that do not fit its description, or numbers
-        that no model has.
+      InputError: no path, no model there, of a newer format, truncated, weights that do not fit its description, or
+        numbers that no model has.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise InputError(f"a model is loaded from the path of its folder, or as {SHIPPED!r}; got {folder!r}")
     name, folder = str(folder), Path(folder)
     if name == SHIPPED and not folder.exists():
         folder = Path(__file__).with_name("models") / SHIPPED

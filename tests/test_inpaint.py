@@ -997,6 +997,57 @@ def test_a_wrong_option_is_a_sentence(options, message):
         collect(at(), GRID, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 1}, "step must be a duration with its unit, such as '1h' or a timedelta, got 1$"),
+        ({"step": 3.5}, "a duration with its unit"),
+        ({"step": np.timedelta64(1)}, "a duration with its unit"),
+        ({"step": ["1h"]}, "a duration with its unit"),
+        ({"step": np.timedelta64(1, "M")}, "is not a fixed duration"),
+        ({"step": np.timedelta64("NaT", "h")}, "is not a fixed duration"),
+        ({"step": "1"}, "is not a fixed duration"),
+        ({"sigma": None}, "sigma must be a number, got None"),
+        ({"sigma": [0.1, 0.1]}, r"sigma must be a number, got \[0.1, 0.1\]"),
+        ({"columns": "u"}, "columns must be a dictionary such as {'u': 'vx'}, got 'u'"),
+        ({"columns": ["u"]}, r"columns must be a dictionary .*, got \['u'\]"),
+        ({"columns": {"u": 3}}, "has no column '3'; it has lat, lon, u, v, time"),
+        ({"columns": {1: "u"}}, "not to 1$"),
+        ({"leave_out": "no"}, "leave_out must be True or False, got 'no'"),
+        ({"raw": "x"}, "raw must be True or False, got 'x'"),
+        ({"progress": None}, "progress must be True or False, got None"),
+    ],
+)
+def test_options_of_another_kind_are_a_sentence(trained, options, message):
+    with pytest.raises(InputError, match=message):
+        quietly(trained, table(2, time="2020-01-01T00:10"), method="linear_samples", **options)
+
+
+def test_a_step_may_be_any_duration(trained):
+    points = table(4, time=pd.to_datetime(["2020-01-01T00:10", "2020-01-01T00:20"] * 2))
+    expected = quietly(trained, points, method="linear_samples", step="1h")
+    assert expected.time.values == np.datetime64("2020-01-01")
+    steps = np.timedelta64(60, "m"), pd.Timedelta("1h"), datetime.timedelta(hours=1), pd.offsets.Hour()
+    for step in steps:
+        found = quietly(trained, points, method="linear_samples", step=step)
+        np.testing.assert_array_equal(both(found), both(expected))
+        assert found.time.values == expected.time.values
+
+
+def test_columns_without_a_header_are_named_by_number(trained):
+    points = table(4, speed=9.0)
+    bare = points.set_axis(range(5), axis=1)
+    expected = quietly(trained, points, method="linear_samples")
+    names = {"lat": 0, "lon": np.int64(1), "u": 2, "v": 3, "sigma": None, "time": ""}
+    np.testing.assert_array_equal(both(quietly(trained, bare, method="linear_samples", columns=names)), both(expected))
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"ram_head"])
+def test_what_is_no_path_of_a_model_is_a_sentence(folder):
+    with pytest.raises(InputError, match="a model is loaded from the path of its folder, or as 'ram_head'; got "):
+        jax_repaint.load(folder)
+
+
 def test_an_error_that_is_named_goes_before_those_that_are_found():
     points = at(sigma_u=0.5, sigma_v=0.5, mine=0.01)
     for columns, expected in ((None, 0.5), ({"sigma": "mine"}, 0.01)):
