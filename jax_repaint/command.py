@@ -1,11 +1,13 @@
 """What every command shares: one line for a user's mistake, exit code 2, never a traceback."""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
@@ -54,6 +56,22 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
 
     # `python -m jax_repaint.train` loads the file as __main__; absl then shows its module flags in --help.
     app.run(guarded, flags_parser=parse)
+
+
+def keep_programs(folder: str) -> None:
+    """Keeps compiled programs in a folder for other runs; JAX makes it.
+
+    Raises:
+      InputError: it cannot be that folder, which JAX would only warn of.
+    """
+    path = Path(folder)
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise InputError(f"--cache={folder}: {there} is a file; compiled programs are kept in a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--cache={folder}: {there} cannot be written to; give a folder of your own")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _one_line(e: Exception) -> str:

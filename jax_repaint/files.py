@@ -72,6 +72,17 @@ def check_kept(path: Path, inputs: Sequence[str | os.PathLike]) -> None:
         raise InputError(f"{path} is a file that this command reads, and would be lost; give --out another name")
 
 
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a Zarr store, by its markers."""
+    return any((path / marker).is_file() for marker in (".zgroup", "zarr.json", ".zmetadata"))
+
+
+def check_store(path: Path) -> None:
+    """Raises InputError if `path` has the suffix of a Zarr store and something else is there."""
+    if path.suffix == ".zarr" and path.exists() and not is_zarr(path):
+        raise InputError(f"cannot write {path}: it exists and is not a Zarr store")
+
+
 def check_writable(
     path: str | os.PathLike, suffixes: tuple[str, ...] = (), inputs: Sequence[str | os.PathLike] = ()
 ) -> None:
@@ -81,13 +92,15 @@ def check_writable(
       inputs: files that are read, of which `path` must be none.
 
     Raises:
-      InputError: it has not, or does not, or `path` is one of `inputs`, which would be lost.
+      InputError: it has not, or does not, `path` is a folder and no Zarr store, or one of `inputs`, which would be
+        lost.
     """
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise InputError(f"cannot write {path}: the suffix must be one of {', '.join(suffixes)}")
     if path.is_dir() and path.suffix != ".zarr":
         raise InputError(f"cannot write {path}: it is a folder")
+    check_store(path)
     _check_regular(path)
     check_kept(path, inputs)
     try:

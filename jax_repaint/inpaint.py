@@ -660,8 +660,7 @@ def _define_flags() -> None:
 def main(_) -> None:
     """Inpaints a file, or exports a program that inpaints."""
     if FLAGS.cache:
-        jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        command.keep_programs(FLAGS.cache)
     if FLAGS.export:
         if given := [f"--{name}" for name in OF_OBSERVATIONS if FLAGS[name].present]:
             raise InputError(f"--export writes a program and takes no {', '.join(given)}")

@@ -348,8 +348,7 @@ def _define_flags() -> None:
 def main(_) -> None:
     """Runs or continues a sweep, and prints its table."""
     if FLAGS.cache:
-        jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        command.keep_programs(FLAGS.cache)
     if FLAGS.dry_run and FLAGS.so_far:
         raise InputError("--dry_run says what would be done and --so_far what was; give one of them")
     study = open_study(FLAGS.config)

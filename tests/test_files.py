@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+import xarray as xr
 
 from jax_repaint import command, model
 from jax_repaint.data import readers
@@ -124,6 +126,13 @@ def test_check_writable_wants_a_known_suffix_and_leaves_nothing(tmp_path):
     (tmp_path / "folder.nc").mkdir()
     with pytest.raises(InputError, match=r"folder\.nc: it is a folder"):
         check_writable(tmp_path / "folder.nc", (".nc",))
+    (tmp_path / "folder.zarr").mkdir()
+    (tmp_path / "file.zarr").write_text("mine")
+    for name in ("folder.zarr", "file.zarr"):
+        with pytest.raises(InputError, match=rf"{name}: it exists and is not a Zarr store"):
+            check_writable(tmp_path / name, (".nc", ".zarr"))
+    xr.Dataset({"u": ("x", np.zeros(3))}).to_zarr(tmp_path / "store.zarr", zarr_format=2)
+    check_writable(tmp_path / "store.zarr", (".nc", ".zarr"))
     with pytest.raises(InputError, match=r"one of \.nc, \.npz"):
         check_writable(tmp_path / "other" / "result.csv", (".nc", ".npz"))
     assert not (tmp_path / "other").exists()

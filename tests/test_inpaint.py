@@ -1259,6 +1259,9 @@ def options(**changes):
         ({"observations": "nowhere.csv"}, "nowhere.csv"),
         ({"out": "link.nc"}, r"link.nc is a file that this command reads"),
         ({"out": "link.nc", "observations": "tr*.csv"}, r"link.nc is a file that this command reads"),
+        ({"out": "mine.zarr"}, r"cannot write mine\.zarr: it exists and is not a Zarr store"),
+        ({"cache": "track.csv"}, r"--cache=track\.csv: track\.csv is a file; compiled programs are kept in a folder"),
+        ({"cache": "track.csv/cache"}, r"--cache=track\.csv/cache: .*track\.csv is a file"),
         ({"export": "vehicle"}, "takes no --observations, --out$"),
         (
             {"export": "vehicle", "observations": None, "out": None, "seed": 1, "time": "2020", "lat_name": "y"},
@@ -1272,6 +1275,7 @@ def test_mistakes_of_the_command_write_nothing(trained, tmp_path, monkeypatch, c
     model.save(trained, "model")
     at().to_csv("track.csv")
     Path("link.nc").symlink_to("track.csv")
+    Path("mine.zarr").mkdir()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(inpaint, "FLAGS", options(**changes))
     with pytest.raises(InputError, match=message):

@@ -27,7 +27,7 @@ from jax_repaint.data.fields import Fields
 from jax_repaint.data.probe import check_hdf5
 from jax_repaint.data.source import Choice, Raw, Source, assemble, door
 from jax_repaint.errors import InputError
-from jax_repaint.files import replace_folder, whole_file
+from jax_repaint.files import check_store, is_zarr, replace_folder, whole_file
 
 FILL = np.float32(9.96921e36)  # NetCDF's own default for floats
 STORES = (".nc", ".zarr")
@@ -300,8 +300,7 @@ def _encode_time(time: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _write_zarr(dataset: xr.Dataset, path: Path) -> None:
-    if path.exists() and not _is_zarr(path):
-        raise InputError(f"cannot write {path}: it exists and is not a Zarr store")
+    check_store(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", dir=path.parent))
@@ -322,15 +321,11 @@ def _write_zarr(dataset: xr.Dataset, path: Path) -> None:
                 break
 
 
-def _is_zarr(path: Path) -> bool:
-    return any((path / marker).is_file() for marker in (".zgroup", "zarr.json", ".zmetadata"))
-
-
 def kind_of(path: Path) -> str:
     """What the content is; the suffix decides only where two kinds look alike."""
     try:
         if path.is_dir():
-            if _is_zarr(path):
+            if is_zarr(path):
                 return "zarr"
             raise InputError(f"{path} is a folder, but not a Zarr store")
         with path.open("rb") as file:
