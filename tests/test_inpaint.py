@@ -881,6 +881,73 @@ def test_points_of_a_track_without_a_good_value_are_left_out(tmp_path, caplog):
     assert "track.nc: 3 of 9 points have no velocity and are left out" in caplog.messages
 
 
+def layouts():
+    """The points of `track` as trajectories, and its currents as those of moorings: a data set, the same as a table."""
+    points, along = track()
+    points, along = points.drop(columns=["sigma_u", "sigma_v"]), along.drop_vars(["ewct_err", "nsct_err"])
+    lat, lon, when = points.lat.to_numpy(), points.lon.to_numpy(), points.time.to_numpy()
+
+    def moored(dims, shape, time, places, names=("u", "v")):
+        current = [100 * points[key].to_numpy().reshape(shape) for key in "uv"]
+        data = {n: (dims, x, {"units": "cm s-1"}) for n, x in zip(names, current, strict=True)}
+        return xr.Dataset(data | places | time)
+
+    dated, fixed = {"time": ("obs", when)}, points.assign(lat=lat[0], lon=lon[0])
+    here = moored(("obs",), 9, dated, {"lat": lat[0], "lon": lon[0]})
+    places = {
+        "LATITUDE": ("TIME", fixed.lat),
+        "LONGITUDE": ("TIME", fixed.lon),
+        "DEPH": (("TIME", "DEPTH"), [[3.0]] * 9),
+    }
+    insitu = moored(("TIME", "DEPTH"), (9, 1), {"TIME": ("TIME", when)}, places, ("EWCT", "NSCT"))
+    station = moored(("station", "obs"), (1, 9), dated, {"lat": ("station", lat[:1]), "lon": lon[0]})
+    cell = moored(("time", "lat", "lon"), (9, 1, 1), {"time": when}, {"lat": lat[:1], "lon": lon[:1]})
+    places = {"lat": ("station", lat[:3]), "lon": ("station", lon[:3])}
+    stations = moored(("time", "station"), (3, 3), {"time": when[::3]}, places)
+    return {
+        "a trajectory": (along.expand_dims(trajectory=1), points),
+        "two trajectories": (
+            xr.concat([along.isel(obs=slice(6)), along.isel(obs=slice(3, 9))], "trajectory"),
+            points.iloc[[*range(6), *range(3, 9)]],
+        ),
+        "a mooring": (here, fixed),
+        "a mooring at coordinates": (here.set_coords(["lat", "lon", "time"]), fixed),
+        "a mooring of in-situ data": (insitu, fixed),
+        "one station": (station, fixed),
+        "one cell": (cell, fixed),
+        "several stations": (stations, points.assign(lat=np.tile(lat[:3], 3), lon=np.tile(lon[:3], 3))),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_trajectories_and_moorings_are_tables(tmp_path, layout):
+    dataset, points = layouts()[layout]
+    dataset.to_netcdf(tmp_path / "layout.nc", engine="h5netcdf")
+    for source in (dataset, tmp_path / "layout.nc"):
+        assert_same_frames(collect(source, GRID), collect(points, GRID))
+        assert_same_frames(collect(source, GRID, step="2D"), collect(points, GRID, step="2D"))
+
+
+def test_packed_limits_of_a_mooring_count(tmp_path):
+    dataset, points = layouts()["a mooring"]
+    dataset["u"].attrs |= {"valid_min": np.int16(-3000), "valid_max": np.int16(3000)}
+    dataset["u"][4] = 31.0
+    packing = {"dtype": "int16", "scale_factor": 0.01, "_FillValue": np.int16(-32768)}
+    dataset.to_netcdf(tmp_path / "packed.nc", engine="h5netcdf", encoding={"u": packing})
+    found, expected = (collect(source, GRID) for source in (tmp_path / "packed.nc", points.drop(index=4)))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.time, one.count) == (other.time, other.count)
+        np.testing.assert_allclose(one.observation.values, other.observation.values, atol=6e-5)
+
+
+def test_one_of_several_depths_is_to_be_chosen():
+    dataset, points = layouts()["a mooring"]
+    profile = dataset[["u", "v"]].expand_dims(depth=[1.0, 5.0], axis=1).assign(dataset[["lat", "lon", "time"]])
+    with pytest.raises(InputError, match=r"u lies on \(obs=9, depth=2\); choose one depth before, .* isel\(depth=0\)"):
+        collect(profile, GRID)
+    assert_same_frames(collect(profile.isel(depth=0), GRID), collect(points, GRID))
+
+
 def test_times_of_a_data_set_count_however_they_are_written(observed_field):
     days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
     numbers = ("time", [0, 1, 2], {"units": "days since 2020-01-01"})

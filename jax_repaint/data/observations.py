@@ -1,7 +1,8 @@
 """What people have observed, in the forms they have it in, as observations on a model's grid in m/s.
 
     table   CSV file or DataFrame with lat, lon, u, v in m/s, optionally sigma (or sigma_u and sigma_v) and time
-    track   the same as variables along one dimension of a NetCDF or Zarr file or of an xarray Dataset, in their units
+    track   the same as variables of a NetCDF or Zarr file or of an xarray Dataset, in their units: of a track, of
+            trajectories, of one mooring or of several stations
     field   NetCDF, Zarr or another file of `readers`, or xarray: on the model's grid, missing where nothing is known
     array   (y, x, 2) on the model's grid, NaN where nothing is known
 
@@ -10,7 +11,7 @@ A row of a table is a point: it sees the ocean cells around it with bilinear wei
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,23 +22,24 @@ from absl import logging
 
 from jax_repaint import observe
 from jax_repaint.data import readers
-from jax_repaint.data.cf import opened, read_points, unpack_limits
+from jax_repaint.data.cf import MESH, opened, read_points, unpack_limits
 from jax_repaint.data.fields import Fields, unmasked
-from jax_repaint.data.source import Choice, Source, attribute, door, instant
+from jax_repaint.data.source import Choice, Source, attribute, dims_of, door, instant
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
 
 TABLES = (".csv", ".txt", ".tsv", ".dat")
 TOO_FAST = 50.0  # m/s; no current, but a wrong unit or an undeclared fill value
 SHOWN = 5
+POINT = "point of a track"  # dimension; no variable is called so
 LEAVE_OUT = "--leave_out (leave_out=True) leaves them out"
 UNKNOWN = np.datetime64("NaT", "ns")
 STANDARD = "sea_water_velocity"
 NAMES = {
     "lat": ("lat", "latitude", "nav_lat"),
     "lon": ("lon", "longitude", "long", "lng", "nav_lon"),
-    "u": ("u", "uo", "water_u", "ucur", "u_east", "u_eastward", "eastward", f"eastward_{STANDARD}"),
-    "v": ("v", "vo", "water_v", "vcur", "v_north", "v_northward", "northward", f"northward_{STANDARD}"),
+    "u": ("u", "uo", "water_u", "ucur", "ewct", "u_east", "u_eastward", "eastward", f"eastward_{STANDARD}"),
+    "v": ("v", "vo", "water_v", "vcur", "nsct", "v_north", "v_northward", "northward", f"northward_{STANDARD}"),
     "sigma": ("sigma", "error", "std", "uncertainty", "standard_error"),
     "sigma_u": ("sigma_u", "error_u", "std_u", "u_sigma", "u_error", "u_std"),
     "sigma_v": ("sigma_v", "error_v", "std_v", "v_sigma", "v_error", "v_std"),
@@ -386,7 +388,7 @@ def _check_speed(u: np.ndarray, v: np.ndarray, name: str) -> None:
 
 
 def _points(source: Any, columns: Mapping[str, str], name: str) -> pd.DataFrame | None:
-    """The table of a file or data set whose u, v, lat and lon lie along one dimension; None of anything else."""
+    """The table of a file or data set whose velocities lie at points; None of anything else."""
     if isinstance(source, xr.Dataset):
         return _from_track(source, columns, Source(name))
     paths = readers.files_of(source) if isinstance(source, str | Path) else []
@@ -400,9 +402,11 @@ def _points(source: Any, columns: Mapping[str, str], name: str) -> pd.DataFrame 
 def _from_track(
     dataset: xr.Dataset, columns: Mapping[str, str], source: Source, from_file: bool = False
 ) -> pd.DataFrame | None:
-    names = _track_names(dataset, columns, source.name)
-    if not names:
+    dataset = _along_points(dataset, columns, source)
+    if dataset is None:
         return None
+    listing = pd.DataFrame(columns=list(dataset.variables))
+    names = _find_columns(listing, _by_standard_name(dataset, columns, listing.columns), source.name)
     if not from_file:
         dataset = dataset.assign({names[key]: _with_units(dataset[names[key]]) for key in ("u", "v")})
     if "sigma" in columns:
@@ -415,23 +419,66 @@ def _from_track(
     return table[~lost].reset_index(drop=True)
 
 
-def _track_names(dataset: xr.Dataset, columns: Mapping[str, str], name: str) -> dict[str, Any]:
-    """What a variable along the one dimension of a track is -> its name; empty where the data set is no track."""
-    flat = {str(n).lower(): str(n) for n, variable in dataset.variables.items() if variable.ndim == 1}
+def _by_standard_name(dataset: xr.Dataset, columns: Mapping[str, str], among: Iterable[str]) -> dict[str, str]:
+    """The names that the user gave, and those of variables whose standard name no other has."""
     named = dict(columns)
     for key, standard in STANDARD_NAMES.items():
-        matches = [n for n in flat.values() if attribute(dataset[n], "standard_name") == standard]
+        matches = [n for n in among if attribute(dataset[n], "standard_name").removeprefix("surface_") == standard]
         if len(matches) == 1:
             named.setdefault(key, matches[0])
-    dims = set()
-    for key in NEEDED:
-        usual = (named[key],) if key in named else NAMES[key]
-        found = next((flat[n.strip().lower()] for n in usual if n.strip().lower() in flat), None)
-        dims.add(found and dataset[found].dims)
-    if len(dims) != 1 or None in dims:
-        return {}
-    along = [n for n in flat.values() if {dataset[n].dims} == dims]
-    return _find_columns(pd.DataFrame(columns=along), named, name)
+    return named
+
+
+def _first_named(dataset: xr.Dataset, columns: Mapping[str, str], among: Sequence[str]) -> dict[str, str]:
+    """What a variable is -> the first that is called so."""
+    plain = {n.lower(): n for n in among}
+    usual = NAMES | {key: (name,) for key, name in _by_standard_name(dataset, columns, among).items()}
+    found = {
+        key: [plain[n.strip().lower()] for n in names if n.strip().lower() in plain] for key, names in usual.items()
+    }
+    return {key: names[0] for key, names in found.items() if names}
+
+
+def _along_points(dataset: xr.Dataset, columns: Mapping[str, str], source: Source) -> xr.Dataset | None:
+    """The variables of points along one dimension, in the order of the file; None of anything else.
+
+    Of points latitude and longitude share their dimension, or have none as those of a mooring. Of trajectories they
+    share two, and change with time. Dimensions of length 1 do not count.
+    """
+    dims = {str(n): {d for d in v.dims if dataset.sizes[d] > 1} for n, v in dataset.variables.items()}
+    flat = [n for n in dims if dataset[n].ndim == 1]
+    for among in (flat, list(dims)):
+        found = _first_named(dataset, columns, among)
+        if set(NEEDED) <= found.keys():
+            lat, lon, u, v = (dims[found[key]] for key in NEEDED)
+            moving = "time" in found and bool(lat & dims[found["time"]])
+            mesh = len(u) > 1 and any(MESH.search(str(d)) for d in u)
+            if u == v and lat == lon and lat <= u and (len(lat) < 2 or moving) and not mesh:
+                break
+    else:
+        return None
+    own = [n for n in dims if dims[n] == u]
+    time = _first_named(dataset, columns, own).get("time") or _first_named(
+        dataset, columns, [n for n in dims if dims[n] <= u]
+    ).get("time")
+    whole = dataset[found["u"]]
+    extra = [d for d in whole.dims if d in u - lat - (dims[time] if time else set())]
+    if extra and len(u) > 1:
+        raise source.error(
+            f"{found['u']} lies on {dims_of(whole)}; choose one {extra[0]} before, for instance by "
+            f"isel({extra[0]}=0) of xarray"
+        )
+    along = {d: dataset.sizes[d] for d in whole.dims if d in u}
+    kept = dict.fromkeys([*own, found["lat"], found["lon"], *([time] if time else [])])
+    return xr.Dataset({n: _spread(dataset[n].variable, along) for n in kept})
+
+
+def _spread(variable: xr.Variable, along: Mapping[str, int]) -> xr.Variable:
+    """A variable at every point: repeated along the dimensions that it lacks."""
+    some = variable.isel({d: 0 for d in variable.dims if d not in along})
+    values = some.to_base_variable().set_dims(dict(along)).transpose(*along).values
+    # Limits of packed numbers need the encoding.
+    return xr.Variable(POINT, values.ravel(), variable.attrs, variable.encoding)
 
 
 # Fields with gaps
