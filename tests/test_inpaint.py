@@ -948,6 +948,38 @@ def test_one_of_several_depths_is_to_be_chosen():
     assert_same_frames(collect(profile.isel(depth=0), GRID), collect(points, GRID))
 
 
+def test_rows_of_a_track_are_counted_as_they_stand_in_it(tmp_path, caplog):
+    """Also where rows without a velocity come first, whose places and times do not matter."""
+    points, dataset = track()
+    dataset = dataset.copy(deep=True)
+    dataset["ewct"][[0, 3]] = np.nan
+    dataset["lat"][0], dataset["time"][3] = np.nan, np.datetime64("NaT", "ns")
+    dataset.to_netcdf(tmp_path / "track.nc", engine="h5netcdf")
+    for source in (dataset, tmp_path / "track.nc"):
+        frames = collect(source, GRID)
+        expected = [[1, 2], [4, 5], [6, 7, 8]]
+        assert [frame.rows.tolist() for frame in frames] == expected
+        for frame, rows in zip(frames, expected, strict=True):
+            np.testing.assert_allclose(frame.places, points[["lat", "lon"]].to_numpy()[rows])
+    changes = {
+        "lat": (18.0, r"observation 5 at lat 18\.0000 .* lies on land; --leave_out"),
+        "lon": (290.0, r"observation 5 at .* lon 290\.0000 lies outside the domain"),
+        "time": (np.datetime64("NaT", "ns"), "time is missing or not finite in row 5"),
+        "ewct_err": (0.0, "sigma must be positive, but is not in row 5"),
+    }
+    for name, (value, message) in changes.items():
+        wrong = dataset.copy(deep=True)
+        wrong[name][5] = value
+        with pytest.raises(InputError, match=message):
+            collect(wrong, GRID)
+        if name != "ewct_err":
+            assert [frame.rows.tolist() for frame in collect(wrong, GRID, leave_out=True)] == [[1, 2], [4], [6, 7, 8]]
+            assert "(row 5, counted from 0)" in caplog.messages[-1]
+    dataset["nsct"][:] = np.nan
+    with pytest.raises(InputError, match="no observation: the observations has no row with a velocity"):
+        collect(dataset, GRID)
+
+
 def test_times_of_a_data_set_count_however_they_are_written(observed_field):
     days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
     numbers = ("time", [0, 1, 2], {"units": "days since 2020-01-01"})

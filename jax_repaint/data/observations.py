@@ -65,6 +65,13 @@ class Grid(NamedTuple):
     lon: np.ndarray
 
 
+class Points(NamedTuple):
+    """The table of a track, and which of its rows (m,) have no velocity and do not count."""
+
+    table: pd.DataFrame
+    lost: np.ndarray
+
+
 class Observed(NamedTuple):
     """Observations of one field in m/s on the model's grid.
 
@@ -113,7 +120,7 @@ def collect(
     table = isinstance(source, pd.DataFrame) or Path(name).suffix.lower() in TABLES
     points = None if table else _points(source, columns, name)
     if points is not None:
-        return _from_table(points, grid, {}, sigma, when, step, name, leave_out)
+        return _from_table(points.table, grid, {}, sigma, when, step, name, leave_out, points.lost)
     names = sorted(columns.keys() - {"u", "v"})
     if names and not table:
         raise InputError(f"{name} is no table of points: of fields u and v can be named, not {names[0]}")
@@ -246,17 +253,20 @@ def _numbers(table: pd.DataFrame, found: Mapping[str, Any], name: str) -> dict[s
 
 
 def _usable(
-    missing: Mapping[str, np.ndarray], lat: np.ndarray, lon: np.ndarray, grid: Grid, name: str, leave_out: bool
-) -> np.ndarray:
+    missing: Mapping[str, np.ndarray], lost: np.ndarray, lat: np.ndarray, lon: np.ndarray, grid: Grid, name: str,
+    leave_out: bool,
+) -> np.ndarray:  # fmt: skip
     """Rows (m,) bool that lie on the ocean of the grid and lack nothing; others are refused, or left out.
 
     Args:
       missing: title of a column -> rows (m,) bool without a value.
+      lost: rows (m,) bool that do not count, whatever they hold; the others keep their numbers.
     """
-    blank = np.any(list(missing.values()), 0)
-    if blank.any() and not leave_out:
+    without = np.any(list(missing.values()), 0)
+    if without.any() and not leave_out:
         columns = [f"{title} is missing or not finite in {_rows(bad)}" for title, bad in missing.items() if bad.any()]
         raise InputError(f"{name}: {'; '.join(columns)} (counted from 0); {LEAVE_OUT}")
+    blank = without | lost
     axes = np.ravel(grid.lat)[0], np.ravel(grid.lon)[0]
     filled = [np.where(blank, first, values) for first, values in zip(axes, (lat, lon), strict=True)]
     places = observe.place(filled[0], _same_meridian(filled[1], grid), grid.lat, grid.lon, grid.ocean)
@@ -268,13 +278,14 @@ def _usable(
         if wrong := observe.misplaced(some, lat[listed], lon[listed], grid.lat, grid.lon):
             raise InputError(f"{name}: {wrong}{'' if elsewhere else f'; {LEAVE_OUT}'}")
     usable = ~(blank | places.outside | places.on_land)
-    if not usable.all():
-        _say_left_out({"on land": places.on_land, "outside the grid": places.outside, "without values": blank}, name)
+    if not (usable | lost).all():
+        kinds = {"on land": places.on_land, "outside the grid": places.outside, "without values": without}
+        _say_left_out(kinds, lost, name)
     return usable
 
 
-def _say_left_out(kinds: Mapping[str, np.ndarray], name: str) -> None:
-    """Warns of rows (m,) bool of each kind.
+def _say_left_out(kinds: Mapping[str, np.ndarray], lost: np.ndarray, name: str) -> None:
+    """Warns of rows (m,) bool of each kind, which are not those that are lost.
 
     Raises:
       InputError: no other row is left.
@@ -283,7 +294,7 @@ def _say_left_out(kinds: Mapping[str, np.ndarray], name: str) -> None:
     (count, kind), *others = counts
     words = ", ".join([f"{count} observation{'s' * (count > 1)} {kind}", *(f"{n} {other}" for n, other in others)])
     left_out = np.any(list(kinds.values()), 0)
-    if left_out.all():
+    if (left_out | lost).all():
         raise InputError(f"no observation is left: {name} has {words}")
     logging.warning("%s: left out %s (%s, counted from 0)", name, words, _rows(left_out))
 
@@ -334,14 +345,16 @@ def _from_table(
     step: str | None,
     name: str,
     leave_out: bool,
+    lost: np.ndarray | None = None,
 ) -> list[Observed]:
     if isinstance(table.index, pd.DatetimeIndex):
         table = table.rename_axis(index=table.index.name or "time")
     levels = [level for level in table.index.names if level is not None and level not in table.columns]
     table = table.reset_index(levels)
     found = _find_columns(table, columns, name)
-    if table.empty:
-        raise InputError(f"no observation: {name} has no row")
+    lost = np.zeros(len(table), bool) if lost is None else lost
+    if lost.all():
+        raise InputError(f"no observation: {name} has no row{' with a velocity' * bool(lost.size)}")
     # A column that was named goes before those that are found.
     own = ("sigma_u", "sigma_v") if "sigma_u" in found and "sigma" not in columns else ("sigma",) * 2
     keys = [key for key in dict.fromkeys((*NEEDED, *own)) if key in found]
@@ -349,10 +362,10 @@ def _from_table(
     dated = when is None and "time" in found
     if step is not None and not dated:
         raise InputError("a step to round times to goes with a column of times, and without time=")
-    missing = {found[key]: ~np.isfinite(numbers[key]) for key in keys}
+    missing = {found[key]: ~np.isfinite(numbers[key]) & ~lost for key in keys}
     if dated:
-        missing[found["time"]] = table[found["time"]].isna().to_numpy()
-    kept = np.flatnonzero(_usable(missing, numbers["lat"], numbers["lon"], grid, name, leave_out))
+        missing[found["time"]] = table[found["time"]].isna().to_numpy() & ~lost
+    kept = np.flatnonzero(_usable(missing, lost, numbers["lat"], numbers["lon"], grid, name, leave_out))
     lat, lon, u, v = (numbers[key][kept] for key in NEEDED)
     errors = np.stack([numbers[key][kept] if key in numbers else np.full(kept.size, float(sigma)) for key in own], -1)
     _check_speed(u, v, name)
@@ -387,7 +400,7 @@ def _check_speed(u: np.ndarray, v: np.ndarray, name: str) -> None:
 # Tracks
 
 
-def _points(source: Any, columns: Mapping[str, str], name: str) -> pd.DataFrame | None:
+def _points(source: Any, columns: Mapping[str, str], name: str) -> Points | None:
     """The table of a file or data set whose velocities lie at points; None of anything else."""
     if isinstance(source, xr.Dataset):
         return _from_track(source, columns, Source(name))
@@ -401,7 +414,7 @@ def _points(source: Any, columns: Mapping[str, str], name: str) -> pd.DataFrame 
 
 def _from_track(
     dataset: xr.Dataset, columns: Mapping[str, str], source: Source, from_file: bool = False
-) -> pd.DataFrame | None:
+) -> Points | None:
     dataset = _along_points(dataset, columns, source)
     if dataset is None:
         return None
@@ -412,11 +425,11 @@ def _from_track(
     if "sigma" in columns:
         names = {key: name for key, name in names.items() if key not in ("sigma_u", "sigma_v")}
     table = pd.DataFrame(read_points(dataset, names, source))
-    lost = table[["u", "v"]].isna().any(axis=1)
+    lost = table[["u", "v"]].isna().any(axis=1).to_numpy()
     if lost.any():
         source.notice(f"{lost.sum()} of {len(table)} points have no velocity and are left out")
     source.say()
-    return table[~lost].reset_index(drop=True)
+    return Points(table, lost)
 
 
 def _by_standard_name(dataset: xr.Dataset, columns: Mapping[str, str], among: Iterable[str]) -> dict[str, str]:
