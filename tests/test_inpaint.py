@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -978,6 +979,69 @@ def test_rows_of_a_track_are_counted_as_they_stand_in_it(tmp_path, caplog):
     dataset["nsct"][:] = np.nan
     with pytest.raises(InputError, match="no observation: the observations has no row with a velocity"):
         collect(dataset, GRID)
+
+
+DEPTHS = ["depth", "Depth (m)", "depth_m", "z", "level", "bin", "PRES", "pressure [dbar]", "DEPH"]
+
+
+@pytest.mark.parametrize("title", DEPTHS)
+def test_rows_of_several_depths_are_refused(tmp_path, title):
+    plain = table(9, time="2020-01-01")
+    points = plain.assign(**{title: [1.0] * 8 + [30.0]})
+    points.to_csv(tmp_path / "rows.csv", index=False)
+    message = rf"rows are of {re.escape(title)} from 1 to 30, a field is of one depth: keep the rows of one, or leave"
+    for source in (points, tmp_path / "rows.csv"):
+        with pytest.raises(InputError, match=message):
+            collect(source, GRID)
+    assert_same_frames(collect(points[:8], GRID), collect(plain[:8], GRID))
+    # A row that does not count may be of any depth.
+    points.loc[8, "u"] = np.nan
+    assert collect(points, GRID, leave_out=True)[0].count == 8
+
+
+def test_words_of_depth_and_other_columns():
+    with pytest.raises(InputError, match="rows are of layer from deep to upper, a field is of one"):
+        collect(table(2).assign(layer=["upper", "deep"]), GRID)
+    other = {"water_depth": [10.0, 20.0], "bottom_depth": [10.0, 20.0], "zone": [1, 2], "bin_count": [3, 4]}
+    assert collect(table(2).assign(**other), GRID)[0].count == 2
+
+
+def test_a_track_through_several_depths_is_refused(tmp_path):
+    dataset = track()[1].assign(DEPH=("obs", [1.0] * 8 + [30.0], {"units": "m", "standard_name": "depth"}))
+    dataset.to_netcdf(tmp_path / "glider.nc", engine="h5netcdf")
+    for source in (dataset, tmp_path / "glider.nc"):
+        with pytest.raises(InputError, match=r"rows are of DEPH \(m\) from 1 to 30, a field is of one depth"):
+            collect(source, GRID)
+    assert_same_frames(collect(dataset.assign(DEPH=3.0), GRID), collect(track()[0], GRID))
+    floor = dataset.assign(depth=dataset.DEPH.assign_attrs(standard_name="sea_floor_depth_below_sea_surface"))
+    assert_same_frames(collect(floor.drop_vars("DEPH"), GRID), collect(track()[0], GRID))
+    profile = xr.Dataset({n: ("depth", np.full(4, 0.1)) for n in "uv"}, {"depth": range(4)})
+    with pytest.raises(InputError, match=r"rows are of depth from 0 to 3, a field is of one depth"):
+        collect(profile.assign(lat=18.03, lon=295.08), GRID)
+
+
+@pytest.mark.parametrize("title", ["qc", "QC", "flag", "u_qc", "u_flag", "quality", "QC flag", "EWCT_QC"])
+def test_quality_columns_are_said_not_to_count(caplog, title):
+    plain = table(4, time="2020-01-01")
+    assert_same_frames(collect(plain.assign(**{title: [1, 1, 4, 1]}), GRID), collect(plain, GRID))
+    assert f"the observations: the quality flags {title} do not count; leave bad rows out" in caplog.messages
+    caplog.clear()
+    collect(table(4).assign(flagship="Polarstern", qcode="a"), GRID)
+    assert not caplog.records
+
+
+def test_flags_of_a_mooring_hide_its_rows(tmp_path, caplog):
+    """By their meanings, or by those of their station; without meanings they are named."""
+    dataset, points = layouts()["several stations"]
+    meanings = {"flag_values": np.array([1, 4], np.int8), "flag_meanings": "good bad"}
+    dataset["state"] = (("station",), np.array([1, 4, 1], np.int8), meanings)
+    dataset["flag"] = (("time", "station"), np.ones((3, 3), np.int8))
+    dataset.to_netcdf(tmp_path / "moorings.nc", engine="h5netcdf")
+    for source in (dataset, tmp_path / "moorings.nc"):
+        caplog.clear()
+        assert_same_frames(collect(source, GRID), collect(points.drop(index=[1, 4, 7]), GRID))
+        assert any("3 values that state calls bad count as missing" in message for message in caplog.messages)
+        assert any("flag looks like a quality flag but cannot be read" in message for message in caplog.messages)
 
 
 def test_times_of_a_data_set_count_however_they_are_written(observed_field):

@@ -593,6 +593,19 @@ class TestQualityFlags:
             del dataset[name].attrs["ancillary_variables"]
         assert not readers.read(saved(tmp_path, dataset)).gaps
 
+    @pytest.mark.parametrize("name", ["state", "flag", "PRIM"])
+    def test_meanings_of_quality_count_under_any_name(self, tmp_path, caplog, name):
+        flags = np.random.default_rng(4).choice(np.array([1, 4], np.int8), (FRAMES, Y, X))
+        dataset = self.flagged(flags, flag_meanings="good bad", flag_values=np.array([1, 4], np.int8))
+        dataset = dataset.rename(primary_flag=name)
+        for component in ("uo", "vo"):
+            del dataset[component].attrs["ancillary_variables"]
+        got = readers.read(saved(tmp_path, dataset))
+        np.testing.assert_array_equal(np.isnan(got.u), flags == 4)
+        assert any(f"{(flags == 4).sum()} values that {name} calls bad count as missing" in m for m in caplog.messages)
+        dataset[name].attrs["flag_meanings"] = "coast open_sea"
+        assert not readers.read(saved(tmp_path, dataset, "other.nc")).gaps
+
 
 class TestSeries:
     def parts(self, tmp_path, suffix="nc"):

@@ -63,7 +63,7 @@ ERROR = re.compile(r"\s|standard_(error|deviation)|variance|uncertainty")  # of 
 REFERENCE = re.compile(r"(forecast_)?ref(erence)?_?time", re.IGNORECASE)
 BAD = re.compile(r"bad|fail|suspect|missing|questionable|invalid|poor|reject", re.IGNORECASE)
 FLAGS = ("flag_meanings", "flag_masks", "flag_values")
-QUALITY = re.compile(r"(^|_)(qc|qcflag|quality|primary)(_|$)", re.IGNORECASE)
+QUALITY = re.compile(r"(^|_)(qc|qcflag|quality|primary|flags?)(_|$)", re.IGNORECASE)
 
 
 def read_cf(path: Path, kind: str, v_path: Path | None, choice: Choice, source: Source) -> Raw:
@@ -449,7 +449,7 @@ def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Sou
     out = x
     for name, flag in dataset.variables.items():
         standard = attribute(flag, "standard_name")
-        known = name in listed or standard.endswith(("quality_flag", "status_flag")) or QUALITY.search(str(name))
+        known = name in listed or is_flag(flag, str(name))
         if not known or name in others or not flag.dims or not set(flag.dims) <= {*x.dims, *chosen}:
             continue
         bad, meanings = _bad(flag.isel({d: i for d, i in chosen.items() if d in flag.dims}))
@@ -464,6 +464,13 @@ def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Sou
                 source.notice(f"{hidden} values that {name} calls {meanings} count as missing")
             out = out.where(~flagged)
     return out
+
+
+def is_flag(variable: xr.DataArray | xr.Variable, name: str) -> bool:
+    """Whether it looks like quality flags: by its standard name, its meanings or its own name."""
+    standard, meanings = attribute(variable, "standard_name"), attribute(variable, "flag_meanings")
+    by_standard_name = standard.endswith(("quality_flag", "status_flag"))
+    return by_standard_name or bool(QUALITY.search(name)) or bool(BAD.search(meanings))
 
 
 def _bad(flag: xr.Variable) -> tuple[np.ndarray | None, str]:

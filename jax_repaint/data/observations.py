@@ -9,9 +9,10 @@
 A row of a table is a point: it sees the ocean cells around it with bilinear weights and has an error of its own.
 """
 
+import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from absl import logging
 
 from jax_repaint import observe
 from jax_repaint.data import readers
-from jax_repaint.data.cf import MESH, opened, read_points, unpack_limits
+from jax_repaint.data.cf import MESH, is_flag, opened, read_points, unpack_limits
 from jax_repaint.data.fields import Fields, unmasked
 from jax_repaint.data.source import Choice, Source, attribute, dims_of, door, instant
 from jax_repaint.errors import InputError
@@ -55,6 +56,15 @@ STANDARD_NAMES = {
     "time": "time",
 }
 NEEDED = ("lat", "lon", "u", "v")
+# Names of columns that say at which depth a row was observed, without the unit behind them; and of quality flags.
+UNIT = re.compile(r"\s*[\[(].*[\])]$|[\s_]+(m|met(er|re)s?|d?bars?)$")
+DEPTH = re.compile(
+    r"((sensor|instrument|nominal|measurement|obs|sample|drogue|bin|cell)[\s_]?)?(depths?|deph)"
+    r"|z|lev(el)?s?|bins?|layers?|pres(s|sure)?|depth[\s_](bin|level|layer|cell)",
+    re.IGNORECASE,
+)
+OF_DEPTH = ("depth", "sea_water_pressure")  # begin the standard names
+FLAG = re.compile(r"(^|[\W_])(qc|qf|qc_?flags?|flags?|quality)([\W_\d]|$)", re.IGNORECASE)
 
 
 class Grid(NamedTuple):
@@ -362,10 +372,14 @@ def _from_table(
     dated = when is None and "time" in found
     if step is not None and not dated:
         raise InputError("a step to round times to goes with a column of times, and without time=")
+    flags = [str(title) for title in table.columns if FLAG.search(str(title)) and title not in found.values()]
+    if flags:
+        logging.warning("%s: the quality flags %s do not count; leave bad rows out", name, ", ".join(flags))
     missing = {found[key]: ~np.isfinite(numbers[key]) & ~lost for key in keys}
     if dated:
         missing[found["time"]] = table[found["time"]].isna().to_numpy() & ~lost
     kept = np.flatnonzero(_usable(missing, lost, numbers["lat"], numbers["lon"], grid, name, leave_out))
+    _check_depth(table, kept, found.values(), name)
     lat, lon, u, v = (numbers[key][kept] for key in NEEDED)
     errors = np.stack([numbers[key][kept] if key in numbers else np.full(kept.size, float(sigma)) for key in own], -1)
     _check_speed(u, v, name)
@@ -389,6 +403,24 @@ def _from_table(
         observation = observe.from_weights(cells[rows], weights[rows], values[rows], errors[rows])
         collected.append(Observed(one, rows.size, observation, kept[rows], places[rows]))
     return collected
+
+
+def _says_depth(title: Any) -> bool:
+    return bool(DEPTH.fullmatch(UNIT.sub("", str(title).strip().lower())))
+
+
+def _check_depth(table: pd.DataFrame, kept: np.ndarray, used: Collection[Any], name: str) -> None:
+    """Refuses rows of several depths, whose currents would stand for one."""
+    for title in (title for title in table.columns if _says_depth(title) and title not in used):
+        column = table[title].iloc[kept].dropna()
+        numbers = pd.to_numeric(column, errors="coerce")
+        values = numbers if numbers.notna().all() else column.astype(str).str.strip()
+        if values.nunique() > 1:
+            low, high = (f"{x:g}" if values is numbers else x for x in (values.min(), values.max()))
+            raise InputError(
+                f"{name}: rows are of {title} from {low} to {high}, a field is of one depth: keep the rows of one, or "
+                f"leave {title} out if it says something else"
+            )
 
 
 def _check_speed(u: np.ndarray, v: np.ndarray, name: str) -> None:
@@ -425,6 +457,10 @@ def _from_track(
     if "sigma" in columns:
         names = {key: name for key, name in names.items() if key not in ("sigma_u", "sigma_v")}
     table = pd.DataFrame(read_points(dataset, names, source))
+    for n in dataset.variables:
+        if _is_depth(dataset[n], n) and n not in names.values():
+            units = attribute(dataset[n], "units")
+            table[f"{n} ({units})" if units else n] = dataset[n].values
     lost = table[["u", "v"]].isna().any(axis=1).to_numpy()
     if lost.any():
         source.notice(f"{lost.sum()} of {len(table)} points have no velocity and are left out")
@@ -482,8 +518,14 @@ def _along_points(dataset: xr.Dataset, columns: Mapping[str, str], source: Sourc
             f"isel({extra[0]}=0) of xarray"
         )
     along = {d: dataset.sizes[d] for d in whole.dims if d in u}
-    kept = dict.fromkeys([*own, found["lat"], found["lon"], *([time] if time else [])])
+    about = [n for n in dims if dims[n] <= u and (_is_depth(dataset[n], n) or is_flag(dataset[n], n))]
+    kept = dict.fromkeys([*own, found["lat"], found["lon"], *([time] if time else []), *about])
     return xr.Dataset({n: _spread(dataset[n].variable, along) for n in kept})
+
+
+def _is_depth(variable: xr.DataArray, name: str) -> bool:
+    standard = attribute(variable, "standard_name")
+    return variable.dtype.kind in "fiu" and (standard.startswith(OF_DEPTH) if standard else _says_depth(name))
 
 
 def _spread(variable: xr.Variable, along: Mapping[str, int]) -> xr.Variable:
@@ -531,7 +573,7 @@ def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> tuple[Field
     fields = {
         name: unpack_limits(_with_units(variable))
         for name, variable in dataset.data_vars.items()
-        if variable.dtype.kind in "fiu" and (variable.ndim >= 2 or "flag_meanings" in variable.attrs)
+        if variable.dtype.kind in "fiu" and (variable.ndim >= 2 or is_flag(variable, str(name)))
     }
     plain = xr.Dataset(fields, attrs={}).drop_encoding()
     if not any(_dated(variable) for variable in plain.coords.values()):
