@@ -1044,6 +1044,60 @@ def test_flags_of_a_mooring_hide_its_rows(tmp_path, caplog):
         assert any("flag looks like a quality flag but cannot be read" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize(
+    ("days", "clocks"),
+    [
+        (["2021-09-17", "2021-09-17", "2021-09-18"], ["00:10", "13:00", "06:10"]),
+        (["20210917", "20210917", "20210918"], ["0:10:00", "13:00:00.0", "6:10"]),
+        ([20210917, 20210917, 20210918], ["00:10Z", "15:00+02:00", "00:10-06:00"]),
+        (
+            pd.to_datetime(["2021-09-17", "2021-09-17", "2021-09-18"]),
+            [datetime.time(0, 10), datetime.time(13), datetime.time(6, 10)],
+        ),
+        (
+            [datetime.date(2021, 9, 17), datetime.date(2021, 9, 17), datetime.date(2021, 9, 18)],
+            pd.to_timedelta([10, 780, 370], "min"),
+        ),
+    ],
+)
+def test_days_and_clock_times_are_joined(tmp_path, caplog, days, clocks):
+    expected = collect(table(3, time=["2021-09-17T00:10", "2021-09-17T13:00", "2021-09-18T06:10"]), GRID)
+    points = table(3).assign(Date=days, time=clocks)
+    points.to_csv(tmp_path / "logger.csv", index=False)
+    for source in (points, tmp_path / "logger.csv"):
+        assert_same_frames(collect(source, GRID), expected)
+        assert not caplog.records
+        for named in ("Date", "time"):
+            assert_same_frames(collect(source, GRID, columns={"time": named}), expected)
+            assert "Date and time are joined into one time" in caplog.messages[-1]
+            caplog.clear()
+
+
+def test_a_missing_clock_time_is_a_missing_time():
+    points = table(3, date="2021-09-17").assign(time=["00:10", None, "00:20"])
+    with pytest.raises(InputError, match="date and time is missing or not finite in row 1"):
+        collect(points, GRID)
+    with pytest.raises(InputError, match=r"date and time is no date such as .* in row 1: '2021-09-17T25:10'"):
+        collect(points.assign(time=["00:10", "25:10", "00:20"]), GRID)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"date": "17/09/2021", "time": "00:10"},
+        {"date": "2021-09-17", "time": "6:10 PM"},
+        {"date": "2021-09-17", "time": "2021-09-17T00:10"},
+        {"date": "2021-09-17", "time": "00:10", "datetime": "2021-09-17T00:10"},
+    ],
+)
+def test_times_in_several_columns_that_do_not_join_are_refused(columns):
+    with pytest.raises(InputError, match=r"several columns for time, time, .*say which; .* such as 2021-09-17T00:10"):
+        collect(table(3, **columns), GRID)
+    if "datetime" in columns:
+        (frame,) = collect(table(3, **columns), GRID, columns={"time": "datetime"})
+        assert frame.time == np.datetime64("2021-09-17T00:10")
+
+
 def test_times_of_a_data_set_count_however_they_are_written(observed_field):
     days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
     numbers = ("time", [0, 1, 2], {"units": "days since 2020-01-01"})

@@ -64,6 +64,8 @@ DEPTH = re.compile(
     re.IGNORECASE,
 )
 OF_DEPTH = ("depth", "sea_water_pressure")  # begin the standard names
+DAY = r"\d{4}-\d\d-\d\d|\d{8}"
+CLOCK = r"(0 days )?\d\d?:\d\d(:\d\d(\.\d+)?)?\s*(Z|[+-]\d\d(:?\d\d)?)?"
 FLAG = re.compile(r"(^|[\W_])(qc|qf|qc_?flags?|flags?|quality)([\W_\d]|$)", re.IGNORECASE)
 
 
@@ -222,7 +224,8 @@ def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) ->
         if asked and not matches:
             raise InputError(f"{name} has no column {asked!r}; it has {listing}")
         if len(matches) > 1:
-            raise InputError(f"{name} has several columns for {key}, {', '.join(map(str, matches))}; say which")
+            hint = "; a day and a clock time go into one column, such as 2021-09-17T00:10" * (key == "time")
+            raise InputError(f"{name} has several columns for {key}, {', '.join(map(str, matches))}; say which{hint}")
         if matches:
             found[key] = matches[0]
     missing = [key for key in NEEDED if key not in found]
@@ -317,6 +320,41 @@ def _same_meridian(lon: np.ndarray, grid: Grid) -> np.ndarray:
     return middle + (lon - middle + 180) % 360 - 180
 
 
+def _with_whole_times(
+    table: pd.DataFrame, columns: Mapping[str, str], name: str
+) -> tuple[pd.DataFrame, Mapping[str, str]]:
+    """With a column of days and one of clock times joined to one, and what the columns are called then.
+
+    Also where one of the two is named: days alone would put all of their rows into one field.
+    """
+    asked = str(columns.get("time", "")).strip().lower()
+    plain = {str(title).strip().lower(): title for title in table.columns}
+    if len(plain) < len(table.columns):
+        return table, columns
+    found = dict.fromkeys(plain[n] for n in (asked, *NAMES["time"]) if n in plain)
+    days, clocks = ([t for t in found if _all_like(pattern, table[t])] for pattern in (DAY, CLOCK))
+    chosen = not asked or plain.get(asked) in (*days, *clocks)
+    if len(days) != 1 or len(clocks) != 1 or not chosen or (len(found) > 2 and not asked):
+        return table, columns
+    (day,), (clock,) = days, clocks
+    # 6:10 is no ISO 8601, but clear.
+    hours = _as_text(table[clock]).str.removeprefix("0 days ").str.replace(r"^(?=\d:)", "0", regex=True)
+    joined = (_as_text(table[day]) + "T" + hours).where(table[day].notna() & table[clock].notna())
+    if asked:
+        logging.warning("%s: %s and %s are joined into one time", name, day, clock)
+    title = f"{day} and {clock}"
+    return table.drop(columns=[day, clock]).assign(**{title: joined}), {**columns, "time": title}
+
+
+def _as_text(column: pd.Series) -> pd.Series:
+    return column.astype(str).str.strip()
+
+
+def _all_like(pattern: str, column: pd.Series) -> bool:
+    known = column.dropna()
+    return bool(len(known) and _as_text(known).str.fullmatch(pattern, case=False).all())
+
+
 def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
     # Of up to seven digits a number counts from somewhere; 20200104 is a date.
     if pd.api.types.is_numeric_dtype(column) or column.astype(str).str.fullmatch(r"\d{1,7}(\.\d*)?").all():
@@ -360,7 +398,7 @@ def _from_table(
     if isinstance(table.index, pd.DatetimeIndex):
         table = table.rename_axis(index=table.index.name or "time")
     levels = [level for level in table.index.names if level is not None and level not in table.columns]
-    table = table.reset_index(levels)
+    table, columns = _with_whole_times(table.reset_index(levels), columns, name)
     found = _find_columns(table, columns, name)
     lost = np.zeros(len(table), bool) if lost is None else lost
     if lost.all():
