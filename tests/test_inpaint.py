@@ -1098,6 +1098,55 @@ def test_times_in_several_columns_that_do_not_join_are_refused(columns):
         assert frame.time == np.datetime64("2021-09-17T00:10")
 
 
+@pytest.mark.parametrize(
+    ("title", "unit"),
+    [
+        ("u (cm/s)", "cm/s"),
+        ("u_cm_s", "cm_s"),
+        ("U [cm s^-1]", "cm s^-1"),
+        ("u_cms", "cms"),
+        ("u_mm_s", "mm_s"),
+        ("u (km/h)", "km/h"),
+        ("u_knots", "knots"),
+        ("u [kn]", "kn"),
+        ("speed [kn]", "kn"),
+        ("Vx cm per s", "cm per s"),
+    ],
+)
+def test_a_column_that_says_another_unit_is_refused(tmp_path, title, unit):
+    points = table(3).rename(columns={"u": title})
+    points.to_csv(tmp_path / "points.csv", index=False)
+    message = rf"{re.escape(title)} is in {re.escape(unit)} by its name; give velocities and their errors in m/s"
+    for source in (points, tmp_path / "points.csv"):
+        with pytest.raises(InputError, match=message):
+            collect(source, GRID, columns={"u": title})
+        if title.lower().startswith("u"):
+            with pytest.raises(InputError, match=message):
+                collect(source, GRID)
+    with pytest.raises(InputError, match=rf"{re.escape(title)} is in"):
+        collect(table(3, **{title: 0.1}), GRID, columns={"sigma": title})
+    data = {title if n == "u" else n: ("obs", table(3)[n]) for n in ("u", "v", "lat", "lon")}
+    if "/" not in title:
+        with pytest.raises(InputError, match=message):
+            collect(xr.Dataset(data), GRID, columns={"u": title})
+        data[title] = ("obs", 100 * table(3).u, {"units": "cm/s"})
+        (one,) = collect(xr.Dataset(data), GRID, columns={"u": title})
+        np.testing.assert_allclose(one.observation.values[:3, 0], table(3).u, rtol=1e-6)
+
+
+@pytest.mark.parametrize("title", ["u (m/s)", "u_m_s", "u_ms", "u [m s-1]", "u_mps", "u_metres_per_second", "u_mean"])
+def test_a_column_that_says_metres_per_second_can_be_named(title):
+    (one,) = collect(table(3).rename(columns={"u": title}), GRID, columns={"u": title})
+    np.testing.assert_allclose(one.observation.values[:3, 0], table(3).u, rtol=1e-6)
+
+
+def test_an_error_in_another_unit_is_not_passed_over():
+    with pytest.raises(InputError, match=r"sigma \(cm/s\) is in cm/s by its name"):
+        collect(table(3, **{"sigma (cm/s)": 2.0}), GRID)
+    (one,) = collect(table(3, **{"sigma (cm/s)": 2.0, "sigma": 0.02, "u_cm_s": 3.0}), GRID)
+    np.testing.assert_allclose(one.observation.sigma[:3], 0.02, rtol=1e-6)
+
+
 def test_times_of_a_data_set_count_however_they_are_written(observed_field):
     days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
     numbers = ("time", [0, 1, 2], {"units": "days since 2020-01-01"})

@@ -64,6 +64,12 @@ DEPTH = re.compile(
     re.IGNORECASE,
 )
 OF_DEPTH = ("depth", "sea_water_pressure")  # begin the standard names
+# A unit of speed at the end of a name, such as u_cm_s or "speed [kn]".
+SPEED = re.compile(
+    r"(?:^|[\W_])((k|c|d|m|kilo|centi|deci|milli)?(?:m|met(?:er|re)s?)[\W_]*(?:p|per)?[\W_]*(s|sec|seconds?|h|hr|hours?)"
+    r"(?:[\W_]*[1¹])?|kn|kts?|knots?|mph|(?:ft|feet)[\W_]*(?:p|per)?[\W_]*s)[\W_]*$",
+    re.IGNORECASE,
+)
 DAY = r"\d{4}-\d\d-\d\d|\d{8}"
 CLOCK = r"(0 days )?\d\d?:\d\d(:\d\d(\.\d+)?)?\s*(Z|[+-]\d\d(:?\d\d)?)?"
 FLAG = re.compile(r"(^|[\W_])(qc|qf|qc_?flags?|flags?|quality)([\W_\d]|$)", re.IGNORECASE)
@@ -242,6 +248,34 @@ def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) ->
     return found
 
 
+def _foreign_unit(title: Any) -> tuple[str, str]:
+    """The name without its unit of speed, and the unit; without one, or in m/s, empty."""
+    found = SPEED.search(str(title))
+    unit, prefix, time = found.groups() if found else ("", "", "")
+    if not found or (time and not prefix and not time.lower().startswith("h")):
+        return "", ""
+    return str(title)[: found.start()].strip(" _").lower(), unit.strip()
+
+
+def _check_unit(title: Any, name: str) -> None:
+    _, unit = _foreign_unit(title)
+    if unit:
+        raise InputError(f"{name}: {title} is in {unit} by its name; give velocities and their errors in m/s")
+
+
+def _check_units(table: pd.DataFrame, columns: Mapping[str, str], name: str) -> None:
+    """Refuses velocities and errors whose name, given or as usual, says that they are not in m/s."""
+    plain = {str(title).strip().lower(): title for title in table.columns}
+    for key in ("u", "v", "sigma", "sigma_u", "sigma_v"):
+        asked = columns.get(key, columns.get("sigma") if key.startswith("sigma") else None)
+        if asked:
+            _check_unit(asked, name)
+        elif not any(usual in plain for usual in NAMES[key]):
+            for title in plain.values():
+                if _foreign_unit(title)[0] in NAMES[key]:
+                    _check_unit(title, name)
+
+
 def _rows(bad: np.ndarray) -> str:
     """Such as "row 3" or "rows 3, 8 and 4 more", counted from 0."""
     number = np.flatnonzero(bad)
@@ -399,6 +433,7 @@ def _from_table(
         table = table.rename_axis(index=table.index.name or "time")
     levels = [level for level in table.index.names if level is not None and level not in table.columns]
     table, columns = _with_whole_times(table.reset_index(levels), columns, name)
+    _check_units(table, columns, name)
     found = _find_columns(table, columns, name)
     lost = np.zeros(len(table), bool) if lost is None else lost
     if lost.all():
@@ -491,6 +526,9 @@ def _from_track(
     listing = pd.DataFrame(columns=list(dataset.variables))
     names = _find_columns(listing, _by_standard_name(dataset, columns, listing.columns), source.name)
     if not from_file:
+        for key in ("u", "v"):
+            if not _units(dataset[names[key]]):
+                _check_unit(names[key], source.name)
         dataset = dataset.assign({names[key]: _with_units(dataset[names[key]]) for key in ("u", "v")})
     if "sigma" in columns:
         names = {key: name for key, name in names.items() if key not in ("sigma_u", "sigma_v")}
@@ -601,13 +639,18 @@ def _dated(variable: xr.DataArray) -> bool:
     return variable.dtype.kind == "M" or of_cftime or " since " in str(variable.attrs.get("units", ""))
 
 
+def _units(variable: xr.DataArray) -> list[Any]:
+    return [value for key, value in variable.attrs.items() if key.lower() in ("unit", "units")]
+
+
 def _with_units(variable: xr.DataArray) -> xr.DataArray:
-    units = [value for key, value in variable.attrs.items() if key.lower() in ("unit", "units")]
-    return variable.assign_attrs(units=[*units, "m s-1"][0])
+    return variable.assign_attrs(units=[*_units(variable), "m s-1"][0])
 
 
 def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> tuple[Fields, Fields | None]:
     """Through a file, so that it is understood as every other file is."""
+    for title in (title for title in columns.values() if title in dataset and not _units(dataset[title])):
+        _check_unit(title, "the data set")
     fields = {
         name: unpack_limits(_with_units(variable))
         for name, variable in dataset.data_vars.items()
