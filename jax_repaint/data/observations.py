@@ -63,6 +63,8 @@ DEPTH = re.compile(
     r"|z|lev(el)?s?|bins?|layers?|pres(s|sure)?|depth[\s_](bin|level|layer|cell)",
     re.IGNORECASE,
 )
+COUNTED = re.compile(r"lev|bin|layer|cell", re.IGNORECASE)
+SWAY = 2.0  # m or dbar, within which a vehicle keeps a depth
 OF_DEPTH = ("depth", "sea_water_pressure")  # begin the standard names
 # A unit of speed at the end of a name, such as u_cm_s or "speed [kn]".
 SPEED = re.compile(
@@ -488,7 +490,8 @@ def _check_depth(table: pd.DataFrame, kept: np.ndarray, used: Collection[Any], n
         column = table[title].iloc[kept].dropna()
         numbers = pd.to_numeric(column, errors="coerce")
         values = numbers if numbers.notna().all() else column.astype(str).str.strip()
-        if values.nunique() > 1:
+        kept_depth = values is numbers and not COUNTED.search(str(title)) and np.ptp(numbers) <= SWAY
+        if values.nunique() > 1 and not kept_depth:
             low, high = (f"{x:g}" if values is numbers else x for x in (values.min(), values.max()))
             raise InputError(
                 f"{name}: rows are of {title} from {low} to {high}, a field is of one depth: keep the rows of one, or "
