@@ -129,8 +129,8 @@ class Model:
           step: times of a table are rounded to multiples of this, "1h", "30min" or a duration.
           method: sampler; by default the one that the model is calibrated for.
           raw: whether the calibration that came with the model is left out.
-          leave_out: whether rows on land, outside the grid or without values, and cells of a field that are on land, are
-            left out, not refused.
+          leave_out: whether rows on land, outside the grid or without values, and cells of a field on land, are left
+            out, not refused.
           chunk: members sampled at a time; what pays on the device by default.
           progress: whether to say on stderr how far things are.
           unfinished: `jax_repaint.unfinished.Unfinished(path)`, which keeps what is made before the end in a folder
