@@ -1155,6 +1155,15 @@ def test_an_error_in_another_unit_is_not_passed_over():
     np.testing.assert_allclose(one.observation.sigma[:3], 0.02, rtol=1e-6)
 
 
+def test_one_time_for_all_and_no_point_at_all():
+    points, dataset = track()
+    for time in (points.time[0], [points.time[0]]):
+        one_time = dataset.drop_vars("time").assign_coords(time=time)
+        assert_same_frames(collect(one_time, GRID), collect(points.assign(time=points.time[0]), GRID))
+    with pytest.raises(InputError, match="no observation: the observations has no row"):
+        collect(dataset.isel(obs=slice(0)), GRID)
+
+
 def test_times_of_a_data_set_count_however_they_are_written(observed_field):
     days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
     numbers = ("time", [0, 1, 2], {"units": "days since 2020-01-01"})

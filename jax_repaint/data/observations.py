@@ -365,9 +365,9 @@ def _with_whole_times(
     """
     asked = str(columns.get("time", "")).strip().lower()
     plain = {str(title).strip().lower(): title for title in table.columns}
-    if len(plain) < len(table.columns):
-        return table, columns
     found = dict.fromkeys(plain[n] for n in (asked, *NAMES["time"]) if n in plain)
+    if len(found) < 2 or len(plain) < len(table.columns):
+        return table, columns
     days, clocks = ([t for t in found if _all_like(pattern, table[t])] for pattern in (DAY, CLOCK))
     chosen = not asked or plain.get(asked) in (*days, *clocks)
     if len(days) != 1 or len(clocks) != 1 or not chosen or (len(found) > 2 and not asked):
@@ -573,7 +573,8 @@ def _along_points(dataset: xr.Dataset, columns: Mapping[str, str], source: Sourc
     Of points latitude and longitude share their dimension, or have none as those of a mooring. Of trajectories they
     share two, and change with time. Dimensions of length 1 do not count.
     """
-    dims = {str(n): {d for d in v.dims if dataset.sizes[d] > 1} for n, v in dataset.variables.items()}
+    named = {n: v for n, v in dataset.variables.items() if isinstance(n, str)}
+    dims = {n: {d for d in v.dims if dataset.sizes[d] != 1} for n, v in named.items()}
     flat = [n for n in dims if dataset[n].ndim == 1]
     for among in (flat, list(dims)):
         found = _first_named(dataset, columns, among)
