@@ -57,7 +57,7 @@ class Length:
     """
 
     epoch: int = 200
-    before: int = 60
+    before: int = 20
     after: int = 6
     held_out: int = 256
     dispatch: int = 10
