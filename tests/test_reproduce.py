@@ -300,6 +300,19 @@ def test_rows_are_told_from_each_other():
     np.testing.assert_allclose(findings.ratios_of_rows(row), 0.8 * np.linspace(0.5, 1.5, 10))
 
 
+def test_a_row_of_frames_counts_once_in_the_share_that_is_better():
+    """Of ten rows, four are worse than the GP, in every one of their frames."""
+    rows = make_rows("bulk", lambda label, stage: 0.8, noise=0, frames=120)
+    in_row = rows["label"] == "consecutive"
+    number = rows.loc[in_row, "frame"].astype(int)
+    rows.loc[in_row, "frame"] = number + 100 * (number // 12)
+    rows.loc[in_row, "mse_member"] *= np.where(number // 12 < 4, 1.5, 1)
+    evidence = dataclasses.replace(make_evidence(names=()), sweeps={"bulk": rows})
+    (share,) = [check for check in findings.bulk(evidence).checks if check.name == "share of rows better than the GP"]
+    expected = findings.of_frames("", 6, 10, findings.MOST)
+    assert (share.value, share.lo, share.hi) == (expected.value, expected.lo, expected.hi)
+
+
 @pytest.mark.parametrize(("row", "expected"), [(0.6, HOLDS), (0.72, OPEN), (0.8, NOT)])
 def test_rows_that_flatter_by_half_of_the_notes_difference(row, expected):
     effects = lambda label, stage: row if label.endswith("row") else 0.8  # noqa: E731
@@ -496,6 +509,16 @@ def test_levels_of_models_of_different_ranges(folder):
         assert last in found[form]["sigma"].to_numpy()
     text = findings.by_level(dataclasses.replace(make_evidence(names=()), levels=found)).table
     assert [cell.strip() for cell in text.splitlines()[-1].split("|")][1:4:2] == ["130", "–"]
+
+
+def test_blocks_of_continued_runs_are_of_the_frames_that_there_are(tmp_path, monkeypatch):
+    """Of 47 validation frames where 256 are asked for, in blocks of a quarter at most."""
+    made = make_resumption()
+    monkeypatch.setattr(resumption, "_train", lambda *_: (made.curves, made.losses))
+    split = Split(np.arange(100), np.arange(120, 167), np.arange(200, 250), decorrelation=12)
+    found = resumption.run(tiny.model(), tiny.fields(), split, tiny.config(), tmp_path, resumption.Length(held_out=256))
+    assert found.block == 11
+    assert f"loss on {FRAMES} frames of the validation part" in findings._length(found)
 
 
 @pytest.mark.slow
