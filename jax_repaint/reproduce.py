@@ -208,7 +208,7 @@ class Interrupted(Exception):
 
 
 def models_of(
-    workdir: Path, named: Sequence[Sequence[str]], configs: Sequence[str], seeds: int = 1, fields: Fields | None = None
+    workdir: Path, named: Sequence[Sequence[str]], configs: Sequence[str], seeds: int = 1, fields: str = ""
 ) -> list[Pair]:
     """Folders of the models with attention and plain, in pairs: those named, and trained ones where none are.
 
@@ -216,7 +216,7 @@ def models_of(
       named: folders with attention, and plain ones.
       configs: of the two kinds.
       seeds: pairs, if no folder is named.
-      fields: what they are to be tried on, if not on the test part of their data.
+      fields: file of what they are to be tried on, if not on the test part of their data.
 
     Raises:
       InputError: a folder that holds no model, a configuration that is not there, folders that are no pairs, fields on
@@ -227,14 +227,13 @@ def models_of(
     counts = {len(folders) for folders in named if folders} or {seeds}
     if len(counts) > 1:
         raise InputError(f"models come in pairs, but {' and '.join(str(len(folders)) for folders in named)} are named")
+    # Before long work.
+    models, untrained = [], []
     for folders, path in zip(named, configs, strict=True):
-        # Before long work.
-        models = [model.load(folder) for folder in folders]
-        config = None if folders else read_config(_found(path))
-        if fields:
-            check_unseen(models, fields)
-            for one in models or [_trained_on(config, fields)]:
-                check_same_grid(one, fields)
+        models += [model.load(folder) for folder in folders]
+        untrained += [] if folders else [read_config(_found(path))]
+    if fields:
+        _check_fields(readers.read(fields), models, untrained)
     kinds = [
         folders or [_trained(_found(path), workdir, again) for again in range(max(counts))]
         for folders, path in zip(named, configs, strict=True)
@@ -246,12 +245,19 @@ def _trained(path: Path, workdir: Path, again: int) -> str:
     return trained_model(path, workdir / "models" / f"{path.stem}{f'_{again}' if again else ''}", again)
 
 
-def _trained_on(config: ConfigDict, fields: Fields) -> Fields:
-    """The fields that a model is to be trained on, or one frame of the twin; raises InputError if they are `fields`."""
-    own = readers.read(config.data.fields) if config.data.fields else twin.select(np.arange(1))
-    if own.hash() == fields.hash():
-        raise InputError(f"{fields.name} is what a model is to be trained on; of its frames only a part is held out")
-    return own
+def _check_fields(fields: Fields, models: Sequence[Model], untrained: Sequence[ConfigDict]) -> None:
+    """Raises InputError if fields are on another grid than models, trained or not yet, or those of a training."""
+    check_unseen(models, fields)
+    for one in models:
+        check_same_grid(one, fields)
+    for config in untrained:
+        # Of the twin one frame says where it is.
+        own = readers.read(config.data.fields) if config.data.fields else twin.select(np.arange(1))
+        check_same_grid(own, fields)
+        if own.hash() == fields.hash():
+            raise InputError(
+                f"{fields.name} is what a model is to be trained on; of its frames only a part is held out"
+            )
 
 
 def _found(path: str) -> Path:
@@ -419,9 +425,9 @@ def main(_) -> None:
     files.check_writable(out, (".md",))
     for folder in FLAGS.beside:
         model.load(folder)
-    named, fields = (FLAGS.attention, FLAGS.plain), readers.read(FLAGS.fields) if FLAGS.fields else None
+    folders = FLAGS.attention, FLAGS.plain
     try:
-        (attention, plain), *again = models_of(workdir, named, FLAGS.configs, FLAGS.seeds, fields)
+        (attention, plain), *again = models_of(workdir, folders, FLAGS.configs, FLAGS.seeds, FLAGS.fields)
     except Interrupted:
         print(f"stopped; the same command continues from {workdir}")
         sys.exit(143)
@@ -429,8 +435,8 @@ def main(_) -> None:
     options = {"scale": FLAGS.scale, "frames": FLAGS.frames, "again": again, "changes": changes}
     run_sweeps(workdir, attention, plain, names, **options)
     evidence = gather(workdir, attention, plain, names, **options, beside=FLAGS.beside)
-    shown = ("scale", "frames", "only", "attention", "plain", "configs", "seeds", "fields", "beside")
-    given = {name: FLAGS[name].serialize() for name in shown if FLAGS[name].value != FLAGS[name].default}
+    named = ("scale", "frames", "only", "attention", "plain", "configs", "seeds", "fields", "beside")
+    given = {name: FLAGS[name].serialize() for name in named if FLAGS[name].value != FLAGS[name].default}
     line = " ".join(["python -m jax_repaint.reproduce --workdir=WORKDIR", *given.values()])
     verdicts = findings.write(evidence, out, about(attention, plain, line, again, Path(FLAGS.fields).name))
     width = max(map(len, verdicts), default=0)

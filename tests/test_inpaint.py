@@ -1002,6 +1002,7 @@ def test_rows_of_several_depths_are_refused(tmp_path, title):
 def test_a_vehicle_keeps_its_depth_within_two_metres():
     sway = 3.0 + np.linspace(-1, 1, 9)
     assert collect(table(9).assign(depth=sway), GRID)[0].count == 9
+    assert collect(table(9).assign(depth=np.nan), GRID)[0].count == 9
     for title, depths in (("depth", 1.1 * sway), ("bin", sway), ("depth_level", [1] * 8 + [2])):
         with pytest.raises(InputError, match=rf"rows are of {title} from "):
             collect(table(9).assign(**{title: depths}), GRID)

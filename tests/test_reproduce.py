@@ -603,24 +603,26 @@ def test_fields_that_do_not_go_with_a_training_are_refused_before_it(folder, tmp
     trained = []
     monkeypatch.setattr(reproduce, "trained_model", lambda path, workdir, again: trained.append(path) or str(path))
     given = [str(folder / "model")]
-    own, other = readers.read(folder / "tiny.nc"), tiny.fields(20, seed=8)
-    moved = dataclasses.replace(other, lat=other.lat + 1)
+    other = tiny.fields(20, seed=8)
+    own, other_file, moved = folder / "tiny.nc", tmp_path / "other.nc", tmp_path / "moved.nc"
+    readers.write(other, other_file)
+    readers.write(dataclasses.replace(other, lat=other.lat + 1), moved)
 
     def models_of(named, configs, fields):
-        return reproduce.models_of(tmp_path, named, configs, 1, fields)
+        return reproduce.models_of(tmp_path, named, configs, 1, str(fields))
 
     twin_and_own = ("configs/micro.py", str(path))
     for named, fields, message in (
-        (([], given), other, r"is to be trained on another grid: \(44, 94\)"),
+        (([], given), other_file, r"is to be trained on another grid: \(44, 94\)"),
         ((given, []), moved, r"the model was trained on another grid"),
         ((given, given), own, r"tiny\.nc is what a model was trained on"),
     ):
         with pytest.raises(InputError, match=message):
             models_of(named, twin_and_own, fields)
     with pytest.raises(InputError, match=r"tiny\.nc is what a model is to be trained on"):
-        models_of(([], given), (str(path), "configs/micro.py"), own)
+        models_of(([], []), (str(path), "configs/micro.py"), own)
     assert not trained
-    assert models_of((given, []), twin_and_own, other) == [(given[0], str(path))]
+    assert models_of((given, []), twin_and_own, other_file) == [(given[0], str(path))]
 
 
 @pytest.mark.parametrize(

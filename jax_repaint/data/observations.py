@@ -490,8 +490,11 @@ def _check_depth(table: pd.DataFrame, kept: np.ndarray, used: Collection[Any], n
         column = table[title].iloc[kept].dropna()
         numbers = pd.to_numeric(column, errors="coerce")
         values = numbers if numbers.notna().all() else column.astype(str).str.strip()
-        kept_depth = values is numbers and not COUNTED.search(str(title)) and np.ptp(numbers) <= SWAY
-        if values.nunique() > 1 and not kept_depth:
+        several = values.nunique() > 1
+        # A level that is counted is one of several, however near; metres sway.
+        if several and values is numbers and not COUNTED.search(str(title)):
+            several = np.ptp(numbers) > SWAY
+        if several:
             low, high = (f"{x:g}" if values is numbers else x for x in (values.min(), values.max()))
             raise InputError(
                 f"{name}: rows are of {title} from {low} to {high}, a field is of one depth: keep the rows of one, or "
