@@ -1082,6 +1082,16 @@ def test_days_and_clock_times_are_joined(tmp_path, caplog, days, clocks):
             caplog.clear()
 
 
+def test_days_beside_what_is_no_clock_are_said_to_be_one_field(caplog):
+    points = table(4, Date=["2021-09-17"] * 3 + ["2021-09-18"]).assign(time=["6 am", "noon", "3 pm", "6 am"])
+    found = collect(points, GRID, columns={"time": "Date"})
+    assert [one.count for one in found] == [3, 1]
+    assert caplog.messages == [
+        "the observations: all rows of a day in Date count for one field; time does not hold times of the day such as 06:10 "
+        "and is not read"
+    ]
+
+
 def test_a_missing_clock_time_is_a_missing_time():
     points = table(3, date="2021-09-17").assign(time=["00:10", None, "00:20"])
     with pytest.raises(InputError, match="date and time is missing or not finite in row 1"):

@@ -39,8 +39,8 @@ STANDARD = "sea_water_velocity"
 NAMES = {
     "lat": ("lat", "latitude", "nav_lat"),
     "lon": ("lon", "longitude", "long", "lng", "nav_lon"),
-    "u": ("u", "uo", "water_u", "ucur", "ewct", "u_east", "u_eastward", "eastward", f"eastward_{STANDARD}"),
-    "v": ("v", "vo", "water_v", "vcur", "nsct", "v_north", "v_northward", "northward", f"northward_{STANDARD}"),
+    "u": ("u", "uo", "water_u", "ucur", "ewct", "u_east", "u_eastward", "eastward", "ve", f"eastward_{STANDARD}"),
+    "v": ("v", "vo", "water_v", "vcur", "nsct", "v_north", "v_northward", "northward", "vn", f"northward_{STANDARD}"),
     "sigma": ("sigma", "error", "std", "uncertainty", "standard_error"),
     "sigma_u": ("sigma_u", "error_u", "std_u", "u_sigma", "u_error", "u_std"),
     "sigma_v": ("sigma_v", "error_v", "std_v", "v_sigma", "v_error", "v_std"),
@@ -371,6 +371,10 @@ def _with_whole_times(
     days, clocks = ([t for t in found if _all_like(pattern, table[t])] for pattern in (DAY, CLOCK))
     chosen = not asked or plain.get(asked) in (*days, *clocks)
     if len(days) != 1 or len(clocks) != 1 or not chosen or (len(found) > 2 and not asked):
+        if asked and plain.get(asked) in days and not clocks:
+            others = ", ".join(str(title) for title in found if title not in days)
+            unread = f"; {others} does not hold times of the day such as 06:10 and is not read" if others else ""
+            logging.warning("%s: all rows of a day in %s count for one field%s", name, plain[asked], unread)
         return table, columns
     (day,), (clock,) = days, clocks
     # 6:10 is no ISO 8601, but clear.
