@@ -1087,8 +1087,8 @@ def test_days_beside_what_is_no_clock_are_said_to_be_one_field(caplog):
     found = collect(points, GRID, columns={"time": "Date"})
     assert [one.count for one in found] == [3, 1]
     assert caplog.messages == [
-        "the observations: all rows of a day in Date count for one field; time does not hold times of the day such as 06:10 "
-        "and is not read"
+        "the observations: all rows of a day in Date count for one field; time does not hold times of the day such "
+        "as 06:10 and is not read"
     ]
 
 
