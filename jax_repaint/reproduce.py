@@ -410,6 +410,10 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seeds", 2, "Seeds that each of the two is trained from if no folder is named.", lower_bound=1)
     flags.DEFINE_enum("scale", "cpu", SCALES, "full: 128 frames and all members everywhere, for a GPU.")
     flags.DEFINE_integer("frames", 0, "At most so many frames; 0 for no limit.", lower_bound=0)
+    flags.DEFINE_integer(
+        "resume_epochs", resumption.Length.before, "Epochs of 200 steps at a constant rate that the runs of the part "
+        "resume go on from.", lower_bound=1,
+    )  # fmt: skip
     flags.DEFINE_list("only", [], f"Parts among {', '.join(PARTS)}; all if empty.")
     flags.DEFINE_string("fields", "", "File, none of whose frames had a part in training, to inpaint those of instead.")
     flags.DEFINE_list("beside", [], "Folders of other models, whose errors by noise level are shown too.")
@@ -434,8 +438,9 @@ def main(_) -> None:
     changes = {"fields": FLAGS.fields, "part": "all"} if FLAGS.fields else {}
     options = {"scale": FLAGS.scale, "frames": FLAGS.frames, "again": again, "changes": changes}
     run_sweeps(workdir, attention, plain, names, **options)
-    evidence = gather(workdir, attention, plain, names, **options, beside=FLAGS.beside)
-    named = ("scale", "frames", "only", "attention", "plain", "configs", "seeds", "fields", "beside")
+    length = resumption.Length(before=FLAGS.resume_epochs)
+    evidence = gather(workdir, attention, plain, names, **options, beside=FLAGS.beside, length=length)
+    named = ("scale", "frames", "resume_epochs", "only", "attention", "plain", "configs", "seeds", "fields", "beside")
     given = {name: FLAGS[name].serialize() for name in named if FLAGS[name].value != FLAGS[name].default}
     line = " ".join(["python -m jax_repaint.reproduce --workdir=WORKDIR", *given.values()])
     verdicts = findings.write(evidence, out, about(attention, plain, line, again, Path(FLAGS.fields).name))
