@@ -5,8 +5,9 @@
 The method inpaints frames of the validation part of the model's split; what it learns from them, `calibration.py` says.
 Test frames take no part. The validation part has served before, to choose the best weights and three numbers of the
 linear prior, which is a small leak. Frames count as independent in blocks of time that are as long as it takes the
-errors of the linear estimate to be forgotten; `--block` sets another length. With --fields=FILE --part=all it learns
-from a whole file of which no frame had a part in training; what is evaluated later should not be of that file.
+errors of the linear estimate to be forgotten, with the pattern where that takes longest; `--block` sets another length.
+With --fields=FILE --part=all it learns from a whole file of which no frame had a part in training; what is evaluated
+later should not be of that file.
 
 `evaluate` and `inpaint` use the calibration for ensembles of the same method and size, unless they are told --raw. A
 model has one calibration: a new one replaces it, but one of another method, or from more blocks of time, only with
@@ -218,7 +219,9 @@ def main(_) -> None:
         check_replaced(old, FLAGS.method)
     fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
     patterns = FLAGS.patterns or trained.patterns
-    block = FLAGS.block or block_length(trained, fields.select(split.validation), patterns[0], FLAGS.seed)
+    series = fields.select(split.validation)
+    # Fields of all patterns are learnt from: those whose errors last longest say what is independent.
+    block = FLAGS.block or max(block_length(trained, series, pattern, FLAGS.seed) for pattern in patterns)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     logging.info("%d frames in blocks of %d frames", numbers.size, block)
     if not FLAGS.replace:

@@ -172,3 +172,21 @@ def test_models_of_other_frames_are_compared_on_a_file_that_none_saw(folder, tra
 def test_pick_draws_other_frames_of_a_file_for_other_seeds(folder, trained):
     _, split = data_of(trained, str(folder / "later.nc"), "all")
     assert (pick(split, 6, 1) != pick(split, 6, 2)).any()
+
+
+def test_blocks_are_of_the_pattern_whose_errors_last_longest(folder, monkeypatch):
+    """Frames of all patterns are learnt from, whichever is named first."""
+    lasting, blocks = {"line:4": 3, "walk:12": 5, "cells:0.1": 2}, []
+    monkeypatch.setattr(calibrate, "block_length", lambda trained, fields, pattern, seed: lasting[pattern])
+
+    def learn(*_, block, **__):
+        blocks.append(block)
+        raise RuntimeError
+
+    flags = {"model": str(folder / "model"), "fields": str(folder / "own.nc"), "part": "validation", "frames": 6,
+             "members": 4, "patterns": list(lasting), "seed": 3, "chunk": None}  # fmt: skip
+    monkeypatch.setattr(calibrate, "FLAGS", SimpleNamespace(**flags | COMMANDS[calibrate] | {"block": None}))
+    monkeypatch.setattr(calibrate, "learn", learn)
+    with pytest.raises(RuntimeError):
+        calibrate.main([])
+    assert blocks == [5]
