@@ -848,32 +848,28 @@ def test_a_calibration_gives_way_only_to_one_of_its_method_from_as_many_blocks(l
     assert calibrate.blocks_of([0, 1, 7, 8, 29], 4) == 4
 
 
-def calibrating(folder, *options, code=0):
-    """The command on a small model in `folder`; what it says on stderr, and the calibration that is there then."""
-    command = ["--model=model", "--fields=tiny.nc", "--members=4", "--patterns=line:4", *options]
-    done = subprocess.run(
-        [sys.executable, "-m", "jax_repaint.calibrate", *command], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == code, done.stderr
-    return done.stderr, model.load(folder / "model").calibration
-
-
-def test_the_command_replaces_a_better_calibration_only_when_told(learnt, tmp_path):
+def test_the_command_replaces_a_better_calibration_only_when_told(learnt, tmp_path, monkeypatch, caplog):
     readers.write(tiny.fields(), tmp_path / "tiny.nc")
     model.save(tiny.model(data=readers.read(tmp_path / "tiny.nc")), tmp_path / "model")
     model.store_calibration(tmp_path / "model", learnt)
-    for options, said in (
-        (["--method=kalman"], "error: the model has a calibration of another method, 6 members of linear_samples"),
-        (["--method=linear_samples", "--frames=3", "--block=1"], "20 blocks, than the 3 of this one"),
+    flags = {"model": str(tmp_path / "model"), "fields": str(tmp_path / "tiny.nc"), "part": "validation",
+             "method": "linear_samples", "members": 4, "frames": 3, "block": 1, "patterns": ["line:4"], "seed": 0,
+             "chunk": None, "gate": False, "replace": False}  # fmt: skip
+    for changed, said in (
+        ({"method": "kalman"}, "the model has a calibration of another method, 6 members of linear_samples"),
+        ({}, "20 blocks, than the 3 of this one"),
     ):
-        err, kept = calibrating(tmp_path, *options, code=2)
-        assert said in err
-        assert kept == learnt
-    err, made = calibrating(tmp_path, "--method=linear_samples", "--frames=3", "--block=1", "--replace")
+        monkeypatch.setattr(calibrate, "FLAGS", SimpleNamespace(**flags | changed))
+        with pytest.raises(InputError, match=said):
+            calibrate.main([])
+        assert model.load(tmp_path / "model").calibration == learnt
+    monkeypatch.setattr(calibrate, "FLAGS", SimpleNamespace(**flags | {"replace": True}))
+    calibrate.main([])
+    made = model.load(tmp_path / "model").calibration
     assert (made.members, made.blocks) == (4, 3)
     assert (
         "replaces the calibration for 6 members of linear_samples from 80 fields in 20 blocks by one for 4 members of "
-        "linear_samples from 3 fields in 3 blocks" in err
+        "linear_samples from 3 fields in 3 blocks" in caplog.text
     )
 
 
