@@ -1,13 +1,16 @@
 """Verdicts follow from rows with known effects, the page has every finding, and the runner goes on where it was."""
 
 import dataclasses
+import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from absl import flags
 
 from jax_repaint import (
     ensemble,
@@ -422,6 +425,24 @@ def test_another_season_stands_in_for_the_test_part(folder, tmp_path, monkeypatc
     np.testing.assert_array_equal(seen["resume"].velocity, tiny.fields().velocity)
     sentence, *_ = reproduce.about(trained, trained, "the command", fields="season.nc")
     assert "held-out frames of `season.nc`, which had no part in training; a loss" in sentence
+
+
+def test_the_command_says_how_long_continued_runs_were_before(tmp_path, monkeypatch):
+    own, asked, lines = flags.FlagValues(), {}, []
+    kinds = ("DEFINE_string", "DEFINE_list", "DEFINE_integer", "DEFINE_enum", "mark_flag_as_required")
+    defining = {kind: functools.partial(getattr(flags, kind), flag_values=own) for kind in kinds}
+    monkeypatch.setattr(reproduce, "flags", SimpleNamespace(**defining))
+    reproduce._define_flags()
+    own(["reproduce", f"--workdir={tmp_path}", "--only=resume", "--resume_epochs=7"])
+    monkeypatch.setattr(reproduce, "FLAGS", own)
+    monkeypatch.setattr(reproduce, "models_of", lambda *_: [("attention", "plain")])
+    monkeypatch.setattr(reproduce, "run_sweeps", lambda *_, **__: None)
+    monkeypatch.setattr(reproduce, "gather", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr(reproduce, "about", lambda _, __, line, *___: lines.append(line))
+    monkeypatch.setattr(reproduce.findings, "write", lambda *_: {})
+    reproduce.main([])
+    assert asked["length"] == resumption.Length(before=7)
+    assert lines == ["python -m jax_repaint.reproduce --workdir=WORKDIR --resume_epochs=7 --only=resume"]
 
 
 NAMES = ("head_to_head", "equal_weight")
