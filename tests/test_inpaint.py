@@ -1082,6 +1082,13 @@ def test_days_and_clock_times_are_joined(tmp_path, caplog, days, clocks):
             caplog.clear()
 
 
+def test_velocities_of_drifter_files_are_known_by_their_names():
+    points = table(4, time="2021-09-17T06:10")
+    assert_same_frames(collect(points.rename(columns={"u": "ve", "v": "vn"}), GRID), collect(points, GRID))
+    with pytest.raises(InputError, match="several columns for u, u, ve; say which"):
+        collect(points.assign(ve=0.01), GRID)
+
+
 def test_days_beside_what_is_no_clock_are_said_to_be_one_field(caplog):
     points = table(4, Date=["2021-09-17"] * 3 + ["2021-09-18"]).assign(time=["6 am", "noon", "3 pm", "6 am"])
     found = collect(points, GRID, columns={"time": "Date"})
