@@ -1089,14 +1089,23 @@ def test_velocities_of_drifter_files_are_known_by_their_names():
         collect(points.assign(ve=0.01), GRID)
 
 
-def test_days_beside_what_is_no_clock_are_said_to_be_one_field(caplog):
-    points = table(4, Date=["2021-09-17"] * 3 + ["2021-09-18"]).assign(time=["6 am", "noon", "3 pm", "6 am"])
+@pytest.mark.parametrize(
+    "others", [{"time": ["6 am", "noon", "3 pm", "6 am"]}, {"time": ["06:10"] * 4, "timestamp": ["07:10"] * 4}]
+)
+def test_days_without_one_clock_are_said_to_be_one_field(caplog, others):
+    points = table(4, Date=["2021-09-17"] * 3 + ["2021-09-18"]).assign(**others)
     found = collect(points, GRID, columns={"time": "Date"})
     assert [one.count for one in found] == [3, 1]
     assert caplog.messages == [
-        "the observations: all rows of a day in Date count for one field; time does not hold times of the day such "
-        "as 06:10 and is not read"
+        "the observations: all rows of a day in Date count for one field, as no other column, or several, hold times "
+        "of day such as 06:10"
     ]
+
+
+def test_a_named_day_takes_the_clock_beside_another_day():
+    points = table(3, Date=["2021-09-17"] * 3).assign(time=["06:10", "07:10", "08:10"], obs_time="2021-10-01")
+    expected = collect(table(3, time=[f"2021-09-17T0{hour}:10" for hour in (6, 7, 8)]), GRID)
+    assert_same_frames(collect(points, GRID, columns={"time": "Date"}), expected)
 
 
 def test_a_missing_clock_time_is_a_missing_time():

@@ -369,12 +369,15 @@ def _with_whole_times(
     if len(found) < 2 or len(plain) < len(table.columns):
         return table, columns
     days, clocks = ([t for t in found if _all_like(pattern, table[t])] for pattern in (DAY, CLOCK))
-    chosen = not asked or plain.get(asked) in (*days, *clocks)
+    named = plain.get(asked)
+    days, clocks = ([named] if named in kind else kind for kind in (days, clocks))
+    chosen = not asked or named in (*days, *clocks)
     if len(days) != 1 or len(clocks) != 1 or not chosen or (len(found) > 2 and not asked):
-        if asked and plain.get(asked) in days and not clocks:
-            others = ", ".join(str(title) for title in found if title not in days)
-            unread = f"; {others} does not hold times of the day such as 06:10 and is not read" if others else ""
-            logging.warning("%s: all rows of a day in %s count for one field%s", name, plain[asked], unread)
+        if named in days:
+            logging.warning(
+                "%s: all rows of a day in %s count for one field, as no other column, or several, hold times of day such "
+                "as 06:10", name, named,
+            )  # fmt: skip
         return table, columns
     (day,), (clock,) = days, clocks
     # 6:10 is no ISO 8601, but clear.
