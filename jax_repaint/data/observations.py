@@ -375,8 +375,8 @@ def _with_whole_times(
     if len(days) != 1 or len(clocks) != 1 or not chosen or (len(found) > 2 and not asked):
         if named in days:
             logging.warning(
-                "%s: all rows of a day in %s count for one field, as no other column, or several, hold times of day such "
-                "as 06:10", name, named,
+                "%s: all rows of a day in %s count for one field, as no other column, or several, hold times of day "
+                "such as 06:10", name, named,
             )  # fmt: skip
         return table, columns
     (day,), (clock,) = days, clocks
