@@ -33,7 +33,7 @@ def brief_config(path: str, train_range: str, validation_range: str, test_range:
     config.data.train, config.data.validation, config.data.test = train_range, validation_range, test_range
     config.model.network = "tiny"
     config.model.form = "anchored"
-    config.train.learning_rate = 5e-4
+    config.train.learning_rate = 2e-3
     config.train.ema = 0.99
     config.train.held_out = 64
     return config
