@@ -55,7 +55,7 @@ SMALLER = (
     (r'(inpaint\("track.csv", .*members=4)\)', r'\1, method="linear_samples")'),
     (r"(jax_repaint\.inpaint .*--export.*)", r"\1 --model=model --members=4"),
     (r"(--config=configs/[\w/]+\.py)(?!\S)", r"\1:smoke"),
-    (r"(--config=configs/sweeps/models\.py):\S+", r"\1:smoke"),
+    (r"(--config=configs/sweeps/(models|start_level)\.py):\S+", r"\1:smoke"),
     (r"(jax_repaint\.sweep (?!.*--config\.model).*)", r"\1 --config.model=model"),
     (r"(jax_repaint\.sweep .*)", r"\1 --config.patterns=line:4 --config.frames=1"),
     (r" --config\.(train\.(batch|epochs|warmup_epochs|learning_rate|ema|held_out)|init_from)=\S+", ""),

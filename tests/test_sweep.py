@@ -823,6 +823,8 @@ def test_configurations_are_sweeps(folder, path):
     else:
         named = read_points(module.get_config("runs/a/model, runs/b/model,"))
         assert [(point.label, point.model) for point in named] == [(f"runs/{a}", f"runs/{a}/model") for a in "ab"]
+    if path.stem == "start_level":
+        assert [point.settings["sigma_max"] for point in read_points(module.get_config("0.3, 1,8"))] == [0.3, 1.0, 8.0]
 
 
 def test_every_method_is_in_the_table_of_all():
