@@ -114,6 +114,11 @@ def main(_) -> None:
         print(
             f"\n{len(numbers)} frame{'s' * (len(numbers) > 1)} a pattern: an example, not a comparison (--frames=64)."
         )
+    if FLAGS.fields:
+        print(
+            "\nmembers of a network that has seen few frames are too much alike; learn on validation frames how far to "
+            f"spread them:\n  python -m jax_repaint.calibrate --model={out / 'run' / 'model'}"
+        )
     print(f"\nwrote {out / 'table.csv'}, {out / 'fields.nc'} and {out / 'figure.png'}")
 
 

@@ -408,8 +408,14 @@ def _weights(
 
 
 def calibration_of(trained: Model, method: str, members: int) -> Calibration | None:
-    """The model's calibration if it is for ensembles of this method and size; a warning if it is not."""
+    """The model's calibration if it is for ensembles of this method and size; a warning if it is not, or has none."""
     calibration = trained.calibration
+    # Samples of the linear posterior spread as the prior says, which validation frames chose.
+    if calibration is None and method != "linear_samples":
+        logging.warning(
+            "the model has no calibration: members are as sampled, which where training frames were few is too much "
+            "alike; python -m jax_repaint.calibrate learns how far they should spread"
+        )
     if calibration is None or (calibration.method, calibration.members) == (method, members):
         return calibration
     logging.warning(

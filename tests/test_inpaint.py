@@ -334,6 +334,14 @@ def test_the_calibration_of_the_model_is_applied(trained, caplog):
     assert "not calibrated" in other.attrs["interval"]
 
 
+def test_a_model_without_a_calibration_is_warned_of(trained, caplog):
+    """But where that is asked for, or members need none."""
+    for options, warned in (({}, True), ({"raw": True}, False), ({"method": "linear_samples"}, False)):
+        caplog.clear()
+        quietly(trained, table(6), members=4, **({"method": "kalman"} | options))
+        assert ("the model has no calibration" in caplog.text) is warned
+
+
 def test_a_gate_weighs_each_field_as_it_was_learnt(trained):
     """Whole cells of a held-out field, as a user gives them: the weight is that of an evaluation of the same field."""
     fields = tiny.fields().select([3])
