@@ -116,8 +116,8 @@ def main(_) -> None:
         )
     if FLAGS.fields:
         print(
-            "\nmembers of a network that has seen few frames are too much alike; learn on validation frames how far to "
-            f"spread them:\n  python -m jax_repaint.calibrate --model={out / 'run' / 'model'}"
+            "\nmembers are as sampled, too much alike where a network has seen few frames; to learn on validation "
+            f"frames how far they should spread:\n  python -m jax_repaint.calibrate --model={out / 'run' / 'model'}"
         )
     print(f"\nwrote {out / 'table.csv'}, {out / 'fields.nc'} and {out / 'figure.png'}")
 
