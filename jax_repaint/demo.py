@@ -114,7 +114,7 @@ def main(_) -> None:
         print(
             f"\n{len(numbers)} frame{'s' * (len(numbers) > 1)} a pattern: an example, not a comparison (--frames=64)."
         )
-    if FLAGS.fields:
+    if FLAGS.fields and not set(FLAGS.methods) <= set(methods.BASELINES):
         print(
             "\nmembers are as sampled, too much alike where a network has seen few frames; to learn on validation "
             f"frames how far they should spread:\n  python -m jax_repaint.calibrate --model={out / 'run' / 'model'}"

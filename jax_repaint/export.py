@@ -212,7 +212,7 @@ def export(
         to_program.write_bytes(content)
         np.savez(to_grid, lat=trained.lat, lon=trained.lon, ocean=trained.ocean)
         to_text.write_text(json.dumps(description, indent=1) + "\n")
-    compiling, latency, members_off, mean_off = measure(trained, folder / PROGRAM, rows, members, method, raw)
+    compiling, latency, members_off, mean_off = measure(trained, folder / PROGRAM, rows, members, method, calibration)
     state = "raw" if calibration is None else "calibrated"
     return (
         f"wrote {folder}: {len(content) / 2**20:.1f} MiB, up to {rows} observations, {members} {state} members\n"
@@ -239,7 +239,7 @@ def load(path: Path) -> Callable[..., Any]:
 
 
 def measure(
-    trained: Model, path: Path, rows: int, members: int, method: str, raw: bool = False
+    trained: Model, path: Path, rows: int, members: int, method: str, calibration: Calibration | None
 ) -> tuple[float, float, float, float]:
     """Seconds of the first call and of a later one; largest differences of members and mean from float64 gains, m/s.
 
@@ -262,7 +262,6 @@ def measure(
     made, mean, *_ = jax.block_until_ready(run(*inputs, jnp.int32(0)))
     done = time.monotonic()
     frame = Observed(UNKNOWN, int(observed.sum()), observation)
-    calibration = None if raw else inpaint.calibration_of(trained, method, members)
     exact = inpaint.estimate(trained, [frame], members, 0, method, calibration)[0].members
     off = np.nanmax(np.abs(np.asarray(made) - exact)), np.nanmax(np.abs(np.asarray(mean) - exact.mean(0)))
     return compiled - began, done - compiled, float(off[0]), float(off[1])

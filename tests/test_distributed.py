@@ -355,3 +355,4 @@ def test_the_demo_trains_on_any_number_of_devices(folder):
     trained = model.load(folder / "demo" / "run" / "model")
     assert trained.training["config"]["train"]["batch"] == 15
     assert (folder / "demo" / "table.csv").exists()
+    assert f"python -m jax_repaint.calibrate --model={Path('demo', 'run', 'model')}" in done.stdout
