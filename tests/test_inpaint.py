@@ -1746,6 +1746,13 @@ def test_an_exported_program_makes_the_same_members_without_this_package(trained
         np.testing.assert_allclose(ours, theirs, atol=5e-5)
 
 
+def test_an_export_without_a_calibration_is_warned_of_once(trained, tmp_path, caplog):
+    pytest.importorskip("flatbuffers")
+    text = export.export(trained, tmp_path / "vehicle", rows=4, members=4, method="kalman", platforms=("cpu",))
+    assert "4 raw members" in text
+    assert caplog.text.count("the model has no calibration") == 1
+
+
 def test_the_program_knows_the_variance_of_the_linear_estimate(trained):
     (frame,) = collect(table(6, sigma=0.02), GRID)
     observation = observe.pad_grid(frame.observation, GRID.ocean.shape, trained.padded)
