@@ -937,6 +937,19 @@ def test_trajectories_and_moorings_are_tables(tmp_path, layout):
         assert_same_frames(collect(source, GRID, step="2D"), collect(points, GRID, step="2D"))
 
 
+@pytest.mark.parametrize("said", ["a dimension", "the feature type"])
+def test_trajectories_without_times_are_points(tmp_path, said):
+    """Their latitudes and longitudes share two dimensions, as those of a curvilinear grid do."""
+    dataset, points = layouts()["two trajectories"]
+    dataset, points = dataset.drop_vars("time"), points.drop(columns="time")
+    if said == "the feature type":
+        dataset = dataset.rename(trajectory="a", obs="b").assign_attrs(featureType="trajectory")
+    dataset.to_netcdf(tmp_path / "trajectories.nc", engine="h5netcdf")
+    for source in (dataset, tmp_path / "trajectories.nc"):
+        assert_same_frames(collect(source, GRID, time="2003-01-01"), collect(points, GRID, time="2003-01-01"))
+        assert [np.isnat(frame.time) for frame in collect(source, GRID)] == [True]
+
+
 def test_packed_limits_of_a_mooring_count(tmp_path):
     dataset, points = layouts()["a mooring"]
     dataset["u"].attrs |= {"valid_min": np.int16(-3000), "valid_max": np.int16(3000)}

@@ -12,7 +12,7 @@ A row of a table is a point: it sees the ocean cells around it with bilinear wei
 import re
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from jax_repaint.observe import Observation
 TABLES = (".csv", ".txt", ".tsv", ".dat")
 TOO_FAST = 50.0  # m/s; no current, but a wrong unit or an undeclared fill value
 SHOWN = 5
+OF_POINTS = re.compile(r"(traj(ector(y|ies))?|drifter|buoy|float|glider|profile|station)s?(_?id)?|obs", re.IGNORECASE)
 POINT = "point of a track"  # dimension; no variable is called so
 LEAVE_OUT = "--leave_out (leave_out=True) leaves them out"
 UNKNOWN = np.datetime64("NaT", "ns")
@@ -581,7 +582,7 @@ def _along_points(dataset: xr.Dataset, columns: Mapping[str, str], source: Sourc
     """The variables of points along one dimension, in the order of the file; None of anything else.
 
     Of points latitude and longitude share their dimension, or have none as those of a mooring. Of trajectories they
-    share two, and change with time. Dimensions of length 1 do not count.
+    share two, and change with time or are said to be of points. Dimensions of length 1 do not count.
     """
     named = {n: v for n, v in dataset.variables.items() if isinstance(n, str)}
     dims = {n: {d for d in v.dims if dataset.sizes[d] != 1} for n, v in named.items()}
@@ -590,7 +591,7 @@ def _along_points(dataset: xr.Dataset, columns: Mapping[str, str], source: Sourc
         found = _first_named(dataset, columns, among)
         if set(NEEDED) <= found.keys():
             lat, lon, u, v = (dims[found[key]] for key in NEEDED)
-            moving = "time" in found and bool(lat & dims[found["time"]])
+            moving = ("time" in found and bool(lat & dims[found["time"]])) or _says_points(dataset, lat)
             mesh = len(u) > 1 and any(MESH.search(str(d)) for d in u)
             if u == v and lat == lon and lat <= u and (len(lat) < 2 or moving) and not mesh:
                 break
@@ -611,6 +612,12 @@ def _along_points(dataset: xr.Dataset, columns: Mapping[str, str], source: Sourc
     about = [n for n in dims if dims[n] <= u and (_is_depth(dataset[n], n) or is_flag(dataset[n], n))]
     kept = dict.fromkeys([*own, found["lat"], found["lon"], *([time] if time else []), *about])
     return xr.Dataset({n: _spread(dataset[n].variable, along) for n in kept})
+
+
+def _says_points(dataset: xr.Dataset, dims: Collection[Hashable]) -> bool:
+    """Whether CF's feature type or the name of a dimension tells points from cells of a curvilinear grid."""
+    feature = str(dataset.attrs.get("featureType", "")).lower()
+    return feature.startswith("trajectory") or any(OF_POINTS.fullmatch(str(d)) for d in dims)
 
 
 def _is_depth(variable: xr.DataArray, name: str) -> bool:
