@@ -863,6 +863,56 @@ def test_a_series_of_files_is_one_of_fields(tmp_path):
         collect(str(tmp_path / "none_*.nc"), GRID)
 
 
+def test_dates_of_a_track_may_have_any_name(tmp_path):
+    points, dataset = track()
+    dataset = dataset.rename(time="sampled")
+    dataset.to_netcdf(tmp_path / "track.nc", engine="h5netcdf")
+    for source in (dataset, tmp_path / "track.nc"):
+        assert_same_frames(collect(source, GRID), collect(points, GRID))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_velocity_at_a_bad_place_or_time_is_bad(tmp_path, named):
+    """Also where latitude and time name the flags that are theirs."""
+    points, dataset = track()
+    flags = {"flag_values": np.array([1, 4], np.int8), "flag_meanings": "good_data bad_data"}
+    for number, of in ((2, "lat"), (5, "time")):
+        codes = np.ones(9, np.int8)
+        codes[number] = 4
+        dataset[f"{of}_qc"] = ("obs", codes, flags)
+        if named:
+            dataset[of].attrs["ancillary_variables"] = f"{of}_qc"
+    dataset.to_netcdf(tmp_path / "track.nc", engine="h5netcdf")
+    assert_same_frames(collect(tmp_path / "track.nc", GRID), collect(points.drop(index=[2, 5]), GRID))
+
+
+def test_the_output_of_opendrift_is_a_track(tmp_path):
+    points, _ = track()
+    points = points.drop(columns=["sigma_u", "sigma_v"])
+    grid = {n: (("trajectory", "time"), points[n].to_numpy().reshape(3, 3).T) for n in ("lat", "lon")}
+    for axis, n in (("x", "u"), ("y", "v")):
+        name, values = f"{axis}_sea_water_velocity", points[n].to_numpy().reshape(3, 3).T
+        grid[name] = (("trajectory", "time"), values, {"units": "m/s", "standard_name": name})
+    dataset = xr.Dataset(grid, {"time": points.time.to_numpy()[::3]}, {"featureType": "trajectory"})
+    dataset.to_netcdf(tmp_path / "drift.nc", engine="h5netcdf")
+    for source in (dataset, tmp_path / "drift.nc"):
+        assert_same_frames(collect(source, GRID), collect(points, GRID))
+
+
+def test_observations_of_several_files_may_be_the_same_at_another_time(observed_field, tmp_path):
+    days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
+    given = three_times(observed_field, time=days)
+    given["u"][2], given["v"][2] = given["u"][1], given["v"][1]
+    for name, standard in zip("uv", (U, V), strict=True):
+        given[name].attrs = {"units": "m s-1", "standard_name": standard}
+        error = {"units": "m s-1", "standard_name": f"{standard} standard_error"}
+        given[f"{name}_err"] = xr.full_like(given[name], 0.05).assign_attrs(error)
+    given.to_netcdf(tmp_path / "all.nc", engine="h5netcdf")
+    for number in range(3):
+        given.isel(time=[number]).to_netcdf(tmp_path / f"day_{number}.nc", engine="h5netcdf")
+    assert_same_frames(collect(str(tmp_path / "day_*.nc"), GRID), collect(tmp_path / "all.nc", GRID))
+
+
 def test_names_and_units_of_a_track(tmp_path):
     points, dataset = track()
     mine = dataset.drop_attrs().rename(ewct="east", nsct="north", ewct_err="mine").drop_vars(["nsct_err"])
@@ -1121,6 +1171,42 @@ def test_days_without_one_clock_are_said_to_be_one_field(caplog, others):
         "the observations: all rows of a day in Date count for one field, as no other column, or several, hold times "
         "of day such as 06:10"
     ]
+
+
+HOURS = pd.date_range("2020-01-04", periods=4, freq="6h")
+
+
+@pytest.mark.parametrize("title", ["Date/Time", "time (UTC)", "Time [UTC]", "time_utc", "DateTimeUTC", "Date GMT"])
+def test_a_column_of_times_may_say_that_it_is_of_utc(title):
+    expected = collect(table(4, time=HOURS), GRID)
+    assert len(expected) == 4
+    assert_same_frames(collect(table(4, **{title: HOURS.strftime("%Y-%m-%dT%H:%M:%SZ")}), GRID), expected)
+    assert_same_frames(collect(table(4, **{title: HOURS}), GRID, columns={"time": title.upper()}), expected)
+    clocks = table(4, **{"Date": "2020-01-04", "time (utc)": HOURS.strftime("%H:%M")})
+    assert_same_frames(collect(clocks, GRID), expected)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"when": HOURS}, "when"),
+        ({"seen": HOURS.strftime("%Y-%m-%d %H:%M")}, "seen"),
+        ({"LocalTime": HOURS.strftime("%H:%M")}, "LocalTime"),
+        ({"year": 2020, "month": [1, 1, 1, 2], "hour": [0, 6, 12, 18]}, "month, hour"),
+    ],
+)
+def test_times_that_are_not_known_do_not_become_one(columns, said):
+    points = table(4, **columns)
+    with pytest.raises(InputError, match=f"the observations: {said} may hold times, of which none is known; say which"):
+        collect(points, GRID)
+    assert [frame.count for frame in collect(points, GRID, time="2020-01-04")] == [4]
+    same = points.assign(**{name: points[name].iloc[0] for name in columns}, number=range(4), time_qc=range(4))
+    assert [frame.count for frame in collect(same, GRID)] == [4]
+
+
+def test_hours_that_do_not_join_their_day_are_said(caplog):
+    assert [frame.count for frame in collect(table(4, date="2020-01-04", hour=[0, 6, 12, 18]), GRID)] == [4]
+    assert caplog.messages == ["the observations: all rows of a day in date count for one field, whatever their hour"]
 
 
 def test_a_named_day_takes_the_clock_beside_another_day():

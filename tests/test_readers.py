@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 
+import cftime
 import h5py
 import numpy as np
 import pytest
@@ -965,6 +966,8 @@ class TestBadFiles:
         [
             ({"units": "hours since 2001-01-01", "calendar": "360_day"}, "from 'hours since .*', calendar 360_day"),
             ({"units": "days since 0001-01-01"}, "cannot be decoded from 'days since 0001-01-01', calendar standard"),
+            ({"units": "days since 1900-01-01", "calendar": "julian"}, "since 1900-01-01', calendar julian"),
+            ({"units": "days since 2100-02-25", "calendar": "julian"}, "since 2100-02-25', calendar julian"),
             ({"units": "hours since 2001-01-01 00:00 EST"}, "cannot be decoded from 'hours since .* EST'"),
             ({"units": "fortnights since 2001-01-01"}, "cannot be decoded from 'fortnights since"),
             ({"units": "hours since the flood"}, "cannot be decoded from 'hours since the flood'"),
@@ -996,6 +999,21 @@ class TestBadFiles:
         """`days` lie before 2020-01-01, in the calendar that changes in October 1582."""
         dataset = cf(time=("time", days + np.arange(FRAMES), {"units": units}))
         assert str(readers.read(saved(tmp_path, dataset)).time[0])[:10] == "2020-01-01"
+
+    @pytest.mark.parametrize("calendar", ["gregorian_proleptic", "julian", "GREGORIAN"])
+    def test_other_calendars_that_count_the_same_days(self, tmp_path, calendar):
+        last = cftime.datetime(2100, 2, 25, calendar="julian" if calendar == "julian" else "standard")
+        days = cftime.date2num(last, "days since 1990-01-01", calendar=last.calendar)
+        attributes = {"units": "days since 1990-1-1", "calendar": calendar}
+        dataset = cf(time=("time", days + np.arange(FRAMES) / 4, attributes))
+        assert str(readers.read(saved(tmp_path, dataset)).time[0])[:10] == "2100-02-25"
+
+    def test_positions_that_nobody_filled_in(self, tmp_path):
+        lat, lon = np.meshgrid(LAT, LON, indexing="ij")
+        lat[:2, :2] = lon[:2, :2] = 0
+        dataset = cf().drop_vars(["lat", "lon"]).rename(lat="y", lon="x")
+        dataset = dataset.assign_coords(nav_lat=(("y", "x"), lat), nav_lon=(("y", "x"), lon))
+        refused(saved(tmp_path, dataset), "nav_lat and nav_lon are both 0 in 4 cells, as NEMO leaves them")
 
     def test_a_fill_value_that_nobody_declared_may_be_no_larger_than_a_current(self, tmp_path):
         data = velocity(land=False)

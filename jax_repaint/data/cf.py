@@ -307,6 +307,8 @@ def _component(
     # Faces of a staggered grid may do without positions where its cells have them.
     wide = tuple(d for d in x.dims if d not in frames and x.sizes[d] > 1)
     grid = wide if lost else _grid_dims(x, lat, lon, source)
+    if set(frames) & set(grid):
+        raise source.error(f"{name} {dims_of(whole)} lies on points that move with time, not on a grid")
     extra = [d for d in x.dims if d not in (*frames, *grid) and x.sizes[d] > 1]
     if lost and len(grid) != 2:
         raise source.error(f"no {lost} found for {name} {dims_of(whole)}")
@@ -321,6 +323,13 @@ def _component(
     values = values * _factor(attribute(whole, "units"), name, source)
     if lat is not None and lat.ndim == 2:
         lat, lon = lat.transpose(*grid), lon.transpose(*grid)
+        nowhere = int(((lat.values == 0) & (lon.values == 0)).sum())
+        # Where all are 0 the grid is known by other points.
+        if 1 < nowhere < lat.size:
+            raise source.error(
+                f"{lat.name} and {lon.name} are both 0 in {nowhere} cells, as NEMO leaves them where land has no "
+                "processor; put in the positions of its mesh_mask.nc or coordinates.nc"
+            )
     return Component(
         name,
         attribute(whole, "standard_name"),
@@ -445,7 +454,9 @@ def unpack_limits(x: xr.DataArray) -> xr.DataArray:
 def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Source) -> xr.DataArray:
     """NaN where a quality flag (CF-1.11, 3.5) on the chosen level calls the value bad."""
     listed = attribute(x, "ancillary_variables").split()
-    others = {n for v in dataset.variables.values() for n in attribute(v, "ancillary_variables").split()} - set(listed)
+    # A value whose place or time is bad is bad too.
+    elsewhere = [v for n, v in dataset.variables.items() if not any(_is_axis(v, str(n), axis) for axis in AXES)]
+    others = {n for v in elsewhere for n in attribute(v, "ancillary_variables").split()} - set(listed)
     out = x
     for name, flag in dataset.variables.items():
         standard = attribute(flag, "standard_name")
@@ -570,11 +581,20 @@ def _decode_time(time: xr.DataArray, source: Source) -> np.ndarray:
             f"the times in {time.name} cannot be decoded from {attribute(time, 'units')!r}: which of {date[0].strip()} "
             "is the month nobody can tell; expected such as 'hours since 2020-01-04'"
         )
+    # From March 1900 on, for two centuries, both calendars count the same days between the same dates.
+    julian = attribute(time, "calendar").lower() == "julian"
+    civil = time.variable.copy()
+    if julian or attribute(time, "calendar").lower() == "gregorian_proleptic":
+        civil.attrs["calendar"] = "proleptic_gregorian"
     try:
-        decoded = xr.decode_cf(xr.Dataset({"time": time.variable}))["time"].values
+        decoded = xr.decode_cf(xr.Dataset({"time": civil}))["time"].values
+        start = xr.decode_cf(xr.Dataset({"time": xr.zeros_like(civil)}))["time"].values if julian else decoded
     except Exception as e:
         raise source.error(undecodable) from e
-    if decoded.dtype.kind != "M":
+    if any(part.dtype.kind != "M" for part in (decoded, start)):
+        raise source.error(undecodable)
+    since, until = np.array(["1900-03-01", "2100-03-01"], "datetime64[ns]")
+    if julian and not all((since <= part).all() and (part < until).all() for part in (decoded, start)):
         raise source.error(undecodable)
     return np.atleast_1d(decoded)
 

@@ -45,8 +45,10 @@ NAMES = {
     "sigma": ("sigma", "error", "std", "uncertainty", "standard_error"),
     "sigma_u": ("sigma_u", "error_u", "std_u", "u_sigma", "u_error", "u_std"),
     "sigma_v": ("sigma_v", "error_v", "std_v", "v_sigma", "v_error", "v_std"),
-    "time": ("time", "datetime", "timestamp", "date_time", "date", "obs_time"),
+    "time": ("time", "datetime", "timestamp", "date_time", "date", "date/time", "obs_time"),
 }
+# In the output of OpenDrift x is east.
+NAMES |= {"u": (*NAMES["u"], f"x_{STANDARD}"), "v": (*NAMES["v"], f"y_{STANDARD}")}
 STANDARD_NAMES = {
     "lat": "latitude",
     "lon": "longitude",
@@ -73,6 +75,8 @@ SPEED = re.compile(
     r"(?:[\W_]*[1¹])?|kn|kts?|knots?|mph|(?:ft|feet)[\W_]*(?:p|per)?[\W_]*s)[\W_]*$",
     re.IGNORECASE,
 )
+ZONE = re.compile(r"(?<=\w)[\s_-]*[\[(]?(utc|gmt)[\])]?$")
+WHEN = re.compile(r"(?<![a-z])(datetime|time(stamp)?|date|year|month|day|hour|minute)s?(?![a-z])")
 DAY = r"\d{4}-\d\d-\d\d|\d{8}"
 CLOCK = r"(0 days )?\d\d?:\d\d(:\d\d(\.\d+)?)?\s*(Z|[+-]\d\d(:?\d\d)?)?"
 FLAG = re.compile(r"(^|[\W_])(qc|qf|qc_?flags?|flags?|quality)([\W_\d]|$)", re.IGNORECASE)
@@ -222,14 +226,14 @@ def _read_table(path: Path) -> pd.DataFrame:
 def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) -> dict[str, Any]:
     """What a column is -> its name in the table."""
     listing = ", ".join(map(str, table.columns)) or "no columns"
-    plain = [str(column).strip().lower() for column in table.columns]
-    if len(set(plain)) < len(plain):
+    plain = {_plain(column): column for column in table.columns}
+    if len(plain) < len(table.columns):
         raise InputError(f"{name} has several columns of one name: {listing}")
     found = {}
     for key, usual in NAMES.items():
         asked = columns.get(key)
-        names = (asked.strip().lower(),) if asked else usual
-        matches = [table.columns[plain.index(n)] for n in names if n in plain]
+        names = (_plain(asked),) if asked else usual
+        matches = [column for n in names for column in _called(n, plain, zone=key == "time" and not asked)]
         if asked and not matches:
             raise InputError(f"{name} has no column {asked!r}; it has {listing}")
         if len(matches) > 1:
@@ -249,6 +253,15 @@ def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) ->
     if ("sigma_u" in found) != ("sigma_v" in found):
         raise InputError(f"{name} has an error of one component only; it has {listing}")
     return found
+
+
+def _plain(title: Any) -> str:
+    return str(title).strip().lower()
+
+
+def _called(name: str, plain: Mapping[str, Any], zone: bool = False) -> list[Any]:
+    """The titles, by what they are plainly, of a name; one of UTC may say so behind it."""
+    return [title for found, title in plain.items() if name in (found, ZONE.sub("", found) if zone else found)]
 
 
 def _foreign_unit(title: Any) -> tuple[str, str]:
@@ -364,9 +377,10 @@ def _with_whole_times(
 
     Also where one of the two is named: days alone would put all of their rows into one field.
     """
-    asked = str(columns.get("time", "")).strip().lower()
-    plain = {str(title).strip().lower(): title for title in table.columns}
-    found = dict.fromkeys(plain[n] for n in (asked, *NAMES["time"]) if n in plain)
+    asked = _plain(columns.get("time", ""))
+    plain = {_plain(title): title for title in table.columns}
+    usual = [title for n in NAMES["time"] for title in _called(n, plain, zone=True)]
+    found = dict.fromkeys([*_called(asked, plain), *usual])
     if len(found) < 2 or len(plain) < len(table.columns):
         return table, columns
     days, clocks = ([t for t in found if _all_like(pattern, table[t])] for pattern in (DAY, CLOCK))
@@ -397,6 +411,31 @@ def _as_text(column: pd.Series) -> pd.Series:
 def _all_like(pattern: str, column: pd.Series) -> bool:
     known = column.dropna()
     return bool(len(known) and _as_text(known).str.fullmatch(pattern, case=False).all())
+
+
+def _says_time(column: pd.Series) -> bool:
+    """Whether the name or the values of a column are those of several times."""
+    title = re.sub("(?<=[a-z])(?=[A-Z])", " ", str(column.name))
+    dates = pd.api.types.is_datetime64_any_dtype(column) or _all_like(r"\d{4}-\d\d-\d\d(\D.*)?", column)
+    return (dates or bool(WHEN.search(title.lower()))) and not FLAG.search(title) and column.nunique() > 1
+
+
+def _check_times(table: pd.DataFrame, found: Mapping[str, Any], named: bool, name: str) -> None:
+    """Refuses rows of several times that would count for one, and says where those of a day do."""
+    unknown = [str(t) for t in table.columns if t not in found.values() and _says_time(table[t])]
+    if not unknown:
+        return
+    if "time" not in found:
+        raise InputError(
+            f"{name}: {', '.join(unknown)} may hold times, of which none is known; say which by --time_name=... "
+            "(columns={'time': ...}), join several into one such as 2020-01-04T12:00, or give one for all rows by "
+            "--time (time=...)"
+        )
+    if not named and _all_like(DAY, table[found["time"]]):
+        others = " and ".join(unknown)
+        logging.warning(
+            "%s: all rows of a day in %s count for one field, whatever their %s", name, found["time"], others
+        )
 
 
 def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
@@ -455,6 +494,8 @@ def _from_table(
     dated = when is None and "time" in found
     if step is not None and not dated:
         raise InputError("a step to round times to goes with a column of times, and without time=")
+    if when is None:
+        _check_times(table, found, named="time" in columns, name=name)
     flags = [str(title) for title in table.columns if FLAG.search(str(title)) and title not in found.values()]
     if flags:
         logging.warning("%s: the quality flags %s do not count; leave bad rows out", name, ", ".join(flags))
@@ -559,12 +600,17 @@ def _from_track(
 
 
 def _by_standard_name(dataset: xr.Dataset, columns: Mapping[str, str], among: Iterable[str]) -> dict[str, str]:
-    """The names that the user gave, and those of variables whose standard name no other has."""
+    """The names that the user gave, those of variables whose standard name no other has, and the only one of dates."""
     named = dict(columns)
     for key, standard in STANDARD_NAMES.items():
         matches = [n for n in among if attribute(dataset[n], "standard_name").removeprefix("surface_") == standard]
         if len(matches) == 1:
             named.setdefault(key, matches[0])
+    among = [n for n in among if isinstance(n, str)]
+    if "time" not in named and not any(_plain(n) in NAMES["time"] for n in among):
+        dated = [n for n in among if _dated(dataset[n])]
+        if len(dated) == 1:
+            named["time"] = dated[0]
     return named
 
 

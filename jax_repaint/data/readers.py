@@ -104,7 +104,7 @@ def understand(
         sources[number] = Source(paths[number].name, wet=wet)
         parts[number] = _read_one(paths[number], v_paths[number], choice, sources[number])
     try:
-        raw = parts[0] if len(parts) == 1 else _series(parts, sources, source)
+        raw = parts[0] if len(parts) == 1 else _series(parts, sources, choice.constant, source)
         return assemble(raw, source, choice.constant), source
     finally:
         source.say()
@@ -151,7 +151,7 @@ def _missing_in_one(sources: list[Source]) -> dict[int, tuple[np.ndarray, np.nda
     return {i: whole for i, one in enumerate(found) if any((a != b).any() for a, b in zip(one, whole, strict=True))}
 
 
-def _series(parts: list[Raw], sources: list[Source], source: Source) -> Raw:
+def _series(parts: list[Raw], sources: list[Source], constant: bool, source: Source) -> Raw:
     """The frames of several files in the order of their times, each once."""
     for part, one in zip(parts, sources, strict=True):
         source.take(one)
@@ -165,7 +165,7 @@ def _series(parts: list[Raw], sources: list[Source], source: Source) -> Raw:
     order = np.argsort(time, kind="stable")
     u, v = (np.concatenate([getattr(part, c) for part in parts])[order] for c in "uv")
     time, owner = time[order], owner[order]
-    keep = _once(u, v, time, [sources[i].name for i in owner], source)
+    keep = _once(u, v, time, [sources[i].name for i in owner], constant, source)
     masks = [part.ocean for part in parts]
     ocean = None
     if all(mask is not None and mask.shape == u.shape[1:] for mask in masks):
@@ -174,8 +174,13 @@ def _series(parts: list[Raw], sources: list[Source], source: Source) -> Raw:
     return Raw(u[keep], v[keep], parts[0].lat, parts[0].lon, time[keep], ocean)
 
 
-def _once(u: np.ndarray, v: np.ndarray, time: np.ndarray, names: list[str], source: Source) -> np.ndarray:
-    """Numbers of the frames that are no repetition: of the same time, or of another time value for value."""
+def _once(
+    u: np.ndarray, v: np.ndarray, time: np.ndarray, names: list[str], constant: bool, source: Source
+) -> np.ndarray:
+    """Numbers of the frames that are no repetition: of the same time, or of another time value for value.
+
+    A few observations, or their errors, may be `constant`, and then are the same at another time.
+    """
     seen: dict[bytes, int] = {}
     keep, same, copied = [], [], []
     kept = b""
@@ -189,7 +194,7 @@ def _once(u: np.ndarray, v: np.ndarray, time: np.ndarray, names: list[str], sour
                     "leave one out"
                 )
             same.append(i)
-        elif first != i and not np.isnan(u[i]).all():
+        elif first != i and not constant and not np.isnan(u[i]).all():
             copied.append((i, first))
         else:
             keep.append(i)
