@@ -39,13 +39,14 @@ def pick(split: Split, frames: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, 0xCB]).choice(split.validation, count, replace=False))
 
 
-def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0) -> int:
+def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0, numbers: np.ndarray | None = None) -> int:
     """Frames in blocks of time that can pass for independent: of the logarithm of the linear estimate's error.
 
     The currents themselves are no measure: tides come back for months, the errors of an estimate do not.
 
     Args:
-      fields: consecutive frames; the first 1,024 are used.
+      fields: frames in the order of time; the first 1,024 are used.
+      numbers: theirs in the series, in which blocks are counted; consecutive if None.
       pattern: of the observations, the same in all frames but for their gaps.
     """
     fields = fields.select(slice(RECORD))
@@ -67,7 +68,10 @@ def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0) ->
         errors.append(metrics.mse(prior_of(trained, case)[0], velocity, scored))
     if (count := np.isfinite(errors).sum()) < 2:
         raise InputError(f"{fields.name}: {pattern} meets cells with values in {count} frames; two are needed")
-    return calibration.independent_length(np.log(errors))
+    at = np.arange(len(errors)) if numbers is None else np.asarray(numbers)[: len(errors)]
+    series = np.full(at[-1] - at[0] + 1, np.nan)
+    series[at - at[0]] = np.log(errors)
+    return calibration.independent_length(series)
 
 
 def learn(
@@ -221,7 +225,8 @@ def main(_) -> None:
     patterns = FLAGS.patterns or trained.patterns
     series = fields.select(split.validation)
     # Fields of all patterns are learnt from: those whose errors last longest say what is independent.
-    block = FLAGS.block or max(block_length(trained, series, pattern, FLAGS.seed) for pattern in patterns)
+    lengths = (block_length(trained, series, pattern, FLAGS.seed, split.validation) for pattern in patterns)
+    block = FLAGS.block or max(lengths)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     logging.info("%d frames in blocks of %d frames", numbers.size, block)
     if not FLAGS.replace:

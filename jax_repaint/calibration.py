@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, signal, special, stats
 
 from jax_repaint import metrics
 from jax_repaint.errors import InputError
@@ -570,9 +570,10 @@ def independent_length(series: np.ndarray) -> int:
 
         4 tau,   tau = 1 + 2 sum_l r(l),   r(l) = (1 - l / n) <a(t) a(t + l)> / <a^2>
 
-    Means are over the frames, or pairs of them, that have a number; others hold NaN. The sum ends before the first
-    autocorrelation r that is not positive, at a quarter of the record at the latest. Where r falls exponentially, the
-    means of neighbouring blocks then correlate by about 1 / 16; under tides and seasons, which come back, by more.
+    Means are over the frames, or pairs of them, that have a number; others hold NaN, and a lag without a pair has the r
+    between those of its neighbours. The sum ends before the first autocorrelation r that is not positive, at a quarter
+    of the record or the longest lag of a pair at the latest. Where r falls exponentially, the means of neighbouring
+    blocks then correlate by about 1 / 16; under tides and seasons, which come back, by more.
 
     Raises:
       InputError: fewer than two frames, or the same number in all of them.
@@ -583,12 +584,18 @@ def independent_length(series: np.ndarray) -> int:
     if present.sum() < 2 or not anomaly.any():
         raise InputError(f"blocks of time need at least two frames that differ, got {present.sum()}")
     lags = np.arange(max(series.size // 4, 1) + 1)
-    both = np.array([np.sum(present[lag:] & present[: series.size - lag]) for lag in lags])
-    products = np.array([np.sum(anomaly[lag:] * anomaly[: series.size - lag]) for lag in lags])
-    covariance = (1 - lags / series.size) * products / np.maximum(both, 1)
+    both, products = (_lagged(part)[: lags.size] for part in (present.astype(np.float64), anomaly))
+    paired = np.flatnonzero(both > 0.5)
+    lags = lags[: paired[-1] + 1]
+    covariance = (1 - lags / series.size) * np.interp(lags, paired, products[paired] / both[paired])
     correlation = covariance[1:] / covariance[0]
     falling = correlation[: int(np.argmax(correlation <= 0))] if (correlation <= 0).any() else correlation
     return math.ceil(4 * (1 + 2 * falling.sum()))
+
+
+def _lagged(series: np.ndarray) -> np.ndarray:
+    """sum_t a(t) a(t + l) for every lag l of 0 and more."""
+    return signal.correlate(series, series, method="fft")[series.size - 1 :]
 
 
 def _held_out(values: _Values, residual: np.ndarray, std: np.ndarray, factor: float) -> dict[str, float]:

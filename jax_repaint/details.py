@@ -42,6 +42,8 @@ def of_frame(
     row = {"direction_error": metrics.direction_error(members.mean(0), truth, scored, fast)}
     if len(members) >= metrics.least_members(antithetic):
         row["energy_score"] = metrics.energy_score(truth, members, scored, antithetic)
+    # Derivatives are along rows and columns.
+    truth, members = fields.along_grid(truth), fields.along_grid(members)
     # Among coasts no cell may have four ocean neighbours, and no rectangle of 8 by 8 cells be without land.
     with contextlib.suppress(InputError):
         eddies = structures.eddy_scores(truth, members, scored, fields.ocean, dx, dy, antithetic)

@@ -189,6 +189,8 @@ class Model:
         of that prior, and not to be saved.
         """
         anchor = self.gaussian if self.anchor is None else self.anchor
+        land = jnp.asarray(self.standardiser.land_value)[None, None]
+        gaussian = gaussian.replace(mean=jnp.where(gaussian.ocean > 0, gaussian.mean, land))
         return dataclasses.replace(self, gaussian=gaussian, anchor=anchor, calibration=None)
 
     def to_velocity(self, x: np.ndarray | jax.Array) -> np.ndarray:

@@ -22,7 +22,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +315,7 @@ class Ensembles:
       observed: (pattern, time, y, x) bool.
       ocean: (y, x) bool.
       metres: (y, x, 2), as `Fields.metres`.
+      along_grid: as `Fields.along_grid`.
       spacing: metres between neighbours to the north and east.
       about: title and history of the file.
     """
@@ -329,6 +330,7 @@ class Ensembles:
     observed: np.ndarray
     ocean: np.ndarray
     metres: np.ndarray
+    along_grid: Callable[[np.ndarray], np.ndarray]
     spacing: tuple[float, float]
     about: dict[str, str]
 
@@ -376,6 +378,7 @@ class Ensembles:
             observed=data["observed"].transpose("pattern", "time", *grid).values > 0,
             ocean=ocean,
             metres=fields.metres(),
+            along_grid=fields.along_grid,
             spacing=fields.spacing,
             about={name: str(data.attrs.get(name, "")) for name in ("title", "history")},
         )
@@ -734,11 +737,10 @@ def viewer_data(made: Sequence[Ensembles], frames: int, members: int) -> dict:
     chosen = _spread(len(first.when), frames)
     stride = -(-max(first.ocean.shape) // LARGEST)
     thin = (slice(None, None, stride), slice(None, None, stride))
-    turn = _turn(first.metres)
     ocean = first.ocean[thin]
 
     def pack(field: np.ndarray) -> list:
-        return quantise(np.where(first.ocean[..., None], turn(field), np.nan)[thin])
+        return quantise(np.where(first.ocean[..., None], first.along_grid(field), np.nan)[thin])
 
     def case(one: Ensembles, pattern: int, frame: int) -> dict:
         truth, scored = one.truth[pattern, frame], one.scored(pattern, frame)
@@ -776,18 +778,6 @@ def viewer_data(made: Sequence[Ensembles], frames: int, members: int) -> dict:
 
 def _longest(fields: Sequence[np.ndarray], ocean: np.ndarray) -> float:
     return plots.top([np.concatenate([field[..., ocean, :].reshape(-1, 2) for field in fields])])
-
-
-def _turn(metres: np.ndarray):
-    """Components (..., 2) along the rows and columns of the grid from eastward and northward ones."""
-    along = np.gradient(metres, axis=1)
-    north, east = (along / np.linalg.norm(along, axis=-1, keepdims=True)).transpose(2, 0, 1)
-
-    def turned(field: np.ndarray) -> np.ndarray:
-        u, v = field[..., 0], field[..., 1]
-        return np.stack([u * east + v * north, v * east - u * north], -1)
-
-    return turned
 
 
 def quantise(field: np.ndarray) -> list:

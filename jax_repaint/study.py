@@ -310,12 +310,12 @@ class Cases:
                 analysis = baseline.analysis(case)
                 mean = np.asarray(analysis.mean(analysis.observation.values))
                 baselines[name] = np.where(ocean[..., None], mean, np.nan).astype(np.float32)
-                standardiser, multiple = self.trained.standardiser, self.trained.network.multiple
-                start = pad(standardiser.standardise(mean, ocean), multiple) * self.trained.gaussian.ocean
+                standardiser, padded = self.trained.standardiser, self.trained.padded
+                start = pad(standardiser.standardise(mean, ocean), padded) * self.trained.gaussian.ocean
                 # One scale for u and v, whose variances are equal: v' of the samplers is about where, not which.
                 variance = np.asarray(analysis.variance) / np.mean(np.asarray(standardiser.std) ** 2)
                 known = known._replace(
                     prior_mean=jnp.asarray(start, jnp.float32),
-                    prior_variance=jnp.asarray(pad(variance, multiple), jnp.float32),
+                    prior_variance=jnp.asarray(pad(variance, padded), jnp.float32),
                 )
         return metrics.scored_cells(case.truth, ocean, case.observed), baselines, known

@@ -441,6 +441,14 @@ def test_frames_without_a_number_keep_their_place_in_time(memory):
     assert length > calibration.independent_length(gappy[np.isfinite(gappy)])
 
 
+@pytest.mark.parametrize("kept", [slice(None, None, 2), slice(3, None, 7)])
+def test_lags_without_a_pair_are_between_their_neighbours(kept):
+    series = signal.lfilter([1.0], [1.0, -0.98], np.random.default_rng(2).normal(size=20_000))
+    some = np.full(series.size, np.nan)
+    some[kept] = series[kept]
+    assert calibration.independent_length(some) == pytest.approx(calibration.independent_length(series), rel=0.1)
+
+
 def test_a_series_that_says_nothing_about_time_is_refused():
     for series in ([1.0], np.ones(30), [1.0, np.nan, np.nan]):
         with pytest.raises(InputError, match="two frames that differ"):
@@ -674,6 +682,18 @@ def test_blocks_last_as_long_as_errors_do(trained, data):
 
     assert calibrate.block_length(trained, data, "line:4") < 12
     assert calibrate.block_length(trained, lasting(6), "line:4") >= 20
+
+
+def test_frames_of_a_block_are_counted_in_the_series(trained, data, monkeypatch):
+    """Not among those that are left of it."""
+    measured = []
+    monkeypatch.setattr(calibration, "independent_length", measured.append)
+    numbers = np.sort(np.random.default_rng(0).choice(9 * len(data), len(data), replace=False)) + 5
+    for of in (None, numbers):
+        calibrate.block_length(trained, data, "line:4", numbers=of)
+    assert measured[1].size == np.ptp(numbers) + 1
+    np.testing.assert_array_equal(measured[1][numbers - numbers[0]], measured[0])
+    assert np.isfinite(measured[1]).sum() == len(data)
 
 
 def test_blocks_are_of_the_logarithm_of_errors(trained, data):

@@ -45,6 +45,26 @@ def test_a_turned_field_has_that_direction_error(fields):
     assert row["short_waves"] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("degrees", [30, 90, 200])
+def test_derivatives_and_eddies_do_not_depend_on_the_direction_of_the_grid(degrees):
+    """The same water on a grid at the equator and on one that is turned with it."""
+    rng, angle = np.random.default_rng(3), np.radians(degrees)
+    i, j = np.arange(26) - 12.5, np.arange(20)[:, None] - 9.5
+    along = ndimage.gaussian_filter(rng.standard_normal((5, *SHAPE, 2)), (0, 1.5, 1.5, 0))
+    found = []
+    for turn in (0.0, angle):
+        lon, lat = (0.01 * (i * a + j * b) for a, b in ((np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))))
+        here = along @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        time = np.datetime64("2020-01-01", "ns") + np.arange(5) * np.timedelta64(1, "h")
+        fields = Fields.create(here, lat, lon, time, name="turned")
+        np.testing.assert_allclose(fields.along_grid(here), along, atol=1e-5)
+        scored = np.ones(SHAPE, bool)
+        found.append(details.of_frame(fields.velocity[0], fields.velocity[1:], scored, fields))
+    assert found[0].keys() == found[1].keys() >= {"divergence_error", "vorticity_error", "eddy_hits"}
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-3), name
+
+
 def test_noise_and_smoothing_show_at_short_waves(fields):
     noisy = rows(fields, lambda v, rng: v + 0.1 * rng.standard_normal(v.shape))
     smooth = rows(fields, lambda v, rng: ndimage.gaussian_filter(v, (1, 1, 0)))

@@ -139,6 +139,11 @@ def test_another_prior_serves_analyses_and_the_network_keeps_its_own(trained, ga
     other = with_directions(trained, series, split, 5)
     assert other.gaussian.variance.shape == (5,)
     assert other.anchor is gaussian
+    land = dataclasses.replace(trained.standardiser, land_value=np.array([-0.8, 0.5], np.float32))
+    mean = np.asarray(with_directions(dataclasses.replace(trained, standardiser=land), series, split, 5).gaussian.mean)
+    wet = np.asarray(gaussian.ocean)[..., 0] > 0
+    np.testing.assert_array_equal(mean[~wet], np.broadcast_to(land.land_value, mean[~wet].shape))
+    np.testing.assert_array_equal(mean[wet], np.asarray(other.gaussian.mean)[wet])
     field = jnp.asarray(np.pad(x[0], ((0, 0), (0, 2), (0, 0))))
     np.testing.assert_array_equal(other.denoiser(field, jnp.float32(0.5)), trained.denoiser(field, jnp.float32(0.5)))
     (case,) = make_cases(other, series.select([75]), [75], ["gaps:0.3"])

@@ -163,6 +163,16 @@ def test_cells_that_are_hardly_seen_keep_to_the_mean(frames, present):
         linear.fit_with_gaps(frames[:24], present & (np.arange(24) != 3)[:, None, None], OCEAN, 4)
 
 
+def test_a_small_ocean_has_no_more_directions_than_values():
+    rng, ocean = np.random.default_rng(5), np.ones((4, 5), bool)
+    x, present = rng.standard_normal((300, 4, 5, 2)).astype(np.float32), rng.random((300, 4, 5)) > 0.2
+    found, expected = (linear.fit_with_gaps(x, present, ocean, rank, 20) for rank in (64, 39))
+    assert found.variance.size == 39
+    np.testing.assert_array_equal(found.variance, expected.variance)
+    # All the variance there is: 1 in each of 40 values.
+    assert float(found.rest + found.variance.sum()) == pytest.approx(40, rel=0.15)
+
+
 @pytest.mark.parametrize("kept", [None, 3])
 def test_draws_have_the_conditional_mean_and_covariance(likeliest, frames, present, kept):
     """Of a frame with gaps, and of one with next to nothing, whose directions the gaps mix."""

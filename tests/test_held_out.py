@@ -177,7 +177,12 @@ def test_pick_draws_other_frames_of_a_file_for_other_seeds(folder, trained):
 def test_blocks_are_of_the_pattern_whose_errors_last_longest(folder, monkeypatch):
     """Frames of all patterns are learnt from, whichever is named first."""
     lasting, blocks = {"line:4": 3, "walk:12": 5, "cells:0.1": 2}, []
-    monkeypatch.setattr(calibrate, "block_length", lambda trained, fields, pattern, seed: lasting[pattern])
+
+    def length(trained, fields, pattern, seed, numbers):
+        assert len(fields) == len(numbers)
+        return lasting[pattern]
+
+    monkeypatch.setattr(calibrate, "block_length", length)
 
     def learn(*_, block, **__):
         blocks.append(block)

@@ -418,6 +418,14 @@ def test_errors_that_single_precision_cannot_tell_from_none_are_refused(trained,
     assert np.isfinite(both(quietly(trained, points, sigma=least))[..., GRID.ocean, :]).all()
 
 
+def test_observations_of_one_cell_may_be_as_good_as_single_precision_allows(trained):
+    y, x = np.argwhere(GRID.ocean)[20]
+    points = pd.DataFrame({"lat": GRID.lat[y], "lon": GRID.lon[x], "u": [0.21] * 4, "v": -0.12})
+    least = 1.01 * inpaint.LEAST_SIGMA * trained.standardiser.std.max()
+    found = both(quietly(trained, points, sigma=least, method="kalman"))[..., y, x, :]
+    np.testing.assert_allclose(found, np.broadcast_to([0.21, -0.12], found.shape), atol=5 * least)
+
+
 def test_an_interval_without_a_promise_is_not_called_calibrated(trained):
     fields = quietly(calibrated_with(trained, promised=False, blocks=7), table(6), members=8)
     assert "its width is not calibrated, as 7 blocks of time are too few" in fields.attrs["interval"]

@@ -307,17 +307,6 @@ def test_what_is_left_out_is_said(evaluation, made, monkeypatch):
     assert data["estimates"][0][0][1]["rms"] == full["rms"][:5]
 
 
-def test_components_follow_a_turned_grid():
-    angle = np.radians(30)
-    j, i = np.indices((4, 5))
-    east, north = i * np.cos(angle) - j * np.sin(angle), i * np.sin(angle) + j * np.cos(angle)
-    turned = report._turn(np.stack([north, east], -1))
-    along = np.broadcast_to([np.cos(angle), np.sin(angle)], (4, 5, 2))  # eastward, northward
-    np.testing.assert_allclose(turned(along), np.broadcast_to([1.0, 0.0], (4, 5, 2)), atol=1e-12)
-    field = np.random.default_rng(0).normal(size=(4, 5, 2))
-    np.testing.assert_allclose(np.hypot(*turned(field).T), np.hypot(*field.T))
-
-
 def test_bytes_keep_half_a_step():
     field = np.random.default_rng(0).normal(size=(6, 7, 2))
     field[2, 3] = np.nan

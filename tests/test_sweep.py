@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import launching
 import numpy as np
 import pandas as pd
@@ -185,6 +186,23 @@ def test_the_prior_is_what_the_point_says(study):
     variance = np.asarray(seed_gp.known.prior_variance)
     np.testing.assert_allclose(variance[..., 0], variance[..., 1], rtol=1e-6)
     assert np.asarray(seed_gp.known.missing).sum() == linear.scored.sum()
+
+
+def test_a_prior_is_padded_to_the_grid_of_the_model(study):
+    """Which may be larger than what its network needs."""
+    where, trained = study.cases[False][:1], study.models[study.points[0].model]
+    y, x = trained.padded
+
+    def larger(field):
+        return jnp.pad(field, [(0, 0)] * (field.ndim - 3) + [(0, y), (0, x), (0, 0)])
+
+    parts = {name: larger(getattr(trained.gaussian, name)) for name in ("mean", "direction", "ocean")}
+    on_more = dataclasses.replace(trained, grid=(2 * y, 2 * x), gaussian=trained.gaussian.replace(**parts))
+    (one,), (other,) = (Cases(study, of, "seed_gp").make(where) for of in (trained, on_more))
+    for name in ("prior_mean", "prior_variance"):
+        found, expected = (np.asarray(getattr(case.known, name)) for case in (other, one))
+        assert found.shape[:2] == (2 * y, 2 * x)
+        np.testing.assert_allclose(found[:y, :x], expected, atol=1e-6)
 
 
 def test_baselines_are_found_once_for_all_groups(folder, study, monkeypatch):

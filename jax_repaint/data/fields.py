@@ -18,6 +18,7 @@ import pandas as pd
 from absl import logging
 from scipy import fft
 
+from jax_repaint.data.staggered import grid_angle
 from jax_repaint.errors import InputError
 
 EARTH_RADIUS = 6371008.8  # metres, mean radius of the WGS 84 ellipsoid
@@ -166,6 +167,18 @@ class Fields:
         angle = np.arctan2(sine, np.sin(phi0) * np.sin(phi) + np.cos(phi0) * np.cos(phi) * np.cos(turn))
         stretch = np.where(sine > 0, angle / np.where(sine > 0, sine, 1), 1)
         return EARTH_RADIUS * np.stack([stretch * north, stretch * east], -1)
+
+    def along_grid(self, velocity: np.ndarray) -> np.ndarray:
+        """Components (..., y, x, 2) along the rows and across them, to their left, of eastward and northward ones.
+
+        Rows of a regular grid run east; those of another one at an angle (`staggered.grid_angle`).
+        """
+        if self.lat.ndim == 1:
+            return velocity
+        angle, _ = grid_angle(self.lat, self.lon)
+        east, north = velocity[..., 0], velocity[..., 1]
+        cosine, sine = np.cos(angle), np.sin(angle)
+        return np.stack([east * cosine + north * sine, north * cosine - east * sine], -1)
 
     def places(self) -> np.ndarray:
         """Cell centres (y, x, 2), as `metres`, in units of the distance between neighbours to the north."""

@@ -158,6 +158,7 @@ def fit_with_gaps(
     start[:, ocean] = np.where(seen[..., None] > 0, values, mean)
     first = fit(start, ocean, rank)
     root, rest = _root(first), float(first.rest)
+    rank = len(root)  # a small ocean has fewer
     loading = np.concatenate([root[:, ocean], mean[None]]).transpose(1, 0, 2)  # (cells, rank + 1, c)
     variance = np.zeros_like(mean)
     for _ in range(iterations):
