@@ -74,7 +74,16 @@ class Prepared(NamedTuple):
 
 
 def prepare(fields: Fields, config: ConfigDict) -> Prepared:
-    """Splits, standardises and pads; fits the linear prior and the GP."""
+    """Splits, standardises and pads; fits the linear prior and the GP.
+
+    Raises:
+      InputError: parts, frames or a grid that do not go with the settings.
+    """
+    if config.train.flips and fields.lat.ndim == 2:
+        raise InputError(
+            f"{fields.name}: mirrored frames (train.flips) change the sign of the eastward or the northward component, "
+            "which needs a grid whose rows run east; this one has latitudes and longitudes of two dimensions"
+        )
     split = split_fields(fields, config.data)
     logging.info("%s", split.describe())
     if split.train.size < config.train.batch * config.train.accumulate:

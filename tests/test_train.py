@@ -399,6 +399,14 @@ def test_flips_mirror_the_component_across_and_keep_land(standardised, mean):
     assert (shown[:, ~ocean[..., 0]] == 0).all()
 
 
+def test_mirrors_need_rows_that_run_east():
+    flow = tiny.fields()
+    lat, lon = np.meshgrid(flow.lat, flow.lon, indexing="ij")
+    slanted = fields_lib.Fields.create(flow.velocity, lat + 0.002 * np.arange(12), lon, flow.time, name="slanted.nc")
+    with pytest.raises(InputError, match=r"slanted\.nc: mirrored frames .* needs a grid whose rows run east"):
+        prepare.prepare(slanted, tiny.config(flips=True))
+
+
 @pytest.mark.parametrize("frames", [0, 5])
 def test_held_out_loss_is_fixed_and_knows_no_batches(noise_frames, frames):
     def loss(params, x0, key, place, training):
