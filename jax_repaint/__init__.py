@@ -17,7 +17,7 @@ def load(folder: str | os.PathLike = SHIPPED) -> "Model":
     """The model of a folder that training or an import wrote, or the one of the Ram Head twin in the package.
 
     Args:
-      folder: path; "ram_head", where there is no such folder, names the model in the package.
+      folder: path; the text "ram_head" names the model in the package, and a folder called so here is "./ram_head".
 
     Raises:
       InputError: no model there, or one that cannot be read.

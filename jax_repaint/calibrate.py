@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 from absl import flags, logging
 
-from jax_repaint import calibration, command, device, files, gains, methods, metrics, model, observe
+from jax_repaint import SHIPPED, calibration, command, device, files, gains, methods, metrics, model, observe
 from jax_repaint.calibration import Calibration
 from jax_repaint.cases import data_of, make_cases, observation_of, prior_of
 from jax_repaint.data.fields import Fields, Split
@@ -217,6 +217,8 @@ def main(_) -> None:
     """Calibrates a model."""
     check(FLAGS.method, FLAGS.members, FLAGS.block or 1)
     trained = model.load(FLAGS.model)
+    if FLAGS.model == SHIPPED:
+        raise InputError(f"{SHIPPED} is the model in the package; calibrate a copy of its folder")
     files.check_writable(f"{FLAGS.model}/{model.DESCRIPTION}")
     old = trained.calibration
     if not FLAGS.replace:

@@ -84,6 +84,8 @@ def main(_) -> None:
     # Before the training.
     evaluate.check_out(out, inputs=readers.files_of(FLAGS.fields) if FLAGS.fields else ())
     if FLAGS.fields:
+        if FLAGS.model:
+            raise InputError("--fields trains a model of its own; without it --model names one")
         if "given" in FLAGS.methods:
             raise InputError(
                 "the method given needs a model of form conditional; a brief training makes one of form anchored"

@@ -470,7 +470,8 @@ def main(_) -> None:
     check_out(out, FLAGS.keep, readers.files_of(FLAGS.fields) if FLAGS.fields else ())
     fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
     if FLAGS.directions:
-        training = data_of(trained, None) if FLAGS.part == "all" else (fields, split)
+        own = FLAGS.part != "all" and fields.hash() == trained.origin["fingerprint"]
+        training = (fields, split) if own else data_of(trained, None)
         trained = with_directions(trained, *training, FLAGS.directions)
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     patterns = FLAGS.patterns or trained.patterns

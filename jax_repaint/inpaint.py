@@ -137,7 +137,7 @@ def inpaint(
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
     methods.check_methods([method], members)
-    members = int(members)
+    members, seed = int(members), whole_number("seed", seed, 0)
     if members < (least := metrics.least_members(method in methods.PAIRED)):
         raise InputError(f"for a spread {method} needs {least} members at least, got {members}")
     chunk = device.usual_batch() if chunk is None else whole_number("chunk", chunk, 1)

@@ -33,6 +33,7 @@ from jax_repaint.model import Model
 from jax_repaint.prior import linear
 
 DENOISING = 7  # names the noise of this module among the members of a frame
+SAME_UNIT = 0.01  # of a standard deviation
 COLUMNS = ("sigma", "network", "gaussian", "ratio", "lo", "hi")
 OVER_FIRST = ("over_first", "first_lo", "first_hi")
 
@@ -142,6 +143,18 @@ def load_together(folders: Sequence[str], part: str = "test") -> dict[str, Model
     return models
 
 
+def _check_units(models: Mapping[str, Model]) -> None:
+    """Refuses models whose errors, and noise, are in units of other standard deviations."""
+    (name, first), *others = models.items()
+    for folder, other in others:
+        a, b = np.asarray(first.standardiser.std), np.asarray(other.standardiser.std)
+        if not np.allclose(a, b, rtol=SAME_UNIT):
+            raise InputError(
+                f"{folder} has noise and errors in units of {b[0]:.3g} and {b[1]:.3g} m/s, {name} of {a[0]:.3g} and "
+                f"{a[1]:.3g}: they do not compare; ask for one after the other"
+            )
+
+
 FLAGS = flags.FLAGS
 
 
@@ -179,6 +192,7 @@ def main(_) -> None:
         folder: denoising_errors(one, chosen, numbers, sigmas, FLAGS.pattern, FLAGS.seed)
         for folder, one in models.items()
     }
+    _check_units(models)
     rows = compare(errors, sigmas, block) if len(models) > 1 else table(errors[FLAGS.model[0]], sigmas, block)
     print(rows.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     if FLAGS.out:

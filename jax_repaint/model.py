@@ -350,7 +350,7 @@ def load(folder: str | os.PathLike) -> Model:
     """Reads what `save` wrote.
 
     Args:
-      folder: path; "ram_head", where there is no such folder, names the model in the package.
+      folder: path; the text "ram_head" names the model in the package, and a folder called so here is "./ram_head".
 
     Raises:
       InputError: no path, no model there, of a newer format, truncated, weights that do not fit its description, or
@@ -358,9 +358,7 @@ def load(folder: str | os.PathLike) -> Model:
     """
     if not isinstance(folder, str | os.PathLike):
         raise InputError(f"a model is loaded from the path of its folder, or as {SHIPPED!r}; got {folder!r}")
-    name, folder = str(folder), Path(folder)
-    if name == SHIPPED and not folder.exists():
-        folder = Path(__file__).with_name("models") / SHIPPED
+    folder = Path(__file__).with_name("models") / SHIPPED if folder == SHIPPED else Path(folder)
     if not (folder / DESCRIPTION).is_file():
         raise InputError(f"no model in {folder}: {DESCRIPTION} is missing")
     try:

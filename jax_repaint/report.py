@@ -252,9 +252,14 @@ def _denoising(path: Path) -> list[str]:
     """Errors of the network by noise level beside the Gaussian denoiser's."""
     levels = _read_csv(path)
     _need_numbers(levels, ("sigma", "network", "gaussian"), path)
-    sigma, network, gaussian = (levels[name].to_numpy(float) for name in ("sigma", "network", "gaussian"))
-    figure = plots.draw_denoising(sigma, {"network": network}, gaussian)
-    return ["<h2>Denoising</h2>", figure_html(figure, "denoising error by noise level"), table_html(levels)]
+    body = ["<h2>Denoising</h2>"]
+    # Models may stand on priors of their own.
+    models = "model" in levels
+    for name, part in levels.groupby("model", sort=False) if models else [("network", levels)]:
+        sigma, network, gaussian = (part[column].to_numpy(float) for column in ("sigma", "network", "gaussian"))
+        figure = plots.draw_denoising(sigma, {str(name): network}, gaussian)
+        body.append(figure_html(figure, "denoising error by noise level" + f", {name}" * models))
+    return [*body, table_html(levels)]
 
 
 def _model_facts(path: Path) -> dict[str, object]:
@@ -426,9 +431,16 @@ def evaluation_body(workdir: Path, frames: int, members: int) -> list[str]:
     body = ["<h2>Evaluation</h2>"]
     found = {path: Ensembles.read(path) for path in sorted(workdir.glob("fields*.nc"))}
     last = found.get(workdir / "fields.nc")
-    older = [path for path, one in found.items() if last is not None and one.run != last.run]
-    for path in older:
-        logging.warning("%s is of another model or seed than fields.nc, and is left out", path)
+    scored = set(_read_csv(workdir / "table.csv").get("method", [])) if (workdir / "table.csv").exists() else None
+    for path, one in list(found.items() if last is not None else ()):
+        if one.run != last.run:
+            logging.warning("%s is of another model or seed than fields.nc, and is left out", path)
+        elif not _alike(one, last):
+            logging.warning("%s is of other frames, patterns or data than fields.nc, and is left out", path)
+        elif scored and one.method not in scored:
+            logging.warning("%s is of %s, which table.csv does not have, and is left out", path, one.method)
+        else:
+            continue
         del found[path]
     files, made = list(found), list(found.values())
     if made:
@@ -454,14 +466,14 @@ def evaluation_body(workdir: Path, frames: int, members: int) -> list[str]:
     return body
 
 
+def _alike(one: Ensembles, other: Ensembles) -> bool:
+    same = one.patterns == other.patterns and one.when == other.when and np.array_equal(one.observed, other.observed)
+    return same and np.array_equal(one.truth, other.truth, equal_nan=True)
+
+
 def _check_alike(made: Sequence[Ensembles], files: Sequence[Path]) -> None:
-    first = made[0]
     for other, path in zip(made, files, strict=True):
-        if (
-            other.patterns != first.patterns
-            or other.when != first.when
-            or not np.array_equal(other.observed, first.observed)
-        ):
+        if not _alike(made[0], other):
             raise InputError(f"{path} and {files[0]} are of different frames or patterns; keep them in two folders")
 
 

@@ -89,6 +89,9 @@ def test_directions_are_those_of_the_training_and_not_of_what_is_held_out(folder
     x, _ = prepare(fields.select(split.train), trained.standardiser, trained.network.multiple)
     expected = linear.fit(x, np.asarray(trained.gaussian.ocean)[..., 0] > 0, 5)
     np.testing.assert_allclose(np.abs(with_five.gaussian.direction), np.abs(expected.direction), atol=1e-5)
+    # Nor those of the part of another file that has the numbers of the training frames.
+    _, _, of_part = numbers_of(evaluate, folder, monkeypatch, **given | {"part": "test"})
+    np.testing.assert_allclose(of_part.gaussian.variance, expected.variance, rtol=1e-5)
 
 
 def with_fields(trained, path):

@@ -34,6 +34,7 @@ from jax_repaint.errors import InputError
 from jax_repaint.methods import gate_evidence, run_method
 from jax_repaint.nets import unet
 from jax_repaint.prior import linear
+from jax_repaint.unfinished import Unfinished
 
 U, V = "eastward_sea_water_velocity", "northward_sea_water_velocity"
 
@@ -1602,6 +1603,34 @@ def test_observations_of_another_place_are_told_both_extents():
         message = rf"far.nc does not touch the model's grid, the model is of another place: it is at .*, {model_at}"
         with pytest.raises(InputError, match=message):
             collect(far, GRID)
+
+
+def test_a_step_has_as_many_observations_as_the_one_before():
+    """Halves are not sent to the even hour now and to the odd one then."""
+    times = pd.date_range("2024-01-01", periods=9, freq="30min")
+    frames = collect(table(9, time=times), GRID, step="1h")
+    assert [frame.count for frame in frames] == [1, 2, 2, 2, 2]
+    assert frames[1].time == np.datetime64("2024-01-01T01:00")
+    assert [frame.count for frame in collect(table(9, time=times), GRID, step="90min")] == [2, 3, 3, 1]
+
+
+@pytest.mark.parametrize(("seed", "kept"), [(np.int64(3), 3), (3.0, 3)])
+def test_a_seed_of_another_kind_is_that_number(trained, tmp_path, seed, kept):
+    unfinished = Unfinished(tmp_path / "some")
+    fields = quietly(trained, table(3), method="linear_samples", seed=seed, unfinished=unfinished)
+    assert fields.attrs["seed"] == kept
+    assert isinstance(fields.attrs["seed"], int)
+    with pytest.raises(InputError, match="seed must be a whole number, at least 0, got True"):
+        quietly(trained, table(3), seed=True)
+
+
+def test_a_folder_of_that_name_is_not_the_model_of_the_package(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ram_head").mkdir()
+    assert jax_repaint.load().ocean.shape == (44, 94)
+    model.save(trained, tmp_path / "ram_head")
+    assert jax_repaint.load("ram_head").ocean.shape == jax_repaint.load().ocean.shape == (44, 94)
+    assert jax_repaint.load("./ram_head").ocean.shape == jax_repaint.load(Path("ram_head")).ocean.shape == (7, 12)
 
 
 def test_more_mistakes_of_options(trained, tmp_path, monkeypatch):

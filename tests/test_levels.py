@@ -12,7 +12,7 @@ from flax import struct
 
 from jax_repaint import cases, guide, levels, model, scoring
 from jax_repaint.cases import pick
-from jax_repaint.data.fields import Fields, Split, crop
+from jax_repaint.data.fields import Fields, Split, Standardiser, crop
 from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
@@ -138,6 +138,16 @@ def test_frames_come_from_the_part_that_is_asked_for(trained, drawn, tmp_path, m
     written = pd.read_csv(tmp_path / "out.csv")
     np.testing.assert_allclose(written["network"], expected[..., 0].mean(0), rtol=1e-5)
     assert "ratio" in capsys.readouterr().out
+
+
+def test_models_in_other_units_are_not_compared(trained, tmp_path, monkeypatch):
+    """As those of other data, of which the part `all` of a third file may be asked."""
+    scale = trained.standardiser
+    twice = dataclasses.replace(trained, standardiser=Standardiser.create(scale.mean, 2 * scale.std))
+    alike = dataclasses.replace(trained, standardiser=Standardiser.create(scale.mean + 1, 1.005 * scale.std))
+    levels._check_units({"one": trained, "other": alike})
+    with pytest.raises(InputError, match=r"twice has noise and errors in units of .* m/s, one of .*: they do not"):
+        levels._check_units({"one": trained, "twice": twice})
 
 
 @pytest.mark.parametrize("changes", [{"fingerprint": "b"}, {"parts": {"train": [0, 10], "test": [20, 30]}}])

@@ -440,6 +440,24 @@ def test_denoising_errors_are_shown_where_they_were_measured(tmp_path):
     assert [a["alt"] for a, _ in Elements(text).all("img")] == ["denoising error by noise level"]
 
 
+def test_denoising_errors_of_several_models_are_a_figure_each(tmp_path, monkeypatch):
+    checkpoint.claim(tmp_path, {}, {})
+    drawn = []
+    draw = plots.draw_denoising
+    monkeypatch.setattr(plots, "draw_denoising", lambda *parts: (drawn.append(parts), draw(*parts))[1])
+    one = pd.DataFrame({"sigma": [0.1, 1.0], "network": [0.008, 0.3], "gaussian": [0.009, 0.31], "model": "runs/a"})
+    other = one.assign(network=[0.007, 0.2], model="runs/b")
+    pd.concat([one, other]).to_csv(tmp_path / "levels.csv", index=False)
+    text = report.build(tmp_path)
+    assert [a["alt"] for a, _ in Elements(text).all("img")] == [
+        f"denoising error by noise level, runs/{name}" for name in "ab"
+    ]
+    for (sigma, networks, gaussian), expected in zip(drawn, (one, other), strict=True):
+        np.testing.assert_array_equal(sigma, expected["sigma"])
+        np.testing.assert_array_equal(networks[expected["model"][0]], expected["network"])
+        np.testing.assert_array_equal(gaussian, expected["gaussian"])
+
+
 # --- sweeps -------------------------------------------------------------------------------------------------
 
 
@@ -568,6 +586,7 @@ def broken(folder, what):
         other.mkdir()
         write_evaluation(other, fields, kept=("linear",))
         shutil.move(other / "fields_linear.nc", folder)
+        (folder / "fields.nc").rename(folder / "fields_kalman.nc")
     return folder
 
 
@@ -605,6 +624,21 @@ def test_files_of_an_older_run_are_left_out(evaluation, tmp_path, caplog):
         readers.write_netcdf(data, tmp_path / "again" / path)
     assert report.build(tmp_path / "again") == fresh
     assert caplog.text.count("is of another model or seed than fields.nc, and is left out") == 2
+
+
+def test_files_of_other_data_and_of_methods_without_a_row_are_left_out(evaluation, tmp_path, caplog):
+    """As an evaluation of the same model and seed leaves them in the folder of the next."""
+    shutil.copytree(evaluation.folder, tmp_path / "again")
+    fresh = report.build(tmp_path / "again")
+    with xr.open_dataset(evaluation.folder / "fields.nc") as data:
+        data = data.load()
+    truth = {name: data[name] + 0.01 for name in data.data_vars if str(name).endswith("_truth")}
+    assert len(truth) == 2
+    readers.write_netcdf(data.assign(truth), tmp_path / "again" / "fields_kalman.nc")
+    readers.write_netcdf(data.assign_attrs(method="dps"), tmp_path / "again" / "fields_dps.nc")
+    assert report.build(tmp_path / "again") == fresh
+    assert "fields_kalman.nc is of other frames, patterns or data than fields.nc, and is left out" in caplog.text
+    assert "fields_dps.nc is of dps, which table.csv does not have, and is left out" in caplog.text
 
 
 @pytest.mark.slow

@@ -460,9 +460,11 @@ def _times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
     if step is None:
         return times.to_numpy()
     try:
-        if pd.tseries.frequencies.to_offset(step).nanos <= 0:
+        length = pd.Timedelta(pd.tseries.frequencies.to_offset(step).nanos)
+        if length <= pd.Timedelta(0):
             raise ValueError
-        return times.dt.round(step).to_numpy()
+        # `round` takes halves to the even multiple, so that of half hours every second hour would have three.
+        return (times + length / 2).dt.floor(step).to_numpy()
     except ValueError as e:
         raise InputError(f"step {step!r} is not a fixed duration such as 1h or 30min") from e
 
