@@ -86,6 +86,11 @@ def holds_run(
     return False
 
 
+def began_from(workdir: Path) -> str:
+    """The model whose weights the run of `workdir` began with, which a later start is free to name or not."""
+    return json.loads((Path(workdir) / CONFIG).read_text())["config"].get("init_from", "")
+
+
 def claim(workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     """Makes `workdir` this run's.
 

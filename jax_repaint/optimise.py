@@ -197,12 +197,12 @@ def _make_mirrors(
         return x0.at[..., component].set(2 * still[component] - x0[..., component])
 
     def mirrored(key: Key, x0: Array, present: list[Array]) -> tuple[Array, list[Array]]:
-        turned = jax.random.bernoulli(key, 0.5, (2, len(x0), 1, 1, 1))
+        turned, land = jax.random.bernoulli(key, 0.5, (2, len(x0), 1, 1, 1)), x0
         x0 = jnp.where(turned[0], turn(x0[:, :, columns], 0), x0)
         x0 = jnp.where(turned[1], turn(x0[:, rows], 1), x0)
         present = [jnp.where(turned[0], cells[:, :, columns], cells) for cells in present]
         present = [jnp.where(turned[1], cells[:, rows], cells) for cells in present]
-        return x0 * ocean[None], present
+        return jnp.where(ocean[None] > 0, x0, land), present
 
     return mirrored
 
@@ -277,6 +277,9 @@ def make_steps(
     @partial(distributed.jit, mesh=mesh, donate_argnums=0, static_argnums=2)
     def run(state: State, data: Frames, count: int) -> tuple[State, Array]:
         epoch, frames = state.step // steps.epoch, len(arrays_of(data)[0])
+        if steps.epoch * t.batch * t.accumulate > frames:
+            # A slice beyond the end would be the last batch again.
+            raise ValueError(f"{frames} frames are fewer than {steps.epoch} batches of {t.batch} x {t.accumulate}")
         order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch), frames)
         if count == 1:
             return one(state, order, data)

@@ -294,8 +294,10 @@ def gather(
     if RESUME in names and options.get("part") == "all":
         # It is trained on, and that data had no part in training.
         fields, split = data_of(models["attention"], None)
-    if RESUME in names and fields.gaps:
-        logging.warning("%s has gaps, on which no training is continued in wrong ways", fields.name)
+    # What is mirrored needs rows that run east.
+    if RESUME in names and (fields.gaps or fields.lat.ndim == 2):
+        why = "has gaps" if fields.gaps else "lies on a curvilinear grid"
+        logging.warning("%s %s, on which no training is continued in wrong ways", fields.name, why)
     elif RESUME in names:
         config = ConfigDict(models["attention"].training["config"])
         found = resumption.run(models["attention"], fields, split, config, workdir / "resume", length)

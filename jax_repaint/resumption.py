@@ -129,7 +129,7 @@ def run(
     Raises:
       InputError: `folder` holds another experiment.
     """
-    length = length or Length()
+    length = _within(length or Length(), split.train.size // config.train.batch)
     settings = {"config": config.to_dict(), "length": dataclasses.asdict(length), "fields": fields.hash()}
     settings = json.loads(json.dumps(settings))
     held_out = min(length.held_out, split.validation.size)
@@ -147,6 +147,14 @@ def run(
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
     return Resumption(curves, losses, length, block, refusal(config))
+
+
+def _within(length: Length, batches: int) -> Length:
+    """The same with epochs of no more steps than there are batches, which would be the last one again and again."""
+    epoch = min(length.epoch, batches // length.dispatch * length.dispatch)
+    if not epoch:
+        raise InputError(f"continued runs need {length.dispatch} batches of training frames, there are {batches}")
+    return dataclasses.replace(length, epoch=epoch)
 
 
 class _Run:

@@ -115,6 +115,8 @@ def check_config(config: ConfigDict) -> None:
             raise InputError(f"train.{name} must be at least 1, got {t[name]}")
     if not 0 <= t.seed < 2**32:
         raise InputError(f"train.seed must be in 0 to 2^32 - 1, got {t.seed}")
+    if config.data.twin_seed < 0:
+        raise InputError(f"data.twin_seed must be 0 or more, got {config.data.twin_seed}")
     if not 0 < t.learning_rate < math.inf:
         raise InputError(f"train.learning_rate must be positive and finite, got {t.learning_rate}")
     if not t.clip > 0:

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jax_repaint import command, distributed, files, model, plots, provenance
 from jax_repaint.array_types import Array, Level
-from jax_repaint.checkpoint import Checkpoints, claim, holds_run, release
+from jax_repaint.checkpoint import Checkpoints, began_from, claim, holds_run, release
 from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
 from jax_repaint.locks import locked
@@ -82,6 +82,7 @@ class Run:
       data: and the `steps` in which it is seen.
       linear_loss: held-out loss of the exact Gaussian denoiser.
       checkpoints, log: of the first process, None on others.
+      init_from: the model that the run began with, which a later start need not name.
     """
 
     config: ConfigDict
@@ -94,6 +95,7 @@ class Run:
     linear_loss: float
     checkpoints: Checkpoints | None
     log: "Log | None" = None
+    init_from: str = ""
 
     @cached_property
     def missing(self) -> dict[str, dict[str, float]]:
@@ -130,7 +132,7 @@ class Run:
                 "held_out_loss": float(state.best),
                 "held_out_loss_of_linear": self.linear_loss,
                 "linear_prior": dataclasses.asdict(data.choice),
-                "config": config.to_dict(),
+                "config": config.to_dict() | {"init_from": self.init_from},
                 "versions": provenance.versions("jax", "flax", "optax"),
                 **self.missing,
             },
@@ -253,7 +255,8 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
         words = progress and not sys.stderr.isatty()
         done = int(state.step) // steps.epoch
         log = distributed.at_first(lambda: Log(workdir, done, config.tensorboard, linear_loss, words))
-        run = Run(config, workdir, fields, fingerprint, network, data, steps, linear_loss, checkpoints, log)
+        began = distributed.at_first(lambda: began_from(workdir)) if resuming else config.init_from
+        run = Run(config, workdir, fields, fingerprint, network, data, steps, linear_loss, checkpoints, log, began)
         hidden = None if progress and jax.process_index() == 0 else True
         whole = {"total": steps.total, "initial": int(state.step), "unit": "step", "desc": "train"}
         try:

@@ -121,6 +121,11 @@ MISTAKES = {
         ["demo", "--fields=tiny.nc", "--train_range=0:40", "--test_range=50:60", "--out=tables"],
         "cannot write an evaluation to tables: table.csv is there, and is not of an earlier one",
     ),
+    "a demo of two models": (["demo", "--fields=tiny.nc", "--model=model"], "--fields trains a model of its own"),
+    "calibrating the package": (["calibrate", "--model=ram_head"], "calibrate a copy of its folder"),
+    "a negative seed of the twin": (
+        ["train", "--config=CONFIG", "--workdir=new", "--config.data.twin_seed=-1"], "data.twin_seed must be"
+    ),
     "results in a model": ([*EVALUATE[:-1], "--out=model"], "to model: it is the folder of a model"),
     "nothing observed": (["inpaint", "--out=new.nc"], "--observations=FILE and --out=FILE.nc or FILE.zarr are needed"),
     "missing observations": (["inpaint", "--model=model", "--observations=nowhere.csv", "--out=new.nc"], "nowhere.csv"),

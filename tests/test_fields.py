@@ -234,6 +234,18 @@ class TestDecorrelation:
         # r = 0.8 exp(-l / 5) + 0.2 cos(2 pi l / 12) is 0.439 at lag 3, 0.259 at lag 4 and never above 1/e again.
         assert data.decorrelation_time(weak) == pytest.approx(3 + (0.439 - math.exp(-1)) / 0.18, abs=0.15)
 
+    @pytest.mark.parametrize("campaigns", [2, 5])
+    def test_a_few_pairs_at_the_ends_of_campaigns_do_not_decide(self, campaigns):
+        """Of thirty days a year, whose longest lags lie in the first quarter of the whole record."""
+        parts = [red_noise([math.exp(-1 / 20)], 720, seed=seed)[0] for seed in range(campaigns)]
+        time = np.concatenate([hours(720) + year * 8766 * HOUR for year in range(campaigns)])
+        fields = make(np.concatenate(parts), time)
+        assert data.decorrelation_time(fields) == pytest.approx(20, rel=0.4)
+        # Where frames are missing at random every lag has pairs enough.
+        kept = np.sort(np.random.default_rng(0).choice(720, 250, replace=False))
+        r = data.autocorrelation(make(parts[0][kept], hours(720)[kept]))
+        assert (r != 0).all()
+
     def test_a_short_record_has_none(self):
         with pytest.raises(InputError, match="7 frames are too few"):
             data.decorrelation_time(make(noise(7)))
@@ -270,6 +282,22 @@ class TestSplit:
     @pytest.mark.parametrize("gap", [30, "30h", "1 day 6h"])
     def test_a_wider_gap_may_be_asked_for(self, fields, gap):
         assert data.split(fields, gap=gap).gap == 30
+
+    @pytest.mark.parametrize("gap", [None, "72h"])
+    def test_gaps_last_as_long_where_frames_are_closer(self, gap):
+        """Three-hourly frames, then hourly ones: the usual step is the longer one."""
+        time = START + np.concatenate([3 * np.arange(1200), 3600 + np.arange(800)]) * HOUR
+        fields = make(red_noise([math.exp(-1 / 5)], 2000)[0], time)
+        parts = data.split(fields, gap=gap)
+        least = 24 if gap else math.ceil(parts.decorrelation)
+        for one, other in ((parts.train, parts.validation), (parts.validation, parts.test)):
+            unused = (time[other[0]] - time[one[-1]]) / (3 * HOUR) - 1
+            assert least <= unused < least + 1
+            # The next frame would have been too near.
+            assert time[other[0] - 1] - time[one[-1]] < (least + 1) * 3 * HOUR
+        assert parts.test[-1] == 1999
+        first, last = (range(*map(int, part.split(":"))) for part in data.carve(fields, "1000:2000"))
+        assert time[last[0]] - time[first[-1]] >= (parts.decorrelation + 1) * 3 * HOUR
 
     def test_ranges_of_frames_and_of_dates_name_the_same_frames(self, fields):
         frames = data.split(fields, "0:240", "264:312", "336:")

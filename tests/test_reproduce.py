@@ -6,6 +6,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -29,6 +30,7 @@ from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
 from jax_repaint.findings import ABOVE, BELOW, HOLDS, MOST, NO_WORSE, NOT, OPEN, OTHER, SAME, Check, Evidence
+from jax_repaint.optimise import Plan, State, make_steps
 
 FRAMES = 24
 
@@ -536,10 +538,26 @@ def test_blocks_of_continued_runs_are_of_the_frames_that_there_are(tmp_path, mon
     """Of 47 validation frames where 256 are asked for, in blocks of a quarter at most."""
     made = make_resumption()
     monkeypatch.setattr(resumption, "_train", lambda *_: (made.curves, made.losses))
-    split = Split(np.arange(100), np.arange(120, 167), np.arange(200, 250), decorrelation=12)
+    split = Split(np.arange(8000), np.arange(8020, 8067), np.arange(8100, 8150), decorrelation=12)
     found = resumption.run(tiny.model(), tiny.fields(), split, tiny.config(), tmp_path, resumption.Length(held_out=256))
     assert found.block == 11
     assert f"loss on {FRAMES} frames of the validation part" in findings._length(found)
+
+
+def test_an_epoch_of_continued_runs_has_no_more_steps_than_batches(tmp_path, monkeypatch):
+    """As those beyond would all be of the last batch."""
+    made, lengths = make_resumption(), []
+    monkeypatch.setattr(resumption, "_train", lambda *given: lengths.append(given[-1]) or (made.curves, made.losses))
+    split, config = Split(np.arange(190), np.arange(203, 250), np.arange(275, 365), decorrelation=12), tiny.config()
+    config.train.batch = 16
+    found = resumption.run(tiny.model(), tiny.fields(), split, config, tmp_path / "a", resumption.Length(dispatch=4))
+    assert [length.epoch for length in lengths] == [found.length.epoch] == [8]
+    config.train.batch = 64
+    with pytest.raises(InputError, match="continued runs need 4 batches of training frames, there are 2"):
+        resumption.run(tiny.model(), tiny.fields(), split, config, tmp_path / "b", resumption.Length(dispatch=4))
+    steps = make_steps(tiny.config(batch=4, dispatch=1), None, None, Plan(20, 1, 20), jnp.ones((8, 12, 1)))
+    with pytest.raises(ValueError, match="41 frames are fewer than 20 batches of 4 x 1"):
+        steps(State(*(jnp.zeros(()) for _ in State._fields))._replace(step=jnp.int32(0)), jnp.zeros((41, 8, 12, 2)))
 
 
 @pytest.mark.slow

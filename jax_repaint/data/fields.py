@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from absl import logging
-from scipy import fft
+from scipy import fft, signal
 
 from jax_repaint.data.staggered import grid_angle
 from jax_repaint.errors import InputError
@@ -25,7 +25,9 @@ EARTH_RADIUS = 6371008.8  # metres, mean radius of the WGS 84 ellipsoid
 HOUR = np.timedelta64(3_600_000_000_000, "ns")
 CORRELATED = math.exp(-1)
 LONGEST_LAG = 1 / 4  # of the record: longer lags rest on too few pairs
+FEWEST_PAIRED = 1 / 4  # of the frames of a lag, over those of the lag that has most: of campaigns, as of whole records
 CELLS_FOR_CORRELATION = 2048
+SAME_STEP = 1e-4  # of a step, by which times that were written as fractions are off
 FEWEST_LAGGED = 8  # frames of which a decorrelation time can be measured
 LEAST_COVERAGE = 0.1  # of the ocean cells: frames with fewer values say too little to train on or to score
 
@@ -309,7 +311,7 @@ def autocorrelation(fields: Fields) -> np.ndarray:
     Sums run over time, ocean cells and components; w is the cosine of the latitude. Of large grids every
     k-th ocean cell is used, so that at most 2,048 count. Frames are placed on a regular axis of the median
     time step (the nearest place), where missing frames and gaps take no part. Lags reach to a quarter of the
-    record.
+    record; one of few pairs of frames, as the longest within each of several campaigns, counts as 0.
     """
     place = np.rint((fields.time - fields.time[0]) / fields.step).astype(int)
     length = int(place[-1]) + 1
@@ -334,10 +336,19 @@ def autocorrelation(fields: Fields) -> np.ndarray:
     lags = np.arange(max(int(LONGEST_LAG * length), 1) + 1)
     covariance, pairs = fft.irfft(sums, padded, axis=1)[:, lags]
     # Where no pair of frames shares a lag, rounding leaves a small number instead of zero.
-    covariance = np.where(pairs > 0.5 * weight.min(), covariance / np.maximum(pairs, 1e-9), 0)
+    known = (pairs > 0.5 * weight.min()) & _often_paired(place, length)[: lags.size]
+    covariance = np.where(known, covariance / np.maximum(pairs, 1e-9), 0)
     if not covariance[0] > 0:
         raise InputError(f"{fields.name}: the fields never change, so they have no decorrelation time")
     return covariance / covariance[0]
+
+
+def _often_paired(place: np.ndarray, length: int) -> np.ndarray:
+    """Which lags (length,) have at least a quarter of the pairs of frames that the best one beyond 0 has."""
+    there = np.zeros(length)
+    there[place] = 1
+    pairs = np.rint(signal.correlate(there, there, method="fft")[length - 1 :])
+    return (np.arange(length) == 0) | (pairs >= FEWEST_PAIRED * pairs[1:].max(initial=1))
 
 
 def decorrelation_time(fields: Fields) -> float:
@@ -406,7 +417,7 @@ def split(
         ranges: frames "0:250" (end excluded), dates "2002-01-01:2002-09-07" or, with times of day,
         "2002-01-01T00:00/2002-09-07T12:00" (end included: the whole day, hour or minute that is named).
       gap: for fractions: unused frames between parts, or a duration "36h" or "3d"; by default the measured
-        decorrelation time, rounded up.
+        decorrelation time, rounded up. Durations and that time last as long where frames are closer than elsewhere.
       allow_short_gap: accept gaps shorter than the decorrelation time; logged.
 
     Raises:
@@ -420,11 +431,11 @@ def split(
         index = {name: _range(fields, name, part) for name, part in parts.items()}
     elif all(isinstance(part, int | float) for part in parts.values()):
         frames = math.ceil(decorrelation) if gap is None else _gap_frames(fields, gap)
-        index = _fractions(fields, parts, frames)
+        index = _fractions(fields, parts, frames, lasting=not isinstance(gap, int | float))
     else:
         raise InputError(f"give three fractions or three ranges to split by, not a mixture: {parts}")
     smallest, between = _smallest_gap(fields, index)
-    if smallest < decorrelation:
+    if smallest < decorrelation - SAME_STEP:
         what = (
             f"{fields.name}: the gap between {between} is {smallest:.4g} frames, "
             f"shorter than the decorrelation time of {decorrelation:.4g} frames"
@@ -444,6 +455,10 @@ def carve(fields: Fields, train: str, share: float = 0.2) -> tuple[str, str]:
     index = _range(fields, "train", train)
     gap = math.ceil(decorrelation_time(fields))
     count = round(share * (index.size - gap))
+    if count >= 1:
+        begin = fields.time[int(index[-1]) + 1 - count]
+        apart = int((fields.time[index] > begin - _lasting(fields, gap)).sum()) - count
+        gap = max(gap, apart)
     if count < 1 or index.size - gap - count < 2:
         raise InputError(
             f"train range {train!r} holds {index.size} frames, too few for training, a gap of {gap} and validation"
@@ -537,20 +552,36 @@ def _gap_frames(fields: Fields, gap: int | str) -> int:
     return frames
 
 
-def _fractions(fields: Fields, parts: Mapping[str, float], gap: int) -> dict[str, np.ndarray]:
+def _lasting(fields: Fields, frames: int) -> np.timedelta64:
+    """From the last frame of a part to the first of the next, with `frames` usual steps unused."""
+    return ((frames + 1 - SAME_STEP) * fields.step).astype("timedelta64[ns]")
+
+
+def _fractions(fields: Fields, parts: Mapping[str, float], gap: int, lasting: bool) -> dict[str, np.ndarray]:
+    """Frames of each part; where a gap is `lasting` of as many more as it takes in time."""
     if not min(parts.values()) > 0 or not sum(parts.values()) <= 1 + 1e-9:
         raise InputError(f"fractions to split by must be positive and add up to 1 at most, got {dict(parts)}")
-    usable = len(fields) - 2 * gap
-    index, start, share = {}, 0, 0.0
-    for name, fraction in parts.items():
-        # Rounding the running sum, not each part, loses no frame.
-        begin, share = round(share * usable), share + fraction
-        count = round(share * usable) - begin
-        if usable <= 0 or count <= 0:
-            raise InputError(f"{fields.name}: {len(fields)} frames with two gaps of {gap} frames leave none for {name}")
-        index[name] = np.arange(start, start + count)
-        start += count + gap
-    return index
+    gaps = [gap, gap]
+    while True:
+        usable = len(fields) - sum(gaps)
+        index, start, share = {}, 0, 0.0
+        for (name, fraction), after in zip(parts.items(), [*gaps, 0], strict=True):
+            # Rounding the running sum, not each part, loses no frame.
+            begin, share = round(share * usable), share + fraction
+            count = round(share * usable) - begin
+            if usable <= 0 or count <= 0:
+                frames = gaps[0] if gaps[0] == gaps[1] else f"{gaps[0]} and {gaps[1]}"
+                raise InputError(
+                    f"{fields.name}: {len(fields)} frames with two gaps of {frames} frames leave none for {name}"
+                )
+            index[name] = np.arange(start, start + count)
+            start += count + after
+        ends = [int(index[name][-1]) for name in list(parts)[:2]]
+        needed = [int((fields.time[e + 1 :] < fields.time[e] + _lasting(fields, gap)).sum()) for e in ends]
+        if not lasting or all(n <= g for n, g in zip(needed, gaps, strict=True)):
+            return index
+        # The cuts move with the gaps, which only grow, so that this ends.
+        gaps = [max(pair) for pair in zip(needed, gaps, strict=True)]
 
 
 def _smallest_gap(fields: Fields, index: Mapping[str, np.ndarray]) -> tuple[float, str]:
