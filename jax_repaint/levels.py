@@ -131,7 +131,8 @@ def load_together(folders: Sequence[str], part: str = "test") -> dict[str, Model
     """The models by their folders.
 
     Raises:
-      InputError: none, one twice, one that cannot be read, or models of different data unless `part` is "all".
+      InputError: none, one twice, one that cannot be read, models of different data unless `part` is "all", or models
+        whose units differ.
     """
     if not folders or len(set(folders)) < len(folders):
         raise InputError(f"one or more different models are needed, got {', '.join(folders) or 'none'}")
@@ -140,6 +141,7 @@ def load_together(folders: Sequence[str], part: str = "test") -> dict[str, Model
     for folder, other in models.items():
         if part != "all" and not model.same_parts(first, other):
             raise InputError(f"{folder} was trained on other frames than {folders[0]}: their errors do not compare")
+    _check_units(models)
     return models
 
 
@@ -192,7 +194,6 @@ def main(_) -> None:
         folder: denoising_errors(one, chosen, numbers, sigmas, FLAGS.pattern, FLAGS.seed)
         for folder, one in models.items()
     }
-    _check_units(models)
     rows = compare(errors, sigmas, block) if len(models) > 1 else table(errors[FLAGS.model[0]], sigmas, block)
     print(rows.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     if FLAGS.out:

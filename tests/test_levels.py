@@ -145,9 +145,12 @@ def test_models_in_other_units_are_not_compared(trained, tmp_path, monkeypatch):
     scale = trained.standardiser
     twice = dataclasses.replace(trained, standardiser=Standardiser.create(scale.mean, 2 * scale.std))
     alike = dataclasses.replace(trained, standardiser=Standardiser.create(scale.mean + 1, 1.005 * scale.std))
-    levels._check_units({"one": trained, "other": alike})
+    for name, one in (("one", trained), ("other", alike), ("twice", twice)):
+        model.save(one, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert list(levels.load_together(["one", "other"], "all")) == ["one", "other"]
     with pytest.raises(InputError, match=r"twice has noise and errors in units of .* m/s, one of .*: they do not"):
-        levels._check_units({"one": trained, "twice": twice})
+        levels.load_together(["one", "twice"], "all")
 
 
 @pytest.mark.parametrize("changes", [{"fingerprint": "b"}, {"parts": {"train": [0, 10], "test": [20, 30]}}])
