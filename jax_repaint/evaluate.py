@@ -8,8 +8,10 @@ of its posterior (linear_samples). The networks' methods start from the linear e
 with ensemble mean, over the same frames, against the best of the baselines.
 
 The model's frames are split again as in its training; the frames that are scored are drawn from the test part, or with
---fields=FILE --part=all from a whole file of which no frame had a part in training, such as another season. The
-method that the model is calibrated for has two rows, as it is and calibrated; --raw leaves the second out.
+--fields=FILE --part=all from a whole file of which no frame had a part in training, such as another season. To choose a
+method or a setting, take --part=validation, so that the test part stays unseen. The method that the model is calibrated
+for has two rows, as it is and calibrated; --raw leaves the second out, as does the validation part, which calibrations
+are learnt on.
 Stopped or killed, the same command goes on with the fields that it had not done. In --out it replaces what an earlier
 evaluation wrote, and nothing else.
 """
@@ -440,8 +442,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("model", None, "Folder of a model, as training writes it.")
     flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
     flags.DEFINE_enum(
-        "part", "test", ("test", "all"), "What the frames are drawn from: the test part, or all of --fields, a file of "
-        "which no frame had a part in training."
+        "part", "test", ("test", "validation", "all"), "What the frames are drawn from: the test part, the validation "
+        "part, to choose by, or all of --fields, a file of which no frame had a part in training."
     )  # fmt: skip
     flags.DEFINE_integer("frames", 64, "Frames to inpaint, drawn at random.", lower_bound=1)
     flags.DEFINE_list(
@@ -478,7 +480,7 @@ def main(_) -> None:
     text = run(
         trained, fields.select(numbers), numbers, patterns, FLAGS.methods, out,
         members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, block=block_length(split, len(numbers)),
-        kept=FLAGS.keep, raw=FLAGS.raw, inputs=files_of(trained, FLAGS.fields),
+        kept=FLAGS.keep, raw=FLAGS.raw or FLAGS.part == "validation", inputs=files_of(trained, FLAGS.fields),
     )  # fmt: skip
     print(text)
     print(f"\nwrote {out / 'table.csv'}, {out / 'fields.nc'} and {out / 'figure.png'}")

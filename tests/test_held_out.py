@@ -43,8 +43,12 @@ def later(frames=40):
     return dataclasses.replace(fields, time=fields.time + np.timedelta64(500, "D"), name="later")
 
 
-def numbers_of(command, folder, monkeypatch, **given):
-    """Frame numbers that a command takes, the fields of them, and the model that it takes them for."""
+def numbers_of(command, folder, monkeypatch, said=None, **given):
+    """Frame numbers that a command takes, the fields of them, and the model that it takes them for.
+
+    Args:
+      said: a list that gets the options that they are taken with.
+    """
     asked = {"model": str(folder / "model"), "fields": str(folder / "own.nc"), "part": PARTS[command], "frames": 6,
              "members": 4, "patterns": ["line:4"], "seed": 3, "chunk": None}  # fmt: skip
     if command is levels:
@@ -54,8 +58,10 @@ def numbers_of(command, folder, monkeypatch, **given):
     class Taken(Exception):
         pass
 
-    def take(trained, fields, numbers, *_, **__):
+    def take(trained, fields, numbers, *_, **options):
         taken.append((numbers, fields, trained))
+        if said is not None:
+            said.append(options)
         raise Taken
 
     monkeypatch.setattr(command, "FLAGS", SimpleNamespace(**asked | COMMANDS[command] | given))
@@ -63,6 +69,16 @@ def numbers_of(command, folder, monkeypatch, **given):
     with pytest.raises(Taken):
         command.main([])
     return taken[0]
+
+
+def test_methods_are_chosen_on_validation_frames_as_sampled(folder, trained, monkeypatch):
+    """A calibration was learnt on them: its row there would say too much."""
+    said = []
+    for part in ("validation", "test"):
+        run = numbers_of(evaluate, folder, monkeypatch, part=part, said=said)
+        split = data_of(trained, str(folder / "own.nc"))[1]
+        assert np.isin(run[0], getattr(split, part)).all()
+    assert [options["raw"] for options in said] == [True, False]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
