@@ -18,13 +18,6 @@ from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
 
 
-def cell_sizes(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
-    """East-west and north-south sizes of the cells, each (y, x), in metres."""
-    places = fields.metres()
-    dx, dy = (np.linalg.norm(np.gradient(places, axis=axis), axis=-1) for axis in (1, 0))
-    return dx, dy
-
-
 def of_frame(
     truth: np.ndarray, members: np.ndarray, scored: np.ndarray, fields: Fields, antithetic: bool = False
 ) -> dict[str, float]:
@@ -37,12 +30,12 @@ def of_frame(
       fields: of the frame's grid.
       antithetic: True if members 2j and 2j + 1 are partners.
     """
-    dx, dy = cell_sizes(fields)
+    dx, dy = fields.cell_sizes()
     fast = math.sqrt(np.mean(np.sum(truth[scored] ** 2, -1))) / 3
     row = {"direction_error": metrics.direction_error(members.mean(0), truth, scored, fast)}
     if len(members) >= metrics.least_members(antithetic):
         row["energy_score"] = metrics.energy_score(truth, members, scored, antithetic)
-    # Derivatives are along rows and columns.
+    # Derivatives are along x and y.
     truth, members = fields.along_grid(truth), fields.along_grid(members)
     # Among coasts no cell may have four ocean neighbours, and no rectangle of 8 by 8 cells be without land.
     with contextlib.suppress(InputError):

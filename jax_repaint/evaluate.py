@@ -385,7 +385,8 @@ def run(
         data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name)
         readers.write_netcdf(data, out / file)
     examples = _examples(trained, cases, results[shown])
-    plots.currents(out / FIGURE, examples, fields.ocean, fields.metres(), f"{fields.name}, {shown}")
+    title = f"{fields.name}, {shown}"
+    plots.currents(out / FIGURE, examples, fields.ocean, fields.metres(), title, fields.convergence())
     unfinished.remove()
     return format_rows(rows)
 

@@ -633,7 +633,7 @@ def figure(fields: xr.Dataset, path: str | Path) -> None:
         for i in chosen
     ]
     on_grid = Fields(parts[2], ocean == 1, fields["lat"].values, fields["lon"].values, times, "inpainted")
-    plots.currents(path, examples, on_grid.ocean, on_grid.metres())
+    plots.currents(path, examples, on_grid.ocean, on_grid.metres(), convergence=on_grid.convergence())
 
 
 FLAGS = flags.FLAGS

@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from jax_repaint import metrics, structures
+from jax_repaint.data import staggered
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
 
@@ -116,7 +117,13 @@ def _new_figure(width: float, height: float) -> Figure:
 # --- fields -------------------------------------------------------------------------------------------------
 
 
-def draw_currents(examples: Sequence[Example], ocean: np.ndarray, metres: np.ndarray, title: str = "") -> Figure:
+def draw_currents(
+    examples: Sequence[Example],
+    ocean: np.ndarray,
+    metres: np.ndarray,
+    title: str = "",
+    convergence: np.ndarray | float = 0.0,
+) -> Figure:
     """Truth, observations, prior mean, ensemble mean, a member, spread and error of each example.
 
     Speeds share one colour scale and one length of arrows. Spread and error are lengths of vectors too and
@@ -128,9 +135,10 @@ def draw_currents(examples: Sequence[Example], ocean: np.ndarray, metres: np.nda
       ocean: (y, x) bool.
       metres: (y, x, 2) positions of cells north and east, as `Fields.metres` gives them.
       title: above the figure.
+      convergence: (y, x) radians by which a cell's east and north are turned there, as `Fields.convergence` gives it.
 
     Raises:
-      InputError: no example, arrays of another grid, or no cell to compare.
+      InputError: no example, arrays of another grid, or no cell to compare with a truth.
     """
     ocean, metres = np.asarray(ocean, bool), np.asarray(metres, float)
     _check(examples, ocean, metres)
@@ -151,7 +159,8 @@ def draw_currents(examples: Sequence[Example], ocean: np.ndarray, metres: np.nda
             continue
         index, name = cell
         scale = deviation if name in DEVIATIONS else speed
-        _draw_field(ax, fields[index][name], scale, ocean, place, 0 if name in DEVIATIONS else ARROWS)
+        arrows = 0 if name in DEVIATIONS else ARROWS
+        _draw_field(ax, fields[index][name], scale, ocean, place, arrows, convergence)
         _label(ax, name, examples[index], fields[index], ocean)
     _frame(axes, examples, wide, unit)
     _colour_bars(figure, axes, layout, (speed, deviation), wide)
@@ -161,10 +170,15 @@ def draw_currents(examples: Sequence[Example], ocean: np.ndarray, metres: np.nda
 
 
 def currents(
-    path: str | Path, examples: Sequence[Example], ocean: np.ndarray, metres: np.ndarray, title: str = ""
+    path: str | Path,
+    examples: Sequence[Example],
+    ocean: np.ndarray,
+    metres: np.ndarray,
+    title: str = "",
+    convergence: np.ndarray | float = 0.0,
 ) -> None:
     """`draw_currents` into a file."""
-    save(draw_currents(examples, ocean, metres, title), path)
+    save(draw_currents(examples, ocean, metres, title, convergence), path)
 
 
 def draw_stamps(
@@ -174,6 +188,7 @@ def draw_stamps(
     ocean: np.ndarray,
     metres: np.ndarray,
     title: str = "",
+    convergence: np.ndarray | float = 0.0,
 ) -> Figure:
     """Truth, ensemble mean and every member as stamps; one colour scale, one length of arrows, observations dotted.
 
@@ -186,6 +201,7 @@ def draw_stamps(
       ocean: (y, x) bool.
       metres: (y, x, 2) positions of cells north and east, as `Fields.metres` gives them.
       title: above the figure.
+      convergence: (y, x) radians by which a cell's east and north are turned there, as `Fields.convergence` gives it.
 
     Raises:
       InputError: arrays of another grid, no member, or no cell to compare.
@@ -205,7 +221,7 @@ def draw_stamps(
     axes = figure.subplots(rows, columns, squeeze=False)
     scale = _scale([np.where(land, np.nan, truth)], SPEED)
     for ax, (name, field) in zip(axes.flat, shown.items(), strict=False):
-        _draw_field(ax, np.where(land, np.nan, field), scale, ocean, metres, STAMP_ARROWS)
+        _draw_field(ax, np.where(land, np.nan, field), scale, ocean, metres, STAMP_ARROWS, convergence)
         seen = metres[np.asarray(observed, bool)]
         ax.plot(seen[:, 1], seen[:, 0], ".", color=BLUE, ms=1.6)
         ax.set(xticks=(), yticks=())
@@ -230,9 +246,10 @@ def stamps(
     ocean: np.ndarray,
     metres: np.ndarray,
     title: str = "",
+    convergence: np.ndarray | float = 0.0,
 ) -> None:
     """`draw_stamps` into a file."""
-    save(draw_stamps(members, truth, observed, ocean, metres, title), path)
+    save(draw_stamps(members, truth, observed, ocean, metres, title, convergence), path)
 
 
 def _check(examples: Sequence[Example], ocean: np.ndarray, metres: np.ndarray) -> None:
@@ -300,7 +317,13 @@ def _corners(centres: np.ndarray) -> np.ndarray:
 
 
 def _draw_field(
-    ax: Axes, field: np.ndarray, scale: ScalarMappable, ocean: np.ndarray, place: np.ndarray, arrows: int
+    ax: Axes,
+    field: np.ndarray,
+    scale: ScalarMappable,
+    ocean: np.ndarray,
+    place: np.ndarray,
+    arrows: int,
+    convergence: np.ndarray | float,
 ) -> None:
     """Length of the vectors in colour, land, coast, and arrows: half the top speed reaches from one to the next."""
     y, x = _corners(place[..., 0]), _corners(place[..., 1])
@@ -318,7 +341,7 @@ def _draw_field(
         ax.quiver(
             place[rows, columns, 1],
             place[rows, columns, 0],
-            *field[rows, columns].T,
+            *(part[rows, columns] for part in staggered.turn(field[..., 0], field[..., 1], convergence)),
             angles="xy",
             scale_units="xy",
             scale=0.5 * scale.norm.vmax / spacing,
@@ -349,14 +372,18 @@ def _thin(present: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _label(ax: Axes, name: str, example: Example, fields: dict[str, np.ndarray], ocean: np.ndarray) -> None:
     ax.set_title(TITLES[name], loc="left", fontsize=8, pad=3)
-    scored = metrics.scored_cells(fields["mean"] if example.truth is None else example.truth, ocean, example.observed)
+    if example.truth is None:
+        # Where all is observed there is nothing to score, and still something to see.
+        scored = ocean & ~np.asarray(example.observed, bool) & np.isfinite(fields["mean"]).all(-1)
+    else:
+        scored = metrics.scored_cells(example.truth, ocean, example.observed)
     if name == "observations":
         cells = f"{np.sum(example.observed)} of {np.sum(ocean)} cells"
         ax.set_title(cells, loc="right", fontsize=8, pad=3)
     elif name in ("prior_mean", "mean", "member") and example.truth is not None:
         rmse = metrics.vector_rmse(metrics.mse(fields[name], example.truth, scored))
         ax.set_title(f"RMS error {rmse:.3f} m/s", loc="right", fontsize=8, pad=3)
-    elif name in DEVIATIONS:
+    elif name in DEVIATIONS and scored.any():
         rms = np.sqrt(np.mean(_length(fields[name])[scored] ** 2))
         # Too few members have no spread.
         ax.set_title(f"RMS {rms:.3f} m/s" if np.isfinite(rms) else "unknown", loc="right", fontsize=8, pad=3)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jax_repaint.data import fields as data
+from jax_repaint.data import plane
 from jax_repaint.data.fields import Fields, Standardiser
 from jax_repaint.errors import InputError
 
@@ -122,8 +123,8 @@ class TestGrid:
         half = np.sin((phi[:, None] - phi) / 2) ** 2
         half += np.cos(phi[:, None]) * np.cos(phi) * np.sin((lam[:, None] - lam) / 2) ** 2
         sphere = 2 * 6371008.8 * np.arcsin(np.sqrt(half))
-        plane = np.linalg.norm(place[:, None] - place, axis=-1)
-        np.testing.assert_allclose(plane, sphere, rtol=4e-4, atol=0.1)
+        on_plane = np.linalg.norm(place[:, None] - place, axis=-1)
+        np.testing.assert_allclose(on_plane, sphere, rtol=4e-4, atol=0.1)
         assert (np.diff(place.reshape(5, 7, 2)[..., 0], axis=0) > 0).all()
         assert (np.diff(place.reshape(5, 7, 2)[..., 1], axis=1) > 0).all()
 
@@ -131,6 +132,38 @@ class TestGrid:
         with np.load(data.__file__.replace("fields.py", "ramhead_grid.npz")) as grid:
             fields = make(noise(2, 44, 94), lat=grid["lat"], lon=grid["lon"])
         np.testing.assert_allclose(fields.spacing, 50.7, atol=0.3)
+
+    @pytest.mark.parametrize("round_pole", [False, True])
+    def test_positions_do_not_tear_where_a_domain_is_wide(self, round_pole):
+        """Half way round the earth and more: neighbours are as far apart as on the sphere, or little more."""
+        if round_pole:
+            y, x = np.meshgrid(*[100.0 * (np.arange(31) - 15)] * 2, indexing="ij")
+            lat, lon = 90 - np.degrees(np.hypot(x, y) / 6371.0088), np.degrees(np.arctan2(x, -y))
+            fields = make(noise(2, 31, 31), lat=lat, lon=lon)
+            np.testing.assert_allclose(np.diff(fields.metres()[..., 0], axis=0), 1e5, rtol=1e-6)
+            np.testing.assert_allclose(np.diff(fields.metres()[..., 1], axis=1), 1e5, rtol=1e-6)
+        else:
+            fields = make(noise(2, 41, 96), lat=np.arange(-20, 21.0), lon=np.arange(100, 292.0, 2))
+            steps = np.diff(fields.metres()[20, :, 1])
+            np.testing.assert_allclose(steps, np.radians(2) * 6371008.8, rtol=1e-6)
+        np.testing.assert_allclose(fields.spacing[0], 1e5 if round_pole else np.radians(1) * 6371008.8, rtol=0.02)
+
+    @pytest.mark.parametrize("middle", [(62, 10), (75, 179), (-35, 25), (-90, 0)])
+    def test_east_and_north_are_turned_on_the_plane_as_a_drifter_shows(self, middle):
+        """Cells that are a metre apart to the east and north of each other, on one plane."""
+        lat0, lon0 = middle
+        y, x = np.meshgrid(np.arange(-6, 7), np.arange(-8, 9), indexing="ij")
+        lat = np.clip(lat0 + y, -89.5, 90) if lat0 > -90 else -90 + np.hypot(x, y) + 0.3
+        lon = lon0 + 2.0 * x if lat0 > -90 else np.degrees(np.arctan2(y + 0.1, x + 0.2))
+        metre = np.degrees(1 / 6371008.8)
+        north = plane.metres(np.concatenate([lat, lat + metre]), np.concatenate([lon, lon]))
+        east = plane.metres(np.concatenate([lat, lat]), np.concatenate([lon, lon + metre / np.cos(np.radians(lat))]))
+        drift = [place[len(lat) :] - place[: len(lat)] for place in (east, north)]
+        # A plane stretches across the line from its centre: the two are square but for that.
+        seen = np.angle((drift[0] @ [1j, 1]) + (drift[1] @ [1j, 1]) / 1j)
+        off = np.angle(np.exp(1j * (plane.convergence(lat, lon) - seen)))
+        np.testing.assert_allclose(off, 0, atol=1e-3)
+        assert np.abs(seen).max() > 0.1
 
     def test_two_dimensional_coordinates_give_the_same_metres(self):
         regular = make(noise())

@@ -111,6 +111,27 @@ def test_without_a_truth_there_is_no_error(count):
     np.testing.assert_allclose(colours_of(ax), np.where(OCEAN, lengths(alone[0].mean), np.nan))
 
 
+@pytest.mark.parametrize("draw", ["currents", "stamps"])
+def test_arrows_point_where_the_water_goes_on_the_map(draw):
+    """Off the middle meridian of a wide domain a cell's own north is not the map's."""
+    one, turned = example(), np.random.default_rng(4).uniform(-np.pi, np.pi, SHAPE)
+    if draw == "currents":
+        figure = plots.draw_currents([one], OCEAN, METRES, convergence=turned)
+    else:
+        figure = plots.draw_stamps(one.member[None], one.truth, one.observed, OCEAN, METRES, convergence=turned)
+    (arrows,) = (artist for artist in panels(figure)[0].collections if isinstance(artist, Quiver))
+    cell = [int(np.linalg.norm(METRES[..., ::-1] - place, axis=-1).argmin()) for place in arrows.XY * 1.0]
+    want = (one.truth @ [1, 1j] * np.exp(1j * turned)).ravel()[cell]
+    np.testing.assert_allclose(arrows.U + 1j * arrows.V, want, rtol=1e-12)
+
+
+def test_a_field_that_is_observed_everywhere_is_drawn():
+    complete = dataclasses.replace(example(), truth=None, observed=OCEAN)
+    titles = dict(map(titles_of, panels(plots.draw_currents([complete], OCEAN, METRES))))
+    assert titles[plots.TITLES["spread"]] == ""
+    assert titles[plots.TITLES["observations"]] == f"{OCEAN.sum()} of {OCEAN.sum()} cells"
+
+
 def test_a_spread_that_is_not_known_is_not_drawn_as_none():
     unknown = dataclasses.replace(example(), spread=np.full((*SHAPE, 2), np.nan))
     titles = dict(map(titles_of, panels(plots.draw_currents([unknown], OCEAN, METRES))))

@@ -19,7 +19,7 @@ from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 
 from jax_repaint import command, plots
-from jax_repaint.data import readers
+from jax_repaint.data import readers, staggered
 from jax_repaint.data.fields import LEAST_COVERAGE, Fields, split
 from jax_repaint.data.source import Choice, Source
 from jax_repaint.errors import InputError
@@ -115,7 +115,8 @@ def draw(fields: Fields, title: str = "") -> Figure:
     axes = figure.subplots(1, len(panels), sharey=True)
     for ax, (label, values, colours) in zip(axes, panels, strict=True):
         _panel(figure, ax, values, fields.ocean, place, colours, label)
-    _arrows(axes[0], mean, fields.ocean, place)
+    drawn = np.stack(staggered.turn(mean[..., 0], mean[..., 1], fields.convergence()), -1)
+    _arrows(axes[0], drawn, fields.ocean, place)
     axes[0].set_ylabel("north (km)", fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure

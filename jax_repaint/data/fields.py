@@ -18,10 +18,10 @@ import pandas as pd
 from absl import logging
 from scipy import fft, signal
 
+from jax_repaint.data import plane
 from jax_repaint.data.staggered import grid_angle
 from jax_repaint.errors import InputError
 
-EARTH_RADIUS = 6371008.8  # metres, mean radius of the WGS 84 ellipsoid
 HOUR = np.timedelta64(3_600_000_000_000, "ns")
 CORRELATED = math.exp(-1)
 LONGEST_LAG = 1 / 4  # of the record: longer lags rest on too few pairs
@@ -143,44 +143,40 @@ class Fields:
     @property
     def spacing(self) -> tuple[float, float]:
         """Median distance in metres between neighbouring cells to the north and to the east."""
-        place = self.metres()
-        north = np.linalg.norm(np.diff(place, axis=0), axis=-1)
-        east = np.linalg.norm(np.diff(place, axis=1), axis=-1)
+        place = plane.on_sphere(*self._positions())
+        north, east = (np.linalg.norm(np.diff(place, axis=axis), axis=-1) for axis in (0, 1))
         return float(np.median(north)), float(np.median(east))
 
+    def cell_sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes of the cells along x and along y, each (y, x), in metres."""
+        place = plane.on_sphere(*self._positions())
+        dx, dy = (np.linalg.norm(np.gradient(place, axis=axis), axis=-1) for axis in (1, 0))
+        return dx, dy
+
     def metres(self) -> np.ndarray:
-        """Cell centres (y, x, 2): metres north and east of the domain's centre, on the tangent plane there.
+        """Cell centres (y, x, 2): metres north and east of the domain's centre, on the plane there (`plane`)."""
+        return plane.metres(*self._positions())
 
-        Azimuthal equidistant projection of the sphere: distance and bearing from the centre are exact, other
-        distances are stretched by less than (r / R)^2 / 6 at radius r (0.4 % at 1,000 km).
+    def convergence(self) -> np.ndarray:
+        """Angle (y, x), radians counterclockwise, by which a cell's own east and north are turned on that plane."""
+        return plane.convergence(*self._positions())
 
-        Source: Snyder, Map Projections: A Working Manual (1987), equations 5-3, 22-4, 22-5 and 25-2.
-        """
-        lat, lon = self.lat, self.lon
-        if lat.ndim == 1:
-            lat, lon = np.meshgrid(lat, lon, indexing="ij")
-        turn = np.radians(lon - lon[0, 0] + 180) % (2 * np.pi) - np.pi  # the date line is no seam
-        turn -= (turn.min() + turn.max()) / 2
-        phi, phi0 = np.radians(lat), np.radians((lat.min() + lat.max()) / 2)
-        north = np.cos(phi0) * np.sin(phi) - np.sin(phi0) * np.cos(phi) * np.cos(turn)
-        east = np.cos(phi) * np.sin(turn)
-        # atan2 keeps its accuracy at small angles, where the arc cosine of the textbook loses half of them.
-        sine = np.hypot(north, east)
-        angle = np.arctan2(sine, np.sin(phi0) * np.sin(phi) + np.cos(phi0) * np.cos(phi) * np.cos(turn))
-        stretch = np.where(sine > 0, angle / np.where(sine > 0, sine, 1), 1)
-        return EARTH_RADIUS * np.stack([stretch * north, stretch * east], -1)
+    def _positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Latitude and longitude of cells (y, x)."""
+        return (self.lat, self.lon) if self.lat.ndim == 2 else np.meshgrid(self.lat, self.lon, indexing="ij")
 
     def along_grid(self, velocity: np.ndarray) -> np.ndarray:
-        """Components (..., y, x, 2) along the rows and across them, to their left, of eastward and northward ones.
+        """Components (..., y, x, 2) along growing x and growing y of eastward and northward ones.
 
-        Rows of a regular grid run east; those of another one at an angle (`staggered.grid_angle`).
+        Rows of a regular grid run east; those of another one at an angle, and its y grows to the left of them or to the
+        right (`staggered.grid_angle`).
         """
         if self.lat.ndim == 1:
             return velocity
-        angle, _ = grid_angle(self.lat, self.lon)
+        angle, hand = grid_angle(self.lat, self.lon)
         east, north = velocity[..., 0], velocity[..., 1]
         cosine, sine = np.cos(angle), np.sin(angle)
-        return np.stack([east * cosine + north * sine, north * cosine - east * sine], -1)
+        return np.stack([east * cosine + north * sine, hand * (north * cosine - east * sine)], -1)
 
     def places(self) -> np.ndarray:
         """Cell centres (y, x, 2), as `metres`, in units of the distance between neighbours to the north."""
