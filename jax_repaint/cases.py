@@ -92,8 +92,8 @@ def check_unseen(models: Iterable[Model], fields: Fields) -> None:
 
 
 def files_of(trained: Model, path: str | None) -> list[Path]:
-    """The files that `data_of` reads."""
-    path = trained.training["config"]["data"]["fields"] if path is None else path
+    """The files that `data_of` reads; none of a model that does not say what it was trained on."""
+    path = trained.training.get("config", {}).get("data", {}).get("fields") if path is None else path
     return readers.files_of(path) if path else []
 
 

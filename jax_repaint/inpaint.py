@@ -31,7 +31,7 @@ import jax_repaint
 from jax_repaint import command, device, files, gains, methods, metrics, observe, plots, provenance
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
-from jax_repaint.cases import OBSERVATION_ERROR, Case, hold_out_of, prior_of
+from jax_repaint.cases import OBSERVATION_ERROR, Case, files_of, hold_out_of, prior_of
 from jax_repaint.checks import check_number, whole_number
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, crop
@@ -681,14 +681,16 @@ def main(_) -> None:
         raise InputError("--observations=FILE and --out=FILE.nc or FILE.zarr are needed (or --export=FOLDER)")
     if FLAGS["rows"].present:
         raise InputError("--rows is of a program that --export=FOLDER writes; observations may have any number")
-    files.check_writable(FLAGS.out, readers.STORES, inputs=readers.files_of(FLAGS.observations))
+    trained = jax_repaint.load(FLAGS.model)
+    inputs = [*readers.files_of(FLAGS.observations), *files_of(trained, None)]
+    files.check_writable(FLAGS.out, readers.STORES, inputs=inputs)
     if FLAGS.figure:
-        files.check_writable(FLAGS.figure, plots.FORMATS, inputs=readers.files_of(FLAGS.observations))
+        files.check_writable(FLAGS.figure, plots.FORMATS, inputs=inputs)
     columns = {key: getattr(FLAGS, f"{key}_name") for key in NAMES}
     out = Path(FLAGS.out)
     unfinished = Unfinished(out.with_name(f"{out.name}_unfinished"))
     fields = inpaint(
-        jax_repaint.load(FLAGS.model), FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,
+        trained, FLAGS.observations, FLAGS.members, FLAGS.seed, FLAGS.time,
         columns=columns, sigma=FLAGS.sigma, step=FLAGS.step, method=FLAGS.method, raw=FLAGS.raw, chunk=FLAGS.chunk,
         leave_out=FLAGS.leave_out, unfinished=unfinished,
     )  # fmt: skip

@@ -299,9 +299,9 @@ def test_a_figure_shows_what_the_file_holds(trained, monkeypatch, tmp_path):
     hours = [f"2020-01-01T{hour:02d}:00" for hour in range(5)]
     fields = quietly(trained, table(5, time=hours), method="linear_samples")
     drawn, draw = [], inpaint.plots.currents
-    monkeypatch.setattr(inpaint.plots, "currents", lambda *args: drawn.append(args) or draw(*args))
+    monkeypatch.setattr(inpaint.plots, "currents", lambda *args, **by: drawn.append((args, by)) or draw(*args, **by))
     inpaint.figure(fields, tmp_path / "fields.png")
-    ((_, examples, ocean, metres),) = drawn
+    (((_, examples, ocean, metres), named),) = drawn
     assert [one.name for one in examples] == [f"2020-01-01 {hour:02d}:00" for hour in (0, 2, 4)]
     for one, i in zip(examples, (0, 2, 4), strict=True):
         np.testing.assert_array_equal(one.mean, both(fields, "_mean")[i])
@@ -310,6 +310,7 @@ def test_a_figure_shows_what_the_file_holds(trained, monkeypatch, tmp_path):
         np.testing.assert_array_equal(one.values[one.observed], both(fields, "_observed")[i][one.observed])
     np.testing.assert_array_equal(ocean, trained.ocean)
     np.testing.assert_allclose(metres, tiny.fields().metres())
+    np.testing.assert_allclose(named["convergence"], tiny.fields().convergence(), atol=1e-12)
 
 
 def test_the_calibration_of_the_model_is_applied(trained, caplog):
@@ -778,6 +779,25 @@ def three_times(observed_field, **coordinates):
     return xr.Dataset(data, coordinates)
 
 
+@pytest.mark.parametrize("surface", [("", ""), ("surface_", ""), ("", "surface_"), ("surface_", "surface_")])
+def test_errors_at_the_surface_are_those_of_velocities_there(observed_field, tmp_path, caplog, surface):
+    given = three_times(observed_field, time=np.arange("2020-01-01", "2020-01-04", dtype="M8[D]").astype("M8[ns]"))
+    for name, standard in zip("uv", (U, V), strict=True):
+        given[name].attrs = {"units": "m s-1", "standard_name": surface[0] + standard}
+        error = {"units": "m s-1", "standard_name": f"{surface[1]}{standard} standard_error"}
+        given[f"{name}_err"] = xr.full_like(given[name], 0.1).assign_attrs(error)
+    given.to_netcdf(tmp_path / "radar.nc", engine="h5netcdf")
+    for source in (given, tmp_path / "radar.nc"):
+        assert {float(frame.observation.sigma[0, 0]) for frame in collect(source, GRID)} == {np.float32(0.1)}
+    assert not caplog.messages
+    for name in "uv":
+        given[f"{name}_err"].attrs["standard_name"] = "sea_water_speed standard_error"
+    assert {float(frame.observation.sigma[0, 0]) for frame in collect(given, GRID)} == {np.float32(0.005)}
+    assert caplog.messages == [
+        "the data set: u_err and v_err are not known as errors of these velocities and are not used"
+    ]
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_errors_of_cells_are_those_of_their_file(observed_field, tmp_path, listed):
     days = np.datetime64("2020-01-01", "ns") + np.arange(3) * np.timedelta64(1, "D")
@@ -920,6 +940,24 @@ def test_observations_of_several_files_may_be_the_same_at_another_time(observed_
     for number in range(3):
         given.isel(time=[number]).to_netcdf(tmp_path / f"day_{number}.nc", engine="h5netcdf")
     assert_same_frames(collect(str(tmp_path / "day_*.nc"), GRID), collect(tmp_path / "all.nc", GRID))
+
+
+@pytest.mark.parametrize("dims", [(), ("station",), ("time",), ("time", "station")])
+def test_an_error_may_be_that_of_an_instrument_or_of_a_time(dims):
+    """Stations in a row; an error that goes for all of their points is spread over them."""
+    places = table(3)
+    shape = {"time": 2, "station": 3}
+    sigma = np.random.default_rng(1).uniform(0.02, 0.1, [shape[d] for d in dims])
+    data = {n: (("time", "station"), np.stack([places[n], -places[n]]), {"units": "m s-1"}) for n in "uv"}
+    data |= {n: ("station", places[n]) for n in ("lat", "lon")} | {"sigma": (dims, sigma, {"units": "m s-1"})}
+    dataset = xr.Dataset(data, {"time": pd.date_range("2020-01-01", periods=2)})
+    whole = np.broadcast_to(np.expand_dims(sigma, [i for i, d in enumerate(shape) if d not in dims]), (2, 3))
+    for frame, expected in zip(collect(dataset, GRID), whole, strict=True):
+        np.testing.assert_allclose(frame.observation.sigma[:3], np.stack([expected] * 2, -1), rtol=1e-6)
+    if not dims:
+        # Levels are called so as well.
+        dataset["sigma"].attrs = {"standard_name": "ocean_sigma_coordinate"}
+        assert {float(frame.observation.sigma[0, 0]) for frame in collect(dataset, GRID)} == {np.float32(0.005)}
 
 
 def test_names_and_units_of_a_track(tmp_path):
@@ -1199,6 +1237,10 @@ def test_a_column_of_times_may_say_that_it_is_of_utc(title):
     ("columns", "said"),
     [
         ({"when": HOURS}, "when"),
+        ({"when": HOURS.strftime("%Y/%m/%d %H:%M")}, "when"),
+        ({"fecha": HOURS.strftime("%d.%m.%Y %H:%M")}, "fecha"),
+        ({"unixtime": 1593864000 + 21600 * np.arange(4)}, "unixtime"),
+        ({"elapsed_s": [0.0, 10, 20, 30]}, "elapsed_s"),
         ({"seen": HOURS.strftime("%Y-%m-%d %H:%M")}, "seen"),
         ({"LocalTime": HOURS.strftime("%H:%M")}, "LocalTime"),
         ({"year": 2020, "month": [1, 1, 1, 2], "hour": [0, 6, 12, 18]}, "month, hour"),
@@ -1289,6 +1331,28 @@ def test_a_column_that_says_another_unit_is_refused(tmp_path, title, unit):
 def test_a_column_that_says_metres_per_second_can_be_named(title):
     (one,) = collect(table(3).rename(columns={"u": title}), GRID, columns={"u": title})
     np.testing.assert_allclose(one.observation.values[:3, 0], table(3).u, rtol=1e-6)
+
+
+@pytest.mark.parametrize("titles", [("sigma (m/s)",) * 2, ("u_err", "v_err"), ("SD_U [m s-1]", "SD_V [m s-1]")])
+def test_a_column_of_errors_that_is_known_counts(titles, caplog):
+    points = table(3, **dict.fromkeys(titles, 0.1))
+    (one,) = collect(points, GRID)
+    np.testing.assert_allclose(one.observation.sigma[:3], 0.1, rtol=1e-6)
+    (one,) = collect(points.assign(sigma=0.2), GRID, columns={"sigma": "sigma"})
+    np.testing.assert_allclose(one.observation.sigma[:3], 0.2, rtol=1e-6)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("title", ["Std. error", "speed_rms", "uncert"])
+def test_a_column_of_errors_that_is_not_known_is_said(title, caplog, tmp_path):
+    points = table(3, **{title: 0.1})
+    (one,) = collect(points, GRID)
+    np.testing.assert_allclose(one.observation.sigma[:3], 0.005, rtol=1e-6)
+    said = f"the observations: {title} may hold errors of the velocities, which are not used: name one by --sigma_name"
+    assert [message[: len(said)] for message in caplog.messages] == [said]
+    (one,) = collect(points, GRID, columns={"sigma": title})
+    np.testing.assert_allclose(one.observation.sigma[:3], 0.1, rtol=1e-6)
+    assert len(caplog.messages) == 1
 
 
 def test_an_error_in_another_unit_is_not_passed_over():
@@ -1713,6 +1777,7 @@ def options(**changes):
         ({"observations": "nowhere.csv"}, "nowhere.csv"),
         ({"out": "link.nc"}, r"link.nc is a file that this command reads"),
         ({"out": "link.nc", "observations": "tr*.csv"}, r"link.nc is a file that this command reads"),
+        ({"out": "training.nc"}, r"training.nc is a file that this command reads, and would be lost"),
         ({"out": "mine.zarr"}, r"cannot write mine\.zarr: it exists and is not a Zarr store"),
         ({"cache": "track.csv"}, r"--cache=track\.csv: track\.csv is a file; compiled programs are kept in a folder"),
         ({"cache": "track.csv/cache"}, r"--cache=track\.csv/cache: .*track\.csv is a file"),
@@ -1726,7 +1791,10 @@ def options(**changes):
 )
 def test_mistakes_of_the_command_write_nothing(trained, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
-    model.save(trained, "model")
+    data = trained.training["config"]["data"] | {"fields": str(tmp_path / "training.nc")}
+    config = trained.training["config"] | {"data": data}
+    model.save(dataclasses.replace(trained, training=trained.training | {"config": config}), "model")
+    Path("training.nc").write_text("fields")
     at().to_csv("track.csv")
     Path("link.nc").symlink_to("track.csv")
     Path("mine.zarr").mkdir()

@@ -87,25 +87,30 @@ def read_cf(path: Path, kind: str, v_path: Path | None, choice: Choice, source: 
         if not np.array_equal(u.time, v.time, equal_nan=True):
             raise source.error(f"{names[0]} and {names[1]} are of different times, {_span(u.time)} and {_span(v.time)}")
         source.facts["pair"] = f"{names[0]}, {names[1]} in {attribute(dataset[names[0]], 'units')}"
-        errors = [_error_of(content, name) for content, name in zip((dataset, other), names, strict=True)]
-        if all(errors):
-            source.facts["errors"] = " ".join(errors)
+        found = [_errors_of(content, name) for content, name in zip((dataset, other), names, strict=True)]
+        if all(len(errors) == 1 for errors, _ in found):
+            source.facts["errors"] = " ".join(errors[0] for errors, _ in found)
+        elif unclear := [name for errors, others in found for name in (*errors, *others)]:
+            source.facts["other errors"] = " and ".join(dict.fromkeys(unclear))
         raw = place(u, v, grid, dataset, choice, source)
         return _timed(raw, source)
 
 
-def _error_of(dataset: xr.Dataset, name: str) -> str:
-    """The variable with the standard errors of a velocity (CF-1.11, 3.3 and 3.4); empty where there is none."""
+def _errors_of(dataset: xr.Dataset, name: str) -> tuple[list[str], list[str]]:
+    """Variables with the standard errors of a velocity (CF-1.11, 3.3 and 3.4), and those that say less of what."""
     x = dataset[name]
-    listed, whole = attribute(x, "ancillary_variables").split(), f"{attribute(x, 'standard_name')} standard_error"
-    found = [
+    listed, whole = attribute(x, "ancillary_variables").split(), f"{_standard(x)} standard_error"
+    errors = [
         str(n)
         for n, other in dataset.data_vars.items()
-        if other.dims == x.dims
-        and (standard := attribute(other, "standard_name")).endswith("standard_error")
-        and (n in listed or standard == whole)
+        if other.dims == x.dims and attribute(other, "standard_name").endswith("standard_error")
     ]
-    return found[0] if len(found) == 1 else ""
+    own = [n for n in errors if n in listed or _standard(dataset[n]) == whole]
+    return own, [n for n in errors if n not in own]
+
+
+def _standard(variable: xr.DataArray) -> str:
+    return attribute(variable, "standard_name").removeprefix("surface_")
 
 
 def _span(time: np.ndarray) -> str:

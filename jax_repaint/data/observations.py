@@ -42,10 +42,16 @@ NAMES = {
     "lon": ("lon", "longitude", "long", "lng", "nav_lon"),
     "u": ("u", "uo", "water_u", "ucur", "ewct", "u_east", "u_eastward", "eastward", "ve", f"eastward_{STANDARD}"),
     "v": ("v", "vo", "water_v", "vcur", "nsct", "v_north", "v_northward", "northward", "vn", f"northward_{STANDARD}"),
-    "sigma": ("sigma", "error", "std", "uncertainty", "standard_error"),
-    "sigma_u": ("sigma_u", "error_u", "std_u", "u_sigma", "u_error", "u_std"),
-    "sigma_v": ("sigma_v", "error_v", "std_v", "v_sigma", "v_error", "v_std"),
+    "sigma": ("sigma", "error", "std", "uncertainty", "standard_error", "err", "std_err", "stderr", "sd"),
     "time": ("time", "datetime", "timestamp", "date_time", "date", "date/time", "obs_time"),
+}
+NAMES |= {
+    f"sigma_{c}": tuple(
+        name
+        for word in ("sigma", "error", "std", "err", "sd", "uncertainty")
+        for name in (f"{word}_{c}", f"{c}_{word}")
+    )
+    for c in "uv"
 }
 # In the output of OpenDrift x is east.
 NAMES |= {"u": (*NAMES["u"], f"x_{STANDARD}"), "v": (*NAMES["v"], f"y_{STANDARD}")}
@@ -59,6 +65,7 @@ STANDARD_NAMES = {
     "time": "time",
 }
 NEEDED = ("lat", "lon", "u", "v")
+VELOCITIES = ("u", "v", "sigma", "sigma_u", "sigma_v")
 # Names of columns that say at which depth a row was observed, without the unit behind them; and of quality flags.
 UNIT = re.compile(r"\s*[\[(].*[\])]$|[\s_]+(m|met(er|re)s?|d?bars?)$")
 DEPTH = re.compile(
@@ -76,8 +83,15 @@ SPEED = re.compile(
     re.IGNORECASE,
 )
 ZONE = re.compile(r"(?<=\w)[\s_-]*[\[(]?(utc|gmt)[\])]?$")
-WHEN = re.compile(r"(?<![a-z])(datetime|time(stamp)?|date|year|month|day|hour|minute)s?(?![a-z])")
+WHEN = re.compile(
+    r"(?<![a-z])((date|unix|m)?time(stamp)?|date(num)?|(year)?day|year|month|hour|minute|second|sec|when|epoch|unix|utc|gmt"
+    r"|elapsed|julian|jd|doy)s?(?![a-z])"
+)
+DATE = r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}(\D.*)?"
 DAY = r"\d{4}-\d\d-\d\d|\d{8}"
+ERROR = re.compile(
+    r"(?<![a-z])(sigma|err(or)?s?|std([ _]?(err|dev))?|stderr|stddev|sd|se|rmse?|uncert(ainty)?)(?![a-z])"
+)
 CLOCK = r"(0 days )?\d\d?:\d\d(:\d\d(\.\d+)?)?\s*(Z|[+-]\d\d(:?\d\d)?)?"
 FLAG = re.compile(r"(^|[\W_])(qc|qf|qc_?flags?|flags?|quality)([\W_\d]|$)", re.IGNORECASE)
 
@@ -233,7 +247,7 @@ def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) ->
     for key, usual in NAMES.items():
         asked = columns.get(key)
         names = (_plain(asked),) if asked else usual
-        matches = [column for n in names for column in _called(n, plain, zone=key == "time" and not asked)]
+        matches = [column for n in names for column in _called(n, plain, "" if asked else key)]
         if asked and not matches:
             raise InputError(f"{name} has no column {asked!r}; it has {listing}")
         if len(matches) > 1:
@@ -252,6 +266,12 @@ def _find_columns(table: pd.DataFrame, columns: Mapping[str, str], name: str) ->
             raise InputError(f"{name}: {one} and {other} are one column, {found[one]}; it has {listing}")
     if ("sigma_u" in found) != ("sigma_v" in found):
         raise InputError(f"{name} has an error of one component only; it has {listing}")
+    unknown = [str(t) for t in table.columns if t not in found.values() and ERROR.search(_plain(t))]
+    if unknown and "sigma" not in found and "sigma_u" not in found:
+        logging.warning(
+            "%s: %s may hold errors of the velocities, which are not used: name one by --sigma_name=... "
+            "(columns={'sigma': ...}), or call them sigma, or sigma_u and sigma_v", name, " and ".join(unknown),
+        )  # fmt: skip
     return found
 
 
@@ -259,36 +279,44 @@ def _plain(title: Any) -> str:
     return str(title).strip().lower()
 
 
-def _called(name: str, plain: Mapping[str, Any], zone: bool = False) -> list[Any]:
-    """The titles, by what they are plainly, of a name; one of UTC may say so behind it."""
-    return [title for found, title in plain.items() if name in (found, ZONE.sub("", found) if zone else found)]
+def _called(name: str, plain: Mapping[str, Any], key: str = "") -> list[Any]:
+    """The titles, by what they are plainly, of a name; behind one of a time may stand UTC, of a velocity m/s."""
+
+    def bare(found: str) -> str:
+        if key == "time":
+            return ZONE.sub("", found)
+        before, _, foreign = _unit(found)
+        return before if key in VELOCITIES and not foreign else found
+
+    return [title for found, title in plain.items() if name in (found, bare(found))]
 
 
-def _foreign_unit(title: Any) -> tuple[str, str]:
-    """The name without its unit of speed, and the unit; without one, or in m/s, empty."""
+def _unit(title: Any) -> tuple[str, str, bool]:
+    """A name without the unit of speed behind it, that unit, empty if there is none, and whether it is not m/s."""
     found = SPEED.search(str(title))
-    unit, prefix, time = found.groups() if found else ("", "", "")
-    if not found or (time and not prefix and not time.lower().startswith("h")):
-        return "", ""
-    return str(title)[: found.start()].strip(" _").lower(), unit.strip()
+    if not found:
+        return _plain(title), "", False
+    unit, prefix, time = found.groups()
+    foreign = bool(not time or prefix or time.lower().startswith("h"))
+    return str(title)[: found.start()].strip(" _").lower(), unit.strip(), foreign
 
 
 def _check_unit(title: Any, name: str) -> None:
-    _, unit = _foreign_unit(title)
-    if unit:
+    _, unit, foreign = _unit(title)
+    if foreign:
         raise InputError(f"{name}: {title} is in {unit} by its name; give velocities and their errors in m/s")
 
 
 def _check_units(table: pd.DataFrame, columns: Mapping[str, str], name: str) -> None:
     """Refuses velocities and errors whose name, given or as usual, says that they are not in m/s."""
-    plain = {str(title).strip().lower(): title for title in table.columns}
-    for key in ("u", "v", "sigma", "sigma_u", "sigma_v"):
+    plain = {_plain(title): title for title in table.columns}
+    for key in VELOCITIES:
         asked = columns.get(key, columns.get("sigma") if key.startswith("sigma") else None)
         if asked:
             _check_unit(asked, name)
-        elif not any(usual in plain for usual in NAMES[key]):
+        elif not any(_called(usual, plain, key) for usual in NAMES[key]):
             for title in plain.values():
-                if _foreign_unit(title)[0] in NAMES[key]:
+                if _unit(title)[0] in NAMES[key]:
                     _check_unit(title, name)
 
 
@@ -379,7 +407,7 @@ def _with_whole_times(
     """
     asked = _plain(columns.get("time", ""))
     plain = {_plain(title): title for title in table.columns}
-    usual = [title for n in NAMES["time"] for title in _called(n, plain, zone=True)]
+    usual = [title for n in NAMES["time"] for title in _called(n, plain, "time")]
     found = dict.fromkeys([*_called(asked, plain), *usual])
     if len(found) < 2 or len(plain) < len(table.columns):
         return table, columns
@@ -416,7 +444,7 @@ def _all_like(pattern: str, column: pd.Series) -> bool:
 def _says_time(column: pd.Series) -> bool:
     """Whether the name or the values of a column are those of several times."""
     title = re.sub("(?<=[a-z])(?=[A-Z])", " ", str(column.name))
-    dates = pd.api.types.is_datetime64_any_dtype(column) or _all_like(r"\d{4}-\d\d-\d\d(\D.*)?", column)
+    dates = pd.api.types.is_datetime64_any_dtype(column) or _all_like(DATE, column)
     return (dates or bool(WHEN.search(title.lower()))) and not FLAG.search(title) and column.nunique() > 1
 
 
@@ -657,7 +685,13 @@ def _along_points(dataset: xr.Dataset, columns: Mapping[str, str], source: Sourc
             f"isel({extra[0]}=0) of xarray"
         )
     along = {d: dataset.sizes[d] for d in whole.dims if d in u}
-    about = [n for n in dims if dims[n] <= u and (_is_depth(dataset[n], n) or is_flag(dataset[n], n))]
+    within = [n for n in dims if dims[n] <= u]
+    about = [n for n in within if _is_depth(dataset[n], n) or is_flag(dataset[n], n)]
+    # One error may go for all points of a station; vertical coordinates are called sigma too.
+    errors = _first_named(
+        dataset, columns, [n for n in within if "coordinate" not in attribute(dataset[n], "standard_name")]
+    )
+    about += [name for key, name in errors.items() if key.startswith("sigma")]
     kept = dict.fromkeys([*own, found["lat"], found["lon"], *([time] if time else []), *about])
     return xr.Dataset({n: _spread(dataset[n].variable, along) for n in kept})
 
@@ -693,6 +727,8 @@ def _read(
     fields, understood = readers.understand(path, choice, name=name)
     errors = understood.facts.get("errors", "")
     if not errors:
+        if unknown := understood.facts.get("other errors"):
+            logging.warning("%s: %s are not known as errors of these velocities and are not used", fields.name, unknown)
         return fields, None
     if understood.wet is not None or understood.facts["components"] != "eastward and northward":
         logging.warning("%s: its errors %s are of other directions or points and are not used", fields.name, errors)
