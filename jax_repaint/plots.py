@@ -30,11 +30,11 @@ from jax_repaint.files import whole_file
 with warnings.catch_warnings():
     # cmocean 4.0 builds its maps with an argument that matplotlib deprecated in 3.11.
     warnings.simplefilter("ignore", MatplotlibDeprecationWarning)
-    import cmocean
+    from cmocean import cm as MAPS
 
 # Without the dark end of each map, which hides arrows.
-SPEED = ListedColormap(cmocean.cm.speed(np.linspace(0, 0.75, 256)))
-DEVIATION = ListedColormap(cmocean.cm.amp(np.linspace(0, 0.9, 256)))
+SPEED = ListedColormap(MAPS.speed(np.linspace(0, 0.75, 256)))
+DEVIATION = ListedColormap(MAPS.amp(np.linspace(0, 0.9, 256)))
 LEGEND = {"framealpha": 0.8, "edgecolor": "none"}  # curves show through
 LAND, OCEAN = "0.6", "#e6edf5"
 FORMATS = (".png", ".svg", ".pdf")

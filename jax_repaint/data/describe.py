@@ -10,7 +10,6 @@ it allows. The picture shows the mean current on the mean speed, the standard de
 import sys
 from collections.abc import Sequence
 
-import cmocean
 import numpy as np
 from absl import flags
 from matplotlib.axes import Axes
@@ -96,16 +95,16 @@ def draw(fields: Fields, title: str = "") -> Figure:
     """Mean current on mean speed, standard deviation of the vector, and the share of frames without a value."""
     mean = _mean(fields.velocity)
     panels = [
-        ("mean current on mean speed (m/s)", _mean(np.hypot(fields.u, fields.v)), cmocean.cm.speed),
+        ("mean current on mean speed (m/s)", _mean(np.hypot(fields.u, fields.v)), plots.MAPS.speed),
         (
             "standard deviation (m/s)",
             np.sqrt(_mean(((fields.velocity - mean) ** 2).sum(-1))),
-            cmocean.cm.amp,
+            plots.MAPS.amp,
         ),
     ]
     if fields.gaps:
         missing = np.isnan(fields.u).mean(0)
-        panels.append(("share of frames without a value", np.where(fields.ocean, missing, np.nan), cmocean.cm.tempo))
+        panels.append(("share of frames without a value", np.where(fields.ocean, missing, np.nan), plots.MAPS.tempo))
     place = fields.metres() / 1000
     extent = np.ptp(place, axis=(0, 1))
     aspect = float(np.clip(extent[0] / extent[1], 0.3, 3))
