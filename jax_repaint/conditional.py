@@ -17,7 +17,7 @@ from flax import nnx, struct
 
 from jax_repaint import gains, guide
 from jax_repaint.array_types import Array, Field, Float, Key, Level
-from jax_repaint.denoise import PrincipalGaussian, precondition
+from jax_repaint.denoise import PrincipalGaussian, floating, precondition
 from jax_repaint.nets import unet
 
 
@@ -31,7 +31,7 @@ class ConditionalDenoiser:
 
     def __call__(self, x: Field, sigma: Level, dropout: Key | None = None) -> Field:
         """E[x0 | x]."""
-        x = x * self.gaussian.ocean
+        x, sigma = x * self.gaussian.ocean, floating(sigma)
         observed = jnp.zeros_like(self.gaussian.ocean)
         return self._correct(
             x, self.gaussian(x, sigma), self.gaussian.residual_variance(sigma), observed, sigma, dropout
@@ -44,7 +44,7 @@ class ConditionalDenoiser:
           x: (y, x, c) = x0 + sigma n.
           evidence: with the Gaussian of this denoiser and the gain of this level.
         """
-        x = x * self.gaussian.ocean
+        x, sigma = x * self.gaussian.ocean, floating(sigma)
         estimate = guide.kalman(lambda x: self.gaussian(x, sigma), x, sigma, sigma, evidence)
         error = gains.remaining_variance(self.gaussian, evidence.observation, evidence.gain, sigma)
         return self._correct(x, estimate, error, share_observed(evidence), sigma, dropout)

@@ -43,6 +43,7 @@ class EpsDenoiser:
     graphdef: nnx.GraphDef = struct.field(pytree_node=False)
 
     def __call__(self, x: Field, sigma: Level, dropout: Key | None = None) -> Field:
+        sigma = floating(sigma)
         scaled = x * jax.lax.rsqrt(1 + sigma**2)
         position = self.schedule.step_of(sigma)
         # Steps of the schedule itself arrive with rounding errors of their logarithms.
@@ -64,8 +65,15 @@ class Preconditioner:
     position: Level
 
 
+def floating(sigma: Level) -> Level:
+    """A noise level as a floating number, which a whole number is too."""
+    sigma = jnp.asarray(sigma)
+    return sigma if jnp.issubdtype(sigma.dtype, jnp.floating) else sigma.astype(jnp.float32)
+
+
 def precondition(sigma: Level) -> Preconditioner:
     """Scalings at `sigma` for standardised data; the position covers log sigma evenly."""
+    sigma = floating(sigma)
     total = 1 + sigma**2
     low, high = np.log(EMBEDDED_SIGMA[0]), np.log(EMBEDDED_SIGMA[1])
     position = POSITIONS * (jnp.log(sigma) - low) / (high - low)
@@ -113,7 +121,7 @@ class PrincipalGaussian:
 
     def __call__(self, x: Field, sigma: Level) -> Field:
         """E[x0 | x] = mean + sum_i (w_i - w_rest) <e_i, x - mean> e_i + w_rest (x - mean),  w = v / (v + sigma^2)."""
-        anomaly = (x - self.mean) * self.ocean
+        anomaly, sigma = (x - self.mean) * self.ocean, floating(sigma)
         weight, rest = self.variance / (self.variance + sigma**2), self.rest / (self.rest + sigma**2)
         leading = self.combine((weight - rest) * self.project(anomaly))
         return self.ocean * self.mean + leading + rest * anomaly
@@ -200,7 +208,7 @@ class AnchoredDenoiser:
     graphdef: nnx.GraphDef = struct.field(pytree_node=False)
 
     def __call__(self, x: Field, sigma: Level, dropout: Key | None = None) -> Field:
-        ocean = self.gaussian.ocean
+        ocean, sigma = self.gaussian.ocean, floating(sigma)
         x = x * ocean
         linear = self.gaussian(x, sigma)
         removed = (x - linear) * jax.lax.rsqrt(self.gaussian.removed_variance(sigma))

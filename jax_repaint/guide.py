@@ -68,9 +68,9 @@ Correction = Callable[[Denoise, Field, Level, Level, Evidence], Field]
 def white(ocean: Float[Array, "y x 1"], components: int = 2) -> PrincipalGaussian:
     """The Gaussian of independent values of variance 1 on the ocean."""
     field = (*ocean.shape[:2], components)
-    return PrincipalGaussian(
-        jnp.zeros(field), jnp.zeros((0, *field)), jnp.zeros(0), jnp.ones(()), jnp.asarray(ocean, jnp.float32)
-    )
+    # Of one type also where a program asks JAX for double precision.
+    mean, direction, variance = (jnp.zeros(shape, jnp.float32) for shape in (field, (0, *field), (0,)))
+    return PrincipalGaussian(mean, direction, variance, jnp.ones((), jnp.float32), jnp.asarray(ocean, jnp.float32))
 
 
 def prior_draw(gaussian: PrincipalGaussian, key: Key, draw: Callable[..., Array] = jax.random.normal) -> Field:

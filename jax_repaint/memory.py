@@ -1,8 +1,9 @@
 """How much memory a process may still take."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 
 def available() -> int:
@@ -10,14 +11,7 @@ def available() -> int:
 
     What the machine has left, or what the control group of a container or of a batch job allows if that is less.
     """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        machine = 1024 * int(kibibytes)
-    except (OSError, StopIteration, ValueError):
-        # Not Linux: pages that hold nothing at all.
-        machine = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(min([machine, *_allowed(Path("/"))]), 0)
+    return max(min([psutil.virtual_memory().available, *_allowed(Path("/"))]), 0)
 
 
 def _allowed(root: Path) -> Iterator[int]:

@@ -47,6 +47,7 @@ WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 FORMAT = 1
 INPUTS = {"eps": 2, "edm": 2, "anchored": 4, "conditional": 5}  # channels that the network of each form sees
 FORMS = tuple(INPUTS)
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 SLACK = 1e-3  # by which a noise level may be beyond those of training
 
 
@@ -279,16 +280,18 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
       dtype: of network weights and EOFs on disk: "float32", or "bfloat16" for half the size.
 
     Raises:
-      InputError: `folder` holds something else, or cannot be written; a model `with_prior`.
+      InputError: `folder` holds something else, or cannot be written; a model `with_prior`; another dtype.
     """
     folder = Path(folder)
+    if dtype not in DTYPES:
+        raise InputError(f"weights are kept as {' or '.join(DTYPES)}, not as {dtype!r}")
     if model.anchor is not None:
         raise InputError("a model with another linear prior than that of its network cannot be stored")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"cannot write a model to {folder}: it is a file")
     if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
         raise InputError(f"cannot write a model to {folder}: it is not empty and holds no model")
-    kept = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    kept = DTYPES[dtype]
     tensors = {
         "/".join(("params", *name)): np.asarray(leaf, kept)
         for name, leaf in traverse_util.flatten_dict(model.params).items()

@@ -223,6 +223,8 @@ def check_start(t_start: int, steps: int) -> None:
 def check_known(known: Known) -> None:
     """Raises InputError unless the arrays of `known` (each with or without leading axes) are of one grid."""
     *_, y, x, c = np.shape(known.value)
+    if not jnp.issubdtype(known.value.dtype, jnp.floating):
+        raise InputError(f"the values of a field are floating numbers, got {known.value.dtype}")
     for name, last in (("missing", 1), ("prior_mean", c), ("prior_variance", c)):
         shape = np.shape(getattr(known, name))
         if shape[-3:] != (y, x, last) or shape[:-3] != np.shape(known.value)[:-3]:

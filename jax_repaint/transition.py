@@ -35,6 +35,11 @@ def ddim(x: Array, x0: Array, noise: Array, sigma: Level, sigma_next: Level, eta
     x' = x0 + sqrt(sigma'^2 - v) (x - x0) / sigma + sqrt(v) n,   v = eta^2 sigma'^2 (1 - sigma'^2 / sigma^2);
     eta = 1 is ancestral sampling, eta = 0 the deterministic flow.
     """
-    ratio = sigma_next / sigma
-    variance = eta**2 * sigma_next**2 * (1 - ratio**2)
-    return x0 + jnp.sqrt(sigma_next**2 - variance) / sigma * (x - x0) + jnp.sqrt(variance) * noise
+    left = 1 - (sigma_next / sigma) ** 2
+    fresh = eta * sigma_next * _root(left)
+    return x0 + sigma_next * _root(1 - eta**2 * left) / sigma * (x - x0) + fresh * noise
+
+
+def _root(x: Level) -> Level:
+    """Square root whose derivative at 0 is 0 and not infinite: where no noise is left it has no part in the result."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

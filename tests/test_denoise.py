@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_repaint.denoise import EdmDenoiser, EpsDenoiser, precondition
+from jax_repaint import guide
+from jax_repaint.conditional import ConditionalDenoiser
+from jax_repaint.denoise import AnchoredDenoiser, EdmDenoiser, EpsDenoiser, precondition
 from jax_repaint.nets import unet
 from jax_repaint.schedule import Schedule
 
@@ -53,6 +55,23 @@ def test_an_edm_network_neither_sees_land_nor_writes_on_it(network, sigma):
     np.testing.assert_allclose(np.asarray(found)[wet], np.asarray(expected)[wet], rtol=1e-5)
     np.testing.assert_array_equal(np.asarray(found)[~wet], 0)
     np.testing.assert_array_equal(np.asarray(seen[0][0])[~wet], 0)
+
+
+@pytest.mark.parametrize("form", ["edm", "eps", "anchored", "gaussian", "conditional"])
+def test_a_noise_level_may_be_a_whole_number(network, form):
+    network(lambda x, position: jnp.cos(x[..., :2]) + position[:, None, None, None] / 1000)
+    ocean = jnp.ones((*SHAPE[:2], 1))
+    white = guide.white(ocean)
+    denoise = {
+        "edm": EdmDenoiser({}, ocean, None),
+        "eps": EpsDenoiser({}, Schedule.linear(12, 1e-3, 0.3), None),
+        "anchored": AnchoredDenoiser({}, white, None),
+        "gaussian": white,
+        "conditional": ConditionalDenoiser({}, white, None),
+    }[form]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
+    np.testing.assert_array_equal(denoise(x, 2), denoise(x, jnp.float32(2)))
+    np.testing.assert_array_equal(denoise(x, jnp.int32(2)), denoise(x, jnp.float32(2)))
 
 
 def test_an_eps_network_is_told_its_step_and_between_steps_the_place_between(network):

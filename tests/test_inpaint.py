@@ -601,6 +601,7 @@ def forms(velocity, points, folder):
         "fields": (fields, {}),
         "array": (velocity, {}),
         "array of float32": (velocity.astype(np.float32), {}),
+        "array of JAX": (jnp.asarray(velocity, jnp.float32), {}),
         "masked array": (np.ma.masked_array(np.nan_to_num(velocity, nan=1e20), np.isnan(velocity)), {}),
     }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Memory that is left, by the files in which Linux says it."""
 
+from pathlib import Path
+
 import pytest
 
 from jax_repaint import memory
@@ -31,6 +33,12 @@ def test_groups_of_version_1_limit(tmp_path):
     top = linux(tmp_path, "5:cpu:/job\n4:memory:/job\n")
     group(top / "memory/job", ("memory.limit_in_bytes", "memory.usage_in_bytes"), 8 * MIB, 3 * MIB, MIB)
     assert list(memory._allowed(tmp_path)) == [6 * MIB]
+
+
+def test_what_linux_counts_as_free_is_free():
+    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    counted = 1024 * next(int(row[1]) for row in rows if row[0] == "MemAvailable:")
+    assert memory.available() <= counted * 1.1 + 100 * MIB
 
 
 @pytest.mark.parametrize("text", ["0::/elsewhere\n", ""])

@@ -68,6 +68,8 @@ def test_half_the_size_is_nearly_the_same_denoiser(trained, tmp_path):
         sizes[dtype] = sum(tensor.nbytes for tensor in load_file(tmp_path / dtype / model.WEIGHTS).values())
     exact = call(trained.denoiser, x, sigma)
     np.testing.assert_array_equal(results["float32"], exact)
+    with pytest.raises(InputError, match="weights are kept as float32 or bfloat16, not as 'float16'"):
+        model.save(trained, tmp_path / "float16", "float16")
     np.testing.assert_allclose(results["bfloat16"], exact, atol=0.05)
     assert np.abs(results["bfloat16"] - exact).max() > 0
     assert sizes["bfloat16"] < 0.6 * sizes["float32"]

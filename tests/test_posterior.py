@@ -249,6 +249,40 @@ def test_a_step_keeps_the_noise_level_and_refreshes_a_share_eta_of_it(eta):
     np.testing.assert_allclose(old**2 + new**2, following**2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_sample_can_be_differentiated_by_its_own_numbers(gaussian, observation, eta):
+    """Also to the last level, whose noise is none; against differences."""
+    hyper, key = Posterior.create(3.4, 0.3, 6, eta=eta), jax.random.key(0)
+    evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+    start = jax.random.normal(jax.random.key(1), (*SHAPE, 2))
+
+    def size(sigma, eta):
+        return jnp.mean(posterior(key, gaussian, evidence, hyper.replace(sigma=sigma, eta=eta), start) ** 2)
+
+    by_sigma, by_eta = jax.jit(jax.grad(size, (0, 1)))(hyper.sigma, hyper.eta)
+    assert np.isfinite(by_sigma).all()
+    step, size = 0.01, jax.jit(size)
+    ends = eta if eta == 1.0 else eta + step, eta if eta == 0.0 else eta - step
+    change = [float(size(hyper.sigma, jnp.float32(one))) for one in ends]
+    assert float(by_eta) == pytest.approx((change[0] - change[1]) / (ends[0] - ends[1]), rel=0.1, abs=2e-3)
+    along = step * hyper.sigma
+    change = [float(size(hyper.sigma + sign * along, hyper.eta)) for sign in (1, -1)]
+    assert float(by_sigma @ along) == pytest.approx((change[0] - change[1]) / 2, rel=0.05, abs=1e-4)
+
+
+@pytest.mark.parametrize("correction", ["kalman", "cov_pigdm", "pigdm", "mmps", "dps", "paste"])
+def test_single_precision_stays_where_a_program_asks_for_double(gaussian, observation, correction):
+    hyper = Posterior.create(3.4, 0.3, 4, correction=correction)
+    members = []
+    for double in (False, True):
+        with jax.enable_x64(double):
+            evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+            start = jnp.ones((*SHAPE, 2), jnp.float32)
+            members.append(posterior(jax.random.key(0), gaussian, evidence, hyper, start))
+    assert members[1].dtype == jnp.float32
+    np.testing.assert_allclose(members[1], members[0], atol=2e-3)
+
+
 def test_conjugate_gradients_halt_where_the_operator_is_not_positive():
     matrix = jnp.asarray(np.diag([2.0, 1.0, 0.5]), jnp.float32)
     right = jnp.asarray([1.0, 2.0, 3.0])

@@ -158,6 +158,8 @@ def test_mistakes_are_refused_before_the_denoiser_is_called(known):
             refused(narrow, Repaint.create(5))
     with pytest.raises(InputError, match="missing must be True or False"):
         refused(known._replace(missing=known.missing.astype(jnp.float32)), Repaint.create(5))
+    with pytest.raises(InputError, match="the values of a field are floating numbers, got int32"):
+        refused(known._replace(value=known.value.astype(jnp.int32)), Repaint.create(5))
 
 
 # --- noise weight -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -178,7 +179,8 @@ def collect(
         source, errors = _from_xarray(source, columns)
     if isinstance(source, Fields):
         return _from_fields(source, errors, grid, sigma, when, known, leave_out)
-    if isinstance(source, np.ndarray):
+    if isinstance(source, np.ndarray | jax.Array):
+        source = np.ma.asanyarray(source)
         if source.dtype.kind not in "fiu":
             raise InputError(f"an array of observations holds numbers, got {source.dtype}")
         velocity = unmasked(source)
