@@ -1,7 +1,7 @@
 """The table and the pictures of a sweep, from its rows (results.SCHEMA).
 
-One line is one point, pattern, stage and size of the ensemble, over the frames on which no member failed. Two
-comparisons stand in it, each on the same frames with a paired block-bootstrap interval (scoring.ratio_of_means):
+One line is one point, pattern, stage and size of the ensemble, over the frames on which no member failed; of several
+seeds a frame counts once, with the mean of their errors. Two comparisons stand in it, each on the same frames with a paired block-bootstrap interval (scoring.ratio_of_means):
 
     member over seed_gp    one member against the Gaussian process of earlier results, which is how those were counted
     mean over best         the mean of the ensemble against the best deterministic baseline there
@@ -57,17 +57,18 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
     for (pattern, point, stage, members), mine in rows.groupby(["pattern", "point", "stage", "members"], sort=True):
         mine = mine.sort_values(["frame", "seed"])
         first = mine.iloc[0]
-        failed = mine["failed_members"] > 0
+        failed = mine["failed_members"].groupby(mine["frame"]).transform("max") > 0
         best = min(DETERMINISTIC, key=lambda name, mine=mine: _mean_or_inf(mine[f"mse_{name}"]))
         line = {
             "pattern": pattern, "point": point, "stage": stage, "members": members, "label": first["label"],
-            "method": first["method"], "settings": first["settings"], "frames": len(mine), "failed": int(failed.sum()),
-            "failed_at": mine["failed_at"][failed].iloc[0] if failed.any() else "", "best": best,
+            "method": first["method"], "settings": first["settings"], "frames": mine["frame"].nunique(),
+            "failed": mine["frame"][failed].nunique(), "best": best,
+            "failed_at": mine["failed_at"][mine["failed_members"] > 0].iloc[0] if failed.any() else "",
             "coverage": float((mine["observed"] / mine["ocean"]).mean()), "whole": whole,
         }  # fmt: skip
         line |= {f"mse_{name}": float(mine[f"mse_{name}"][~failed | failed.all()].mean()) for name in DETERMINISTIC}
         if not failed.all():
-            line |= _scores(mine[~failed], best, mine["seed"].nunique())
+            line |= _scores(mine[~failed], best)
         lines.append(line)
     table = pd.DataFrame(lines)
     for name in (*SUMMARY, EXPECTED, *(f"{kind}_over_{against}_{s}" for kind, against in PAIRS for s in STATISTICS)):
@@ -96,9 +97,10 @@ def _mean_or_inf(values: pd.Series) -> float:
     return math.inf if values.isna().any() else float(values.mean())
 
 
-def _scores(mine: pd.DataFrame, best: str, seeds: int) -> dict[str, Any]:
-    """Scores and comparisons of one line; the seeds of one frame lie within its block."""
-    block = int(mine["block"].iloc[0]) * seeds
+def _scores(mine: pd.DataFrame, best: str) -> dict[str, Any]:
+    """Scores and comparisons of one line."""
+    block = int(mine["block"].iloc[0])
+    by_frame = mine.groupby("frame").mean(numeric_only=True)
     frames = [scoring.FrameScores(**row) for row in mine[SCORES].to_dict("records")]
     calls, seconds = float(mine["calls"].mean()), float(mine["device_seconds"].mean())
     line = scoring.summary(str(mine["method"].iloc[0]), frames, calls, seconds)
@@ -107,7 +109,7 @@ def _scores(mine: pd.DataFrame, best: str, seeds: int) -> dict[str, Any]:
         if mine[f"mse_{kind}"].isna().any():
             continue
         base = best if against == "best" else "seed_gp"
-        ours, theirs = mine[f"mse_{kind}"].to_numpy(), mine[f"mse_{base}"].to_numpy()
+        ours, theirs = by_frame[f"mse_{kind}"].to_numpy(), by_frame[f"mse_{base}"].to_numpy()
         found = scoring.ratio_of_means(ours, theirs, block, 0)
         numbers = SimpleNamespace(**vars(found), average=float(np.mean(ours / theirs)))
         line |= {f"{kind}_over_{against}_{name}": getattr(numbers, name) for name in STATISTICS}
@@ -156,7 +158,7 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
         names = list(mine["label"])
         width = max(map(len, names))
         best = ", ".join(dict.fromkeys(mine["best"]))
-        bases = ", ".join(f"{name} {mine[f'mse_{name}'].iloc[0]:.3g}" for name in DETERMINISTIC)
+        bases = _bases(mine)
         the_mean = f"mean of {mine['whole'].iloc[0]}, as expected," if unlike else "mean"
         scores, ratios = [], []
         for name, (_, line) in zip(names, mine.iterrows(), strict=True):
@@ -182,13 +184,25 @@ def format_lines(table: pd.DataFrame, every_stage: bool = False) -> str:
                 }
             ratios.append(row)
         parts.append(
-            f"{pattern}, {mine['frames'].max()} frames; MSE of the baselines: {bases}\n{_columns(scores)}\n"
+            f"{pattern}, {mine['frames'].max()} frames; MSE of the baselines: {bases}\n"
+            f"{_columns(scores)}\n"
             f"one member over seed_gp (left), {the_mean} over the best baseline, {best} (right)\n{_columns(ratios)}"
         )
     where = table[table["failed"] > 0]
     notes = [f"{line['label']}: first failed in {line['failed_at']}" for _, line in where.iterrows()]
     parts.append("\n".join([*dict.fromkeys(notes), "ratios over the frames without a failed member; 95 % intervals"]))
     return "\n\n".join(parts)
+
+
+def _bases(lines: pd.DataFrame) -> str:
+    """Errors of the baselines of most lines, and below them those of points with other frames or another model."""
+    texts = [", ".join(f"{name} {line[f'mse_{name}']:.3g}" for name in DETERMINISTIC) for _, line in lines.iterrows()]
+    named: dict[str, list[str]] = {}
+    for text, label in zip(texts, lines["label"], strict=True):
+        named.setdefault(text, []).append(label)
+    usual = max(named, key=lambda text: len(named[text]))
+    others = [f"\n  of {', '.join(who)}: {text}" for text, who in named.items() if text != usual]
+    return usual + "".join(others)
 
 
 def _columns(lines: Sequence[dict[str, Any]]) -> str:

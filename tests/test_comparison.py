@@ -63,20 +63,21 @@ def test_lines_are_in_the_order_of_points(table):
 def test_ratios_are_those_of_the_frames(rows, table):
     for line in table.to_dict("records"):
         mine = rows[(rows["point"] == line["point"]) & (rows["pattern"] == line["pattern"])]
-        mine = mine[(mine["stage"] == line["stage"]) & (mine["failed_members"] == 0)].sort_values(["frame", "seed"])
-        assert (line["frames"], line["failed"]) == (12, 2 * line["point"])
+        mine = mine[(mine["stage"] == line["stage"]) & (mine["failed_members"] == 0)]
+        assert (line["frames"], line["failed"]) == (FRAMES, line["point"])
+        # A frame counts once, with the mean over its two seeds.
+        by_frame = mine.groupby("frame").mean(numeric_only=True)
         for kind, against in comparison.PAIRS:
-            base = mine["mse_seed_gp" if against == "seed_gp" else f"mse_{line['best']}"].to_numpy()
+            base = by_frame["mse_seed_gp" if against == "seed_gp" else f"mse_{line['best']}"].to_numpy()
             # All ensembles here are of the same size.
-            ours = mine["mse_mean" if kind == "expected" else f"mse_{kind}"].to_numpy()
+            ours = by_frame["mse_mean" if kind == "expected" else f"mse_{kind}"].to_numpy()
             name = f"{kind}_over_{against}"
             assert line[f"{name}_average"] == pytest.approx(np.mean(ours / base))
             assert line[f"{name}_median"] == pytest.approx(np.median(ours / base))
             assert line[f"{name}_ratio"] == pytest.approx(ours.mean() / base.mean())
             assert line[f"{name}_worst"] == pytest.approx(np.max(ours / base))
             assert line[f"{name}_wins"] == pytest.approx(np.mean(ours < base))
-            # The two seeds of a frame are one block.
-            expected = scoring.ratio_of_means(ours, base, 2, 0)
+            expected = scoring.ratio_of_means(ours, base, 1, 0)
             assert (line[f"{name}_lo"], line[f"{name}_hi"]) == (expected.lo, expected.hi)
             assert (line[f"{name}_wins_lo"], line[f"{name}_wins_hi"]) == (expected.wins_lo, expected.wins_hi)
         assert line["mse_mean"] == pytest.approx(mine["mse_mean"].mean())
@@ -130,7 +131,7 @@ def test_points_that_always_fail_have_no_numbers(rows):
     table = comparison.compare(failed)
     assert table[[f"{kind}_over_{b}_ratio" for kind, b in comparison.PAIRS]].isna().all(axis=None)
     text = comparison.format_lines(table)
-    assert "12/12" in text
+    assert "6/6" in text
     assert "p0: first failed in stage 1, iteration 0, t 3" in text
 
 
@@ -140,7 +141,12 @@ def test_text_shows_the_last_stage_or_all(table):
     assert "p1: first failed in stage 1, iteration 7, t 3" in text
     assert "best baseline, seed_gp" in text
     assert "climatology 0.7" in text
-    assert "2/12" in text
+    assert "1/6" in text
+    # What the baselines have on the five frames without a failed member stands apart.
+    frames = {point: [n for n in range(FRAMES) if point == 0 or n != 2] for point in (0, 1)}
+    linear = {point: np.mean([0.1 * (1 + 0.3 * n) for n in of]) for point, of in frames.items()}
+    assert f"linear {linear[0]:.3g}\n  of p1: climatology" in text
+    assert f"linear {linear[1]:.3g}\npoint" in text
     every = comparison.format_lines(table, every_stage=True)
     assert every.count("p0 S1") == every.count("p0 S2") == 4
     # A point of one stage has none to tell apart.
