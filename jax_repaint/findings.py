@@ -415,7 +415,8 @@ def turn(evidence: Evidence) -> Judged:
     """The rise after stage 7, and whether var_decay is its reason."""
     rows, _, _ = _stages(evidence)
     last = int(rows["stage"].max())
-    at = evidence.threshold if 2 <= evidence.threshold <= last else min(8, last)
+    reached = 2 <= evidence.threshold <= last
+    at = evidence.threshold if reached else min(8, last)
 
     def step(label: str, stage: int, expected: tuple[float, float], role: str) -> Check:
         name = f"S{stage} over S{stage - 1}, {label}"
@@ -425,12 +426,14 @@ def turn(evidence: Evidence) -> Judged:
               step(SCALED, at, NO_WORSE, "control")]  # fmt: skip
     checks += [step("gamma 3", stage, NO_WORSE, "beside") for stage in range(at - 2, min(at + 2, last + 1))
                if stage != at and stage >= 2]  # fmt: skip
+    if not reached:
+        checks.insert(0, Check(f"stage {evidence.threshold} is among those run", *3 * [math.nan], ABOVE, "condition"))
+    there = "which is where the turn is looked for" if reached else f"which is none of 2 to {last} that are run here"
     remark = (
         "The notes suspect that a variance decayed to nearly nothing misleads the network. But their normalisation "
         "of each map to 0..1 cancels every factor, so that all stages have the same map, until its range falls "
         f"below 1e-12 and the noise weight is 1 everywhere. In the units here that is at stage {evidence.threshold} "
-        "(at 8 in theirs), which is where the turn is looked for. Scaled by the prior instead, the variance does "
-        "decay, and there is no threshold."
+        f"(at 8 in theirs), {there}. Scaled by the prior instead, the variance does decay, and there is no threshold."
     )
     return Judged(checks, _lines_of(rows, at), remark)
 
@@ -585,7 +588,10 @@ def attention(evidence: Evidence) -> Judged:
 
 
 def _losses(found: Resumption, over: str, under: str, expected: tuple[float, float], role: str = "claim") -> Check:
-    ratio = scoring.ratio_of_means(found.losses[over], found.losses[under], found.block, 0)
+    both = found.losses[[over, under]].dropna()
+    # A branch that diverged has no loss to compare.
+    whole = len(both) == len(found.losses)
+    ratio = scoring.ratio_of_means(both[over], both[under], found.block, 0) if whole else None
     return of_ratio(f"{over} over {under}", ratio, expected, role)
 
 
@@ -610,10 +616,12 @@ def resume_damage(evidence: Evidence) -> Judged:
         [
             [name, f"{loss:.4g}", number(loss / before),
              *(number(values.get(name, math.nan)) for values in (highest, first, last))]
-            for name, loss in found.losses.mean().items()
+            for name, loss in found.losses.mean(skipna=False).items()
         ],
     )  # fmt: skip
-    jumps = highest["mirrored"] > found.losses["mirrored"].mean() / before > 1
+    mirrored = found.curves[found.curves["branch"] == "mirrored"].sort_values("epoch")["loss"] / before
+    jump, end = mirrored.head(resumption.MIRRORED).max(), found.losses["mirrored"].mean(skipna=False) / before
+    jumps = jump > end > 1
     rises = last["mirrored"] > max(first["mirrored"], 1)
     halves = ": of the two curves here one jumps and comes down, the other rises" if jumps and rises else ""
     remark = (
@@ -621,10 +629,10 @@ def resume_damage(evidence: Evidence) -> Judged:
         "itself; a cosine that is fast-forwarded has a rate a little below the constant one. What else changed in "
         "the notes' third run is that two epochs were mirrored and that the test loss was taken over all frames "
         f"instead of the first 320: the same weights have {row:.2f} times their loss on the first frames in a "
-        f"row. Mirrored epochs take the loss to {highest['mirrored']:.2f} times what it was, those without that "
-        f"follow them to {found.losses['mirrored'].mean() / before:.2f}. The average of that branch's weights, which "
-        f"the notes' third run kept too, goes from {first['mirrored']:.3f} times that loss after the first epoch to "
-        f"{last['mirrored']:.3f} after the last. The notes' loss jumped after the mirrored epochs and then rose, for "
+        f"row. Mirrored epochs take the loss to {number(jump, '.2f')} times what it was, those without that "
+        f"follow them to {number(end, '.2f')}. The average of that branch's weights, which "
+        f"the notes' third run kept too, goes from {number(first['mirrored'])} times that loss after the first epoch to "
+        f"{number(last['mirrored'])} after the last. The notes' loss jumped after the mirrored epochs and then rose, for "
         f"46 epochs{halves}.\n\n"
         "`train` does not continue such a run in any case. It says: "
         f'"{found.refusal or "nothing"}"'
@@ -875,7 +883,8 @@ def calls_against_crps(evidence: Evidence) -> Judged:
     for _, line in table.sort_values("crps").iterrows():
         found = paired(chosen(rows, line["label"]), usual, "crps")
         crps = interval(found.ratio, found.lo, found.hi) if found else scoring.DASH
-        mean = interval(*(line[f"mean_over_best_{part}"] for part in ("ratio", "lo", "hi")))
+        found = against(chosen(rows, line["label"]), "linear", "mse_mean")
+        mean = interval(found.ratio, found.lo, found.hi) if found else scoring.DASH
         spread = number(line["spread_skill"], ".2f")
         lines.append([line["label"], f"{line['each']:.0f}", crps, mean, spread, int(line["failed"])])
     head = ("sampler", "calls a member", "CRPS over that of kalman, 16 levels", "mean over the best linear estimate",

@@ -38,6 +38,7 @@ from jax_repaint.optimise import Plan, State, make_loss, make_steps
 from jax_repaint.settings import network_config
 
 DECAY, EMA = 1e-4, 0.9999  # of the weights in AdamW, of their average
+MIRRORED = 2  # epochs of the branch of that name that are mirrored
 BRANCHES = ("continued", "loaded", "mirrored", "weights", "decayed")
 AVERAGED = "loaded, averaged weights"
 FIRST = "before, frames in a row"  # the same weights on the first part of the held-out frames
@@ -232,7 +233,7 @@ def _train(
     for name, rate in rates(run.peak, length).items():
         start = run.start(before.params)._replace(step=before.step) if name == "weights" else before
         decay = DECAY if name in ("loaded", "mirrored", "weights") else 0.0
-        state, losses = run.go(start, length.after, rate, decay, 2 if name == "mirrored" else 0)
+        state, losses = run.go(start, length.after, rate, decay, MIRRORED if name == "mirrored" else 0)
         rows += [(name, length.before + epoch + 1, *pair) for epoch, pair in enumerate(losses)]
         ends[name] = run.judge(state.params, run.held_out)
         if name == "loaded":

@@ -181,6 +181,28 @@ def test_the_turn_is_looked_for_at_the_threshold():
     assert judge("The turn at stage 8", lambda label, stage: 0.9**stage) == NOT
 
 
+@pytest.mark.parametrize("threshold", [1, 11, 25])
+def test_a_threshold_that_no_stage_reaches_decides_nothing(threshold):
+    """Whatever the stages do, what cannot have acted is no reason."""
+    evidence = dataclasses.replace(make_evidence(names=("stages",)), threshold=threshold)
+    judged = findings.turn(evidence)
+    assert findings.verdict(judged.checks) == OPEN
+    assert judged.checks[0].role == "condition"
+    assert f"at stage {threshold} (at 8 in theirs), which is none of 2 to 10 that are run here" in judged.remark
+    reached = findings.turn(dataclasses.replace(evidence, threshold=10))
+    assert not [check for check in reached.checks if check.role == "condition"]
+    assert "at stage 10 (at 8 in theirs), which is where the turn is looked for" in reached.remark
+
+
+def test_calls_are_set_against_the_linear_estimate_where_another_baseline_is_better():
+    rows = make_rows("calls")
+    rows["mse_gp"] = rows["mse_linear"] / 2
+    table = findings.calls_against_crps(dataclasses.replace(make_evidence(names=()), sweeps={"calls": rows})).table
+    (cell,) = [line.split("|")[4] for line in table.splitlines() if line.startswith("| kalman levels=16 ")]
+    kalman = findings.chosen(rows, "kalman levels=16")
+    assert float(cell.split("[")[0]) == pytest.approx(kalman["mse_mean"].mean() / kalman["mse_linear"].mean(), abs=1e-3)
+
+
 def test_failures_are_counted_and_left_out_of_ratios():
     rows = make_rows("guidance_scale")
     large = rows["label"].isin([f"guided guidance_scale={s:g}" for s in (5, 50, 500)])
@@ -239,6 +261,32 @@ def test_damage_is_told_from_what_passes():
                  "goes from 1.010 times that loss after the first epoch to 1.050 after the last"):  # fmt: skip
         assert told in judged.remark
     assert "2 epochs of 50 steps at a constant rate, then 2 of each branch" in findings.plateau(make_evidence()).remark
+
+
+@pytest.mark.parametrize("branch", ["mirrored", "loaded"])
+def test_a_branch_that_diverged_has_no_ratio_and_keeps_the_page(branch):
+    found = make_resumption(loaded=0.99)
+    losses = found.losses.assign(**{branch: np.nan})
+    curves = found.curves.copy()
+    curves.loc[(curves["branch"] == branch) & (curves["epoch"] > 1), ["loss", "averaged_loss"]] = np.nan
+    found = dataclasses.replace(found, curves=curves, losses=losses)
+    judged = findings.resume_damage(dataclasses.replace(make_evidence(), resumption=found))
+    assert findings.verdict(judged.checks) == (OPEN if branch == "loaded" else NOT)
+    assert [one.name for one in judged.checks if np.isnan(one.value)] == [
+        one.name for one in judged.checks if branch in one.name.split(" over ")
+    ]
+    assert "nan" not in judged.remark
+    assert (f"follow them to {scoring.DASH}." in judged.remark) == (branch == "mirrored")
+
+
+def test_mirrored_epochs_are_the_first_two_of_their_branch():
+    found = make_resumption()
+    curves = found.curves[found.curves["branch"] != "mirrored"]
+    later = [("mirrored", epoch + 1, loss, 1.0) for epoch, loss in enumerate((1.0, 1.0, 1.4, 2.0))]
+    curves = pd.concat([curves, pd.DataFrame(later, columns=curves.columns)])
+    found = dataclasses.replace(found, curves=curves, losses=found.losses.assign(before=1.0, mirrored=2.0))
+    remark = findings.resume_damage(dataclasses.replace(make_evidence(), resumption=found)).remark
+    assert "Mirrored epochs take the loss to 1.00 times what it was, those without that follow them to 2.00." in remark
 
 
 def test_no_plateau_no_verdict_on_it():
