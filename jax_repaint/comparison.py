@@ -1,7 +1,8 @@
 """The table and the pictures of a sweep, from its rows (results.SCHEMA).
 
 One line is one point, pattern, stage and size of the ensemble, over the frames on which no member failed; of several
-seeds a frame counts once, with the mean of their errors. Two comparisons stand in it, each on the same frames with a paired block-bootstrap interval (scoring.ratio_of_means):
+seeds a frame counts once, with the mean of their errors. Two comparisons stand in it, each on the same frames with a
+paired block-bootstrap interval (scoring.ratio_of_means):
 
     member over seed_gp    one member against the Gaussian process of earlier results, which is how those were counted
     mean over best         the mean of the ensemble against the best deterministic baseline there

@@ -631,9 +631,9 @@ def resume_damage(evidence: Evidence) -> Judged:
         f"instead of the first 320: the same weights have {row:.2f} times their loss on the first frames in a "
         f"row. Mirrored epochs take the loss to {number(jump, '.2f')} times what it was, those without that "
         f"follow them to {number(end, '.2f')}. The average of that branch's weights, which "
-        f"the notes' third run kept too, goes from {number(first['mirrored'])} times that loss after the first epoch to "
-        f"{number(last['mirrored'])} after the last. The notes' loss jumped after the mirrored epochs and then rose, for "
-        f"46 epochs{halves}.\n\n"
+        f"the notes' third run kept too, goes from {number(first['mirrored'])} times that loss after the first epoch "
+        f"to {number(last['mirrored'])} after the last. The notes' loss jumped after the mirrored epochs and then "
+        f"rose, for 46 epochs{halves}.\n\n"
         "`train` does not continue such a run in any case. It says: "
         f'"{found.refusal or "nothing"}"'
     )

@@ -148,22 +148,28 @@ def claim(workdir: Path, sweep: Mapping[str, Any]) -> None:
     Raises:
       InputError: the folder belongs to another sweep, with what differs; or to something else; or cannot be written.
     """
+    if not is_claimed(workdir, sweep):
+        with files.whole_file(Path(workdir) / CONFIG) as temporary:
+            temporary.write_text(json.dumps(sweep, indent=1, sort_keys=True) + "\n")
+
+
+def is_claimed(workdir: Path, sweep: Mapping[str, Any]) -> bool:
+    """Whether `workdir` is this sweep's, and not free yet; raises as `claim` does, and writes nothing."""
     path = Path(workdir) / CONFIG
-    ours = flatten(json.loads(json.dumps(sweep)))
     # Processes of one sweep that start together make this file, and the first parts, at the same time.
-    others = [p.name for p in Path(workdir).iterdir() if not p.name.startswith((locks.LOCK, "."))]
+    others = [p.name for p in path.parent.iterdir() if not p.name.startswith((locks.LOCK, "."))]
     if not path.exists():
         if others:
             raise InputError(f"{workdir} is not empty and holds no sweep; choose another workdir")
-        with files.whole_file(path) as temporary:
-            temporary.write_text(json.dumps(sweep, indent=1, sort_keys=True) + "\n")
-    else:
-        try:
-            theirs = flatten(json.loads(path.read_text()))
-        except (OSError, ValueError, AttributeError) as e:
-            raise InputError(f"{path} cannot be read ({e})") from e
-        names = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
-        if names:
-            shown = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:8])
-            more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
-            raise InputError(f"{workdir} holds another sweep ({shown}{more}); choose another workdir")
+        return False
+    try:
+        theirs = flatten(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError) as e:
+        raise InputError(f"{path} cannot be read ({e})") from e
+    ours = flatten(json.loads(json.dumps(sweep)))
+    names = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
+    if names:
+        shown = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:8])
+        more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
+        raise InputError(f"{workdir} holds another sweep ({shown}{more}); choose another workdir")
+    return True

@@ -114,8 +114,7 @@ def run(
     Raises:
       InputError: the workdir is another's, is in use, or cannot be written.
     """
-    if not 0 <= index < count:
-        raise InputError(f"process {index} is not one of {count}, which are numbered from 0")
+    _check_process(index, count)
     workdir = Path(workdir)
     with locks.locked(workdir, index, count):
         results.claim(workdir, study.identity)
@@ -137,6 +136,11 @@ def run(
                     done |= {task for task, _ in finished}
                     bar.update(sum(_weight(study, point) for _, point in finished))
         return conclude(study, workdir, groups)
+
+
+def _check_process(index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise InputError(f"process {index} is not one of {count}, which are numbered from 0")
 
 
 def adopt(study: Study, workdir: Path, done: Collection[str], others: Sequence[Path]) -> set[str]:
@@ -253,43 +257,60 @@ def _thinned(block: np.ndarray, frames: np.ndarray, kept: np.ndarray) -> np.ndar
     return np.maximum(np.rint(block / max(step, 1.0)), 1).astype(int)
 
 
-def describe(study: Study) -> str:
-    """What the sweep would do: groups, programs, batches, memory, time; compiles, and samples nothing."""
-    groups, lines, seconds, compiled = make_groups(study), [], 0.0, 0
+def describe(study: Study, workdir: Path | None = None, index: int = 0, count: int = 1) -> str:
+    """What process `index` of `count` would do: groups, programs, batches, memory, time; compiles, and samples nothing.
+
+    Args:
+      workdir: of which what is finished is not counted; it need not exist.
+
+    Raises:
+      InputError: the workdir is another's.
+    """
+    _check_process(index, count)
+    done: set[str] = set()
+    if workdir is not None and Path(workdir).is_dir() and results.is_claimed(workdir, study.identity):
+        done = set(results.read_parts(workdir)["task"])
+    groups, lines, seconds, compiled, tasks, whole = make_groups(study), [], 0.0, 0, 0, 0
     for number, group in enumerate(groups, start=1):
-        text, sampler, spent = _describe_group(study, group)
+        whole += len(group.points) * len(group.cases)
+        left = left_of(study, group, done, index, count)
+        if not left:
+            lines.append(f"group {number}: nothing is left")
+            continue
+        text, sampler, spent = _describe_group(study, group, left)
         lines.append(f"group {number}: {text}")
         seconds += spent
         compiled += sampler.seconds is not None
-    tasks = sum(len(group.points) * len(group.cases) for group in groups)
+        tasks += sum(map(len, left.values()))
+    of = f" of {whole}" if tasks < whole else ""
     devices = f"{jax.local_device_count()} {jax.default_backend()} device{'s' * (jax.local_device_count() > 1)}"
     lines.append(
-        f"{len(groups)} groups, {compiled} compilations, {tasks} tasks, about {duration(seconds)} on {devices}"
+        f"{len(groups)} groups, {compiled} compilations, {tasks}{of} tasks, about {duration(seconds)} on {devices}"
     )
     return "\n".join(lines)
 
 
-def _describe_group(study: Study, group: Group) -> tuple[str, Sampler, float]:
-    """Text, compiled sampler and estimated seconds of a group."""
+def _describe_group(study: Study, group: Group, left: dict[Where, list[int]]) -> tuple[str, Sampler, float]:
+    """Text, compiled sampler and estimated seconds of what is left of a group."""
+    places, points = list(left), sorted({number for numbers in left.values() for number in numbers})
     point = study.points[group.points[0]]
     cases = study.maker(point)
-    (example,) = cases.make(group.cases[:1])
+    (example,) = cases.make(places[:1])
     began = time.perf_counter()
-    cases.make(group.cases[-1:])
-    host = (time.perf_counter() - began) * len(group.cases)
-    left = left_of(study, group)
+    cases.make(places[-1:])
+    host = (time.perf_counter() - began) * len(places)
     sampler = Sampler.plan(study, group, left, example)
     batches = make_batches(left, sampler.shape)
-    calls = len(group.points) * len(group.cases) * _weight(study, point.number)
+    calls = sum(map(len, left.values())) * point.members * calls_by_stage(study.programs[point.number])[-1]
     on_device = calls * _seconds_a_call(study, sampler)
-    names = ", ".join(study.points[p].label for p in group.points[:4]) + ", ..." * (len(group.points) > 4)
+    names = ", ".join(study.points[p].label for p in points[:4]) + ", ..." * (len(points) > 4)
     program = "no program of its own"
     if sampler.seconds is not None:
         program = f"one program, compiled in {sampler.seconds:.1f} s, {sampler.memory / 1e9:.2g} GB"
     text = "\n  ".join(
         [
             names,
-            f"{len(group.points)} points x {len(group.cases)} cases x {point.members} members, {calls} network calls",
+            f"{len(points)} points x {len(places)} cases x {point.members} members, {calls} network calls",
             f"{len(batches)} batches of up to {sampler.shape[0]} points x {sampler.shape[1]} cases, "
             f"{sampler.chunk} members a call",
             f"{program}; about {duration(on_device)} on the device",
@@ -338,7 +359,7 @@ FLAGS = flags.FLAGS
 def _define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Sweep, such as configs/sweeps/gamma.py, with :smoke for a trial.")
     flags.DEFINE_string("workdir", None, "Folder of the sweep; what is finished in it is not run again.")
-    flags.DEFINE_boolean("dry_run", False, "Say what would be done, with memory and time, and write nothing.")
+    flags.DEFINE_boolean("dry_run", False, "Say what is left to be done, with memory and time, and write nothing.")
     flags.DEFINE_boolean("so_far", False, "Print the table of the cases that are finished, and run and write nothing.")
     flags.DEFINE_string("cache", None, "Private folder where compiled programs are kept for other runs.")
     flags.mark_flags_as_required(["config", "workdir"])
@@ -352,15 +373,15 @@ def main(_) -> None:
     if FLAGS.dry_run and FLAGS.so_far:
         raise InputError("--dry_run says what would be done and --so_far what was; give one of them")
     study = open_study(FLAGS.config)
-    if FLAGS.dry_run:
-        print(describe(study))
-        return
     if FLAGS.so_far:
         print(so_far(study, Path(FLAGS.workdir)))
         return
     index, count = FLAGS.process_index, FLAGS.process_count
     if count is None:
         index, count = jax.process_index(), jax.process_count()
+    if FLAGS.dry_run:
+        print(describe(study, Path(FLAGS.workdir), index, count))
+        return
     text = run(study, Path(FLAGS.workdir), index, count)
     if text is None:
         print(f"process {index} of {count} is done; the last one writes the table")

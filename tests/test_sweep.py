@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -612,6 +613,36 @@ def test_dry_run_counts_and_writes_nothing(folder, study, tmp_path):
     assert "4 compilations" in text
     assert "2 points x 4 cases x 4 members, 384 network calls" in text
     assert not any(tmp_path.iterdir())
+
+
+def test_dry_run_leaves_out_what_is_done_and_what_others_do(folder, study, first, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(first[0], half)
+    rows = results.read_parts(half)
+    for part in (half / "parts").iterdir():
+        part.unlink()
+    kept = sorted(rows["task"].unique())[: TASKS // 4]
+    results.write_part(half, rows[rows["task"].isin(kept)].to_dict("records"))
+    before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+
+    def tasks(*arguments):
+        last = sweep.describe(study, *arguments).splitlines()[-1]
+        return int(re.search(r"(\d+)(?: of \d+)? tasks", last)[1]), f" of {TASKS} tasks" in last
+
+    assert tasks(tmp_path / "none") == (TASKS, False)
+    assert tasks(half) == (TASKS - len(kept), True)
+    assert tasks(first[0]) == (0, True)
+    assert "nothing is left" in sweep.describe(study, first[0])
+    shares = [tasks(half, index, 2) for index in range(2)]
+    assert [of for _, of in shares] == [True, True]
+    assert sum(count for count, _ in shares) == TASKS - len(kept)
+    assert {path: path.read_bytes() for path in half.rglob("*") if path.is_file()} == before
+    with pytest.raises(InputError, match="holds another sweep"):
+        sweep.describe(open_study(make_config(folder, members=6)), half)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("")
+    with pytest.raises(InputError, match="is not empty and holds no sweep"):
+        sweep.describe(study, tmp_path / "other")
 
 
 def test_what_will_be_done_and_what_was_are_not_said_at_once(monkeypatch):
