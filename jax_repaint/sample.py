@@ -185,7 +185,7 @@ def method(name: str, steps: int = 250, **changes: float | str | bool) -> tuple[
     x0_blend        blend 1
     blend_adaptive  adaptive and x0_blend together
     anneal          adaptive, the floor rising to 1 as t goes to 0
-    uniform         noise weight noise_floor (.47) in every missing cell: the control of adaptive, of about that mean
+    uniform         noise weight noise_floor (.47) in every missing cell: the control of adaptive, given its mean weight
     two_stage       adaptive, then once more from t_refine 50 with refine_floor .3, the prior being the first output
     multistage      the same with `stages` (6) stages in all
 
