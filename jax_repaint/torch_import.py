@@ -14,6 +14,7 @@ import io
 import math
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from jax_repaint.data import fields as fields_lib
@@ -29,8 +31,8 @@ from jax_repaint.data.fields import Fields, Standardiser
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model, make_schedule
 from jax_repaint.nets import unet
-from jax_repaint.nets.import_torch import from_state_dict
-from jax_repaint.prepare import fit_priors, load_fields, split_fields
+from jax_repaint.nets.import_torch import TIME_TABLE, from_state_dict
+from jax_repaint.prepare import fit_priors, load_fields, split_fields, time_range
 
 LFS_POINTER = b"version https://git-lfs"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number of the format before PyTorch 1.6
@@ -49,12 +51,16 @@ STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+SHARED = 16  # tensors of one storage, as tied and averaged weights are, on average
 # Opcodes that make a buffer of a size that the file only claims, or reach into registries of this process.
 REFUSED = (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID)
 
 
 class Inert:
-    """Stands for an object of an unknown class: takes everything, does nothing."""
+    """Stands for an object of an unknown class, whose name is `called`: takes everything, does nothing."""
+
+    called = ""
+    state: Any = None
 
     def __new__(cls, *_, **__):
         return object.__new__(cls)
@@ -62,8 +68,8 @@ class Inert:
     def __init__(self, *_, **__):
         pass
 
-    def __setstate__(self, _):
-        pass
+    def __setstate__(self, state):
+        self.state = state
 
     def __setitem__(self, _, __):
         pass
@@ -76,6 +82,29 @@ class Inert:
 
     extend = append
     add = append
+
+
+class Dtype:
+    """The type of a number of NumPy: its code, such as f8, and byte order."""
+
+    def __init__(self, code: str, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple):
+        self.order = state[1]
+
+
+def _scalar(dtype: Dtype, content: bytes) -> float:
+    """A number as NumPy pickles it."""
+    if dtype.code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8") or dtype.order not in ("<", ">", "=", "|"):
+        raise InputError(f"a number of the type {dtype.order}{dtype.code}"[:60] + " is not known")
+    (value,) = np.frombuffer(content, dtype.order + dtype.code)
+    return value.item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes as old pickles hold them."""
+    return text.encode("latin1" if encoding == "latin1" else "ascii")
 
 
 class Storage(NamedTuple):
@@ -93,9 +122,10 @@ class _Tensors(pickle._Unpickler):
 
     dispatch: ClassVar = {c: call for c, call in pickle._Unpickler.dispatch.items() if bytes([c]) not in REFUSED}
 
-    def __init__(self, file: io.BytesIO, read_storage):
+    def __init__(self, file: io.BytesIO, read_storage, most: int):
         super().__init__(file)
         self._read_storage = read_storage
+        self._left = most  # bytes that tensors may take
 
     def find_class(self, module: str, name: str) -> Any:
         # New objects at each call: a pickle can set attributes on what it is given.
@@ -104,10 +134,23 @@ class _Tensors(pickle._Unpickler):
         if module == "torch" and name in STORAGES:
             return Storage(STORAGES[name], "")
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
-            return lambda storage, offset, size, stride, *_: _tensor(storage, offset, size, stride)
+            return self._rebuild
         if module == "torch._utils" and name == "_rebuild_parameter":
             return lambda tensor, *_: tensor
-        return type("Inert", (Inert,), {})
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+            return lambda dtype, content: _scalar(dtype, content)
+        if (module, name) == ("numpy", "dtype"):
+            return type("Dtype", (Dtype,), {})
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: _encode(text, encoding)
+        return type("Inert", (Inert,), {"called": f"{module}.{name}"})
+
+    def _rebuild(self, storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+        made = _tensor(storage, offset, size, stride)
+        self._left -= made.nbytes
+        if self._left < 0:
+            raise InputError("its tensors take far more than the file has")
+        return made
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, storage, key, _, count = pid
@@ -165,7 +208,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{path} is damaged: {type(e).__name__} {words[0][:200] if words else ''}".rstrip()) from e
     if type(content) not in (dict, collections.OrderedDict):
         raise InputError(f"{path} holds no dictionary")
-    return dict(content)
+    # The methods of an object from a file are what the file made of them.
+    return dict(dict.items(content))
 
 
 def _read_archive(path: Path) -> Any:
@@ -192,22 +236,33 @@ def _read_archive(path: Path) -> Any:
                 known[storage] = values if order == b"little" else values.byteswap()
             return known[storage]
 
-        return _Tensors(io.BytesIO(archive.read(pickles[0])), read_storage).load()
+        return _Tensors(io.BytesIO(archive.read(pickles[0])), read_storage, SHARED * path.stat().st_size).load()
 
 
 class Checkpoint(NamedTuple):
-    """What a model needs of a checkpoint: tensors by name, schedule as `make_schedule` takes it, epoch and losses."""
+    """What a model needs of a checkpoint.
+
+    Attributes:
+      tensors: by name.
+      schedule: as `make_schedule` takes it.
+      numbers: epoch and losses.
+      network: what it calls its network; empty if it does not.
+      units: mean and standard deviation (2,) of u and v in its training, m/s; None if it does not say.
+    """
 
     tensors: dict[str, np.ndarray]
     schedule: dict[str, float]
     numbers: dict[str, float]
+    network: str = ""
+    units: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """`model_state_dict`, `n_steps`, `min_beta`, `max_beta`, and epoch and losses where they are numbers.
+    """`model_state_dict`, `n_steps`, `min_beta`, `max_beta`, and epoch, losses and units where they are numbers.
 
     Raises:
-      InputError: as `read`; an entry is missing or of another kind.
+      InputError: as `read`; an entry is missing or of another kind; the network predicts something else than the noise,
+        or was trained with another noise or schedule.
     """
     content = read(path)
     state = content.get("model_state_dict")
@@ -227,8 +282,56 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         make_schedule(schedule)
     except InputError as e:
         raise InputError(f"{path}: n_steps, min_beta and max_beta make no schedule: {e}") from e
+    _check_training(content, tensors, schedule, path)
     numbers = {key: _number(content.get(key)) for key in KEPT}
-    return Checkpoint(tensors, schedule, {key: value for key, value in numbers.items() if value is not None})
+    numbers = {key: value for key, value in numbers.items() if value is not None}
+    network = _name_of(content.get("unet_type"))
+    return Checkpoint(tensors, schedule, numbers, network, _units(content.get("standardizer_type"), path))
+
+
+def _check_training(
+    content: dict[str, Any], tensors: dict[str, np.ndarray], schedule: dict[str, float], path: str | os.PathLike
+) -> None:
+    """Refuses what is said to be no prediction of white noise of this schedule; warns of what is not known."""
+    for key, known in (("prediction_target", ("eps", "epsilon", "noise")), ("beta_schedule", ("linear",))):
+        said = content.get(key)
+        if isinstance(said, str) and said.lower() not in known:
+            raise InputError(f"{path}: {key} is {said[:40]!r}; only networks of {known[0]} can be imported")
+    noise = _name_of(content.get("noise_strategy"))
+    if re.search("div|curl", noise.lower()):
+        raise InputError(f"{path}: it was trained with {noise}; only networks of Gaussian noise can be imported")
+    if noise and "gauss" not in noise.lower():
+        logging.warning("%s: noise_strategy is %s, which is not known; it is taken for Gaussian noise", path, noise)
+    for name, table in tensors.items():
+        if name.endswith(TIME_TABLE) and len(table) != schedule["steps"]:
+            raise InputError(f"{path}: its time table has {len(table)} steps, n_steps is {schedule['steps']:g}")
+    averaged = [str(key)[:40] for key in content if str(key).lower().startswith("ema")]
+    if averaged:
+        logging.warning("%s: model_state_dict is imported, the averaged weights in %s are not", path, averaged[0])
+
+
+def _name_of(thing: Any) -> str:
+    """What an object, or a name of one, is called; empty if there is none."""
+    return thing[:60] if isinstance(thing, str) else thing.called.rpartition(".")[2][:60] if _is_inert(thing) else ""
+
+
+def _is_inert(thing: Any) -> bool:
+    return isinstance(thing, Inert)
+
+
+def _units(standardiser: Any, path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and standard deviation of u and v that an object holds; None, with a warning, where it does not."""
+    name = _name_of(standardiser)
+    state = standardiser.state if _is_inert(standardiser) and type(standardiser.state) is dict else {}
+    mean, std = ([_number(state.get(f"{c}_{what}")) for c in "uv"] for what in ("mean", "std"))
+    if None not in (*mean, *std) and min(std) > 0:
+        return np.array(mean), np.array(std)
+    if name:
+        logging.warning(
+            "%s: standardizer_type is %s, of which no mean and standard deviation of u and v are known; those of the "
+            "training part are taken", path, name,
+        )  # fmt: skip
+    return None
 
 
 def _number(value: Any) -> float | None:
@@ -258,6 +361,8 @@ def import_model(path: str | os.PathLike, config: ConfigDict, fields: Fields | N
     network = unet.NETWORKS[name]
     # Whether the weights fit shows in a moment; reading and fitting the currents takes minutes.
     checkpoint = read_checkpoint(path)
+    if checkpoint.network in unet.NETWORKS and checkpoint.network != name:
+        raise InputError(f"{path} holds a network {checkpoint.network}, not {name}")
     params = from_state_dict(network, checkpoint.tensors)
     if fields is None:
         fields = load_fields(config.data.fields, config.data.frames, config.data.twin_seed)
@@ -265,7 +370,11 @@ def import_model(path: str | os.PathLike, config: ConfigDict, fields: Fields | N
         raise InputError(f"{fields.name} has {fields.shape} cells, more than the {GRID} that the checkpoint is for")
     split = split_fields(fields, config.data)
     numbers = Standardiser.from_fields(fields, split.train)
-    standardiser = Standardiser.create(numbers.mean, numbers.std, -numbers.mean / numbers.std)
+    mean, std = numbers.mean, numbers.std
+    if checkpoint.units is not None:
+        _compare_units(checkpoint.units, numbers, path)
+        mean, std = checkpoint.units
+    standardiser = Standardiser.create(mean, std, -mean / std)
     training, ocean = fields_lib.prepare(fields.select(split.train), standardiser, GRID)
     validation, _ = fields_lib.prepare(fields.select(split.validation), standardiser, GRID)
     gaussian, kernel, choice = fit_priors(fields.select(split.train), training, validation, ocean, config, standardiser)
@@ -292,7 +401,18 @@ def import_model(path: str | os.PathLike, config: ConfigDict, fields: Fields | N
             "decorrelation": split.decorrelation,
             "linear_prior": dataclasses.asdict(choice),
             "config": config.to_dict(),
+            "time": time_range(fields, split),
             "imported": {"file": Path(path).name} | checkpoint.numbers,
         },
         grid=GRID,
     )
+
+
+def _compare_units(units: tuple[np.ndarray, np.ndarray], here: Standardiser, path: str | os.PathLike) -> None:
+    """Warns where the currents are not those that a checkpoint was trained on, by mean and standard deviation."""
+    mean, std = (np.asarray(part, np.float64).ravel() for part in (here.mean, here.std))
+    if (np.abs(units[0] - mean) > 0.1 * units[1]).any() or (np.abs(units[1] / std - 1) > 0.1).any():
+        logging.warning(
+            "%s: it was trained on currents of mean %.3g, %.3g and standard deviation %.3g, %.3g m/s; those of the "
+            "training part are %.3g, %.3g and %.3g, %.3g", path, *units[0], *units[1], *mean, *std,
+        )  # fmt: skip

@@ -1,6 +1,7 @@
 """Checkpoints of PyTorch: written by hand as PyTorch writes them, hostile ones, damaged ones, and by PyTorch itself."""
 
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -20,14 +21,16 @@ from test_nets import reference_state_dict
 
 from jax_repaint import checkpoint as checkpoint_command
 from jax_repaint import model, torch_import
-from jax_repaint.cases import OBSERVATION_ERROR, data_of, known_of, make_cases
+from jax_repaint.cases import OBSERVATION_ERROR, check_unseen, data_of, known_of, make_cases
 from jax_repaint.data import readers
 from jax_repaint.errors import InputError
 from jax_repaint.methods import levels_of, run_method
 from jax_repaint.nets import import_torch, unet
+from jax_repaint.nets.layers import sinusoids
 from jax_repaint.posterior import evidence_for, posterior
 
 CONFIG = unet.UNetConfig((8, 16, 16), attention=(2, 3), heads=2, embedding=16)
+UNITS = {"u_mean": 0.01, "u_std": 0.22, "v_mean": -0.02, "v_std": 0.21}
 SECRET = "ran_from_a_file"
 
 
@@ -108,7 +111,7 @@ def checkpoint(tensors, **changes):
         "n_steps": 250,
         "min_beta": 0.0001,
         "max_beta": 0.02,
-        "standardizer_type": Instance("ddpm.utils.vanished", "Standardizer", {"mean": [0.1, 0.2]}),
+        "standardizer_type": Instance("ddpm.utils.vanished", "ZScoreStandardizer", dict(UNITS)),
         "noise_strategy": Instance("ddpm.noise", "GaussianNoise", None),
         "best_loss": 0.0093,
         "epoch_losses": [0.018, 0.0125],
@@ -164,11 +167,17 @@ def test_tensors_and_numbers_come_out_as_they_went_in(file):
     assert read.numbers == {"epoch": 132, "best_loss": 0.0093}
 
 
-def test_unknown_objects_are_inert(file):
+def test_unknown_objects_are_inert(file, tmp_path):
     content = torch_import.read(file)
     for key in ("standardizer_type", "noise_strategy"):
         assert isinstance(content[key], torch_import.Inert)
-        assert not vars(content[key])
+    assert vars(content["standardizer_type"]) == {"state": UNITS}
+    assert content["noise_strategy"].called == "ddpm.noise.GaussianNoise"
+    # Nor can a method that the file gives to a container be called.
+    trap = write(tmp_path / "trap.pt", {"x": 1}, {})
+    content = collections.OrderedDict(x=1)
+    content.__dict__["keys"] = 5
+    assert torch_import.read(write(trap, content, {})) == {"x": 1}
 
 
 def test_views_of_one_storage(tmp_path):
@@ -297,12 +306,90 @@ def test_a_missing_storage_and_a_wrong_size_are_named(tmp_path):
         ({"max_beta": 2.0}, "make no schedule"),
         ({"n_steps": 1}, "make no schedule"),
         ({"n_steps": 10**10}, "make no schedule"),
+        ({"prediction_target": "x0"}, "prediction_target is 'x0'; only networks of eps can be imported"),
+        ({"beta_schedule": "cosine"}, "beta_schedule is 'cosine'; only networks of linear can be imported"),
+        ({"noise_strategy": Instance("a", "DivergenceFreeNoise", None)}, "it was trained with DivergenceFreeNoise"),
+        ({"noise_strategy": "hh_divergence_free"}, "it was trained with hh_divergence_free"),
     ],
 )
 def test_a_checkpoint_that_is_none_is_refused(changes, message, tmp_path):
     content, storages = checkpoint({"out_conv.bias": np.zeros(2, np.float32)}, **changes)
     with pytest.raises(InputError, match=message):
         torch_import.read_checkpoint(write(tmp_path / "a.pt", content, storages))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"prediction_target": "eps", "noise_strategy": "gaussian", "beta_schedule": "linear"}, []),
+        ({"noise_strategy": Instance("a", "Perlin", None)}, ["noise_strategy is Perlin, which is not known"]),
+        ({"ema_state": {"decay": 0.999}}, ["the averaged weights in ema_state are not"]),
+        (
+            {"standardizer_type": Instance("a", "UnitVector", {"u_mean": 0.0})},
+            ["standardizer_type is UnitVector, of which no mean and standard deviation"],
+        ),
+        (
+            {"standardizer_type": Instance("a", "ZScoreStandardizer", dict(UNITS, v_std=0.0))},
+            ["ZScoreStandardizer, of"],
+        ),
+        ({"standardizer_type": None}, []),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_training_is_heeded(changes, said, tmp_path, caplog):
+    content, storages = checkpoint({"out_conv.bias": np.zeros(2, np.float32)}, **changes)
+    read = torch_import.read_checkpoint(write(tmp_path / "a.pt", content, storages))
+    assert len(caplog.messages) == len(said)
+    for message, part in zip(caplog.messages, said, strict=True):
+        assert part in message
+    if "standardizer_type" in changes:
+        assert read.units is None
+    else:
+        np.testing.assert_array_equal(read.units, [[0.01, -0.02], [0.22, 0.21]])
+
+
+def test_a_time_table_of_other_steps_is_refused(tmp_path):
+    table = sinusoids(np.arange(1000, dtype=np.float32), CONFIG.embedding)
+    tensors = {"time_embed_table.weight": np.asarray(table), **weights()}
+    with pytest.raises(InputError, match="its time table has 1000 steps, n_steps is 250"):
+        torch_import.read_checkpoint(write(tmp_path / "a.pt", *checkpoint(tensors)))
+    read = torch_import.read_checkpoint(write(tmp_path / "b.pt", *checkpoint(tensors, n_steps=1000)))
+    import_torch.from_state_dict(CONFIG, read.tensors)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_a_time_table_may_be_rounded_as_its_weights_are(kind):
+    table = jnp.asarray(sinusoids(np.arange(250, dtype=np.float32), CONFIG.embedding)).astype(kind)
+    import_torch.from_state_dict(CONFIG, weights() | {"time_embed_table.weight": np.asarray(table)})
+    with pytest.raises(InputError, match="is not the sinusoidal one"):
+        import_torch.from_state_dict(CONFIG, weights() | {"time_embed_table.weight": np.asarray(-table)})
+
+
+def test_tensors_beside_weights_are_not_taken_for_them():
+    """Masks of a pruned network and averages have the shape of weights."""
+    for kind in ("weight_mask", "weight_orig", "weight_ema", "running_mean"):
+        more = {f"out_conv.{kind}": np.zeros_like(weights()["out_conv.weight"])}
+        with pytest.raises(InputError, match=rf"tensor out_conv\.{kind} has no place in this network"):
+            import_torch.from_state_dict(CONFIG, weights() | more)
+    twice = {"network.out_conv.weight": np.zeros_like(weights()["out_conv.weight"])}
+    with pytest.raises(InputError, match=r"the same name with and without `network\."):
+        import_torch.from_state_dict(CONFIG, weights() | twice)
+
+
+def test_tensors_that_blow_a_file_up_are_refused(tmp_path):
+    """A hundred views of one storage are a hundred copies."""
+    values = np.zeros(10_000, np.float32)
+    few, many = ({f"x{i}": Placed("0", values) for i in range(count)} for count in (12, 100))
+    assert len(torch_import.read(write(tmp_path / "few.pt", few, {"0": values}))) == 12
+    with pytest.raises(InputError, match="its tensors take far more than the file has"):
+        torch_import.read(write(tmp_path / "many.pt", many, {"0": values}))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("value", [np.float64(0.25), np.float32(0.25), np.int64(3), np.float16(-2)])
+def test_numbers_of_numpy_are_numbers(value, protocol, tmp_path):
+    content = pickle.dumps({"best_loss": value}, protocol)
+    assert torch_import.read(write(tmp_path / "a.pt", content, {})) == {"best_loss": value.item()}
 
 
 def test_a_network_equals_the_reference_outputs_through_a_file(shared, tmp_path):
@@ -425,7 +512,22 @@ def test_the_command_splits_as_it_is_told(file, monkeypatch, by_blocks):
         checkpoint_command.main([])
 
 
-def test_weights_of_another_network_are_refused(file):
+def test_units_and_times_of_an_imported_model(imported, tmp_path, caplog):
+    """Those of its training, whatever the fields here; times, so that fields of that time are known again."""
+    np.testing.assert_allclose(imported.standardiser.mean, [0.01, -0.02], rtol=1e-6)
+    np.testing.assert_allclose(imported.standardiser.std, [0.22, 0.21], rtol=1e-6)
+    fields = tiny.fields()
+    parts = imported.training["parts"]
+    seen = [str(fields.time[i].astype("datetime64[s]")) for i in (parts["train"][0], parts["validation"][1] - 1)]
+    assert imported.training["time"] == seen
+    check_unseen([imported], dataclasses.replace(fields, velocity=fields.velocity + np.float32(1e-4)))
+    assert f"{parts['validation'][1]} of {len(fields)} frames" in caplog.messages[-1]
+
+
+def test_weights_of_another_network_are_refused(file, tmp_path):
+    other = write(tmp_path / "other.pt", *checkpoint(weights(), unet_type="standard_attn_mid"))
+    with pytest.raises(InputError, match="holds a network standard_attn_mid, not standard_attn"):
+        torch_import.import_model(other, import_config("standard_attn"), tiny.fields())
     with pytest.raises(InputError, match="standard_attn"):
         torch_import.import_model(file, import_config("unet"), tiny.fields())
     with pytest.raises(InputError, match="the network has"):
@@ -438,14 +540,14 @@ def test_what_torch_itself_writes(tmp_path):
     state["network.enc1.0.res.conv1.weight"] = torch.nn.Parameter(state["network.enc1.0.res.conv1.weight"])
     half = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T
     content = {
-        "model_state_dict": collections.OrderedDict(state), "n_steps": 1000, "min_beta": 4e-4, "max_beta": 0.08,
+        "model_state_dict": collections.OrderedDict(state), "n_steps": 1000, "min_beta": 1e-4, "max_beta": 0.02,
         "epoch": 3, "half": half, "whole": torch.arange(4), "best_loss": torch.tensor(0.5),
     }  # fmt: skip
     torch.save(content, tmp_path / "a.pt")
     read = torch_import.read_checkpoint(tmp_path / "a.pt")
     for name, values in weights().items():
         np.testing.assert_array_equal(read.tensors[f"network.{name}"], values)
-    assert read.schedule == {"steps": 1000, "min_beta": 4e-4, "max_beta": 0.08}
+    assert read.schedule == {"steps": 1000, "min_beta": 1e-4, "max_beta": 0.02}
     assert read.numbers == {"epoch": 3, "best_loss": 0.5}
     everything = torch_import.read(tmp_path / "a.pt")
     np.testing.assert_array_equal(everything["half"].astype(np.float32), half.float().numpy())

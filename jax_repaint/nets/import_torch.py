@@ -7,12 +7,15 @@ as (out, in). Here they are (y, x, in, out), (y, x, in, out) as applied to the d
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jax_repaint.errors import InputError
 from jax_repaint.nets.layers import sinusoids
 from jax_repaint.nets.unet import UNetConfig, structure
 
+TIME_TABLE = "time_embed_table.weight"
 _PARTS = {
     "conv1": "conv1",
     "conv2": "conv2",
@@ -55,6 +58,11 @@ def _convert(path: tuple[str, ...], kind: str, value: np.ndarray) -> np.ndarray:
     return value.transpose(2, 3, 1, 0)
 
 
+def _rounding(values: np.ndarray) -> float:
+    """How far numbers of up to 1 are off by their precision."""
+    return float(ml_dtypes.finfo(values.dtype).eps) if jnp.issubdtype(values.dtype, jnp.floating) else 0.0
+
+
 def from_state_dict(config: UNetConfig, tensors: Mapping[str, np.ndarray]) -> dict:
     """Our parameters from a PyTorch state_dict given as arrays.
 
@@ -66,13 +74,16 @@ def from_state_dict(config: UNetConfig, tensors: Mapping[str, np.ndarray]) -> di
       InputError: a tensor is missing, unknown, of another shape, or the time table is not the sinusoids of this
         package.
     """
-    tensors = {name.removeprefix("network."): np.asarray(value) for name, value in tensors.items()}
-    table = tensors.pop("time_embed_table.weight", None)
+    given, tensors = tensors, {name.removeprefix("network."): np.asarray(value) for name, value in tensors.items()}
+    if len(tensors) < len(given):
+        raise InputError("tensors have the same name with and without `network.` before it")
+    table = tensors.pop(TIME_TABLE, None)
     if table is not None:
         if table.ndim != 2 or not table.size:
             raise InputError(f"the time table has shape {table.shape}, and not (steps, {config.embedding})")
         ours = sinusoids(np.arange(len(table), dtype=np.float32), table.shape[1])
-        if table.shape[1] != config.embedding or np.abs(table - ours).max() > 1e-3:
+        off = np.abs(table.astype(np.float32) - np.asarray(ours)).max()
+        if table.shape[1] != config.embedding or off > max(1e-3, _rounding(table)):
             raise InputError(f"the time table {table.shape} is not the sinusoidal one of width {config.embedding}")
     names = _names(config)
     flat, tree = jax.tree.flatten_with_path(structure(config)[1])
@@ -80,7 +91,7 @@ def from_state_dict(config: UNetConfig, tensors: Mapping[str, np.ndarray]) -> di
     found = {}
     for name, value in tensors.items():
         module, _, kind = name.rpartition(".")
-        if module not in names:
+        if module not in names or kind not in ("weight", "bias"):
             raise InputError(f"tensor {name} has no place in this network")
         if not np.isfinite(value).all():
             raise InputError(f"tensor {name} holds numbers that are not finite")
