@@ -237,6 +237,8 @@ def main(_) -> None:
         trained, fields.select(numbers), numbers, patterns, FLAGS.method,
         block=block, members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, gate=FLAGS.gate,
     )  # fmt: skip
+    if FLAGS.gate and learnt.gate is None:
+        logging.warning("the gate does not lower the error of blocks that it was not learnt from, and is not kept")
     if old is not None:
         logging.warning("replaces the calibration for %s by one for %s", words_of(old), words_of(learnt))
     model.store_calibration(FLAGS.model, learnt)

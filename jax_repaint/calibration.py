@@ -41,6 +41,9 @@ LEAST_ERROR = 1e-8  # (m/s)^2, so that a perfect guess at the held-out observati
 BLOCKS_TO_PROMISE, BLOCKS_FOR_BINS = 19, 39
 
 
+NO_EVIDENCE = np.full(3, np.nan)  # of a frame with too few observations to hold some out
+
+
 @dataclasses.dataclass(frozen=True)
 class Gate:
     """A weight for a single frame, from observations that were held out of a second run.
@@ -48,6 +51,7 @@ class Gate:
         g = 1 / (1 + exp(-(level + error ln(e_prior / e_mean) + misfit ln chi2)))
 
     w becomes g w. What the observations cannot tell leaves g where the other frames put it: it is shrunk towards 0.95.
+    A frame of which nothing can be held out has g = 1.
 
     Attributes:
       level, error, misfit: the three coefficients.
@@ -58,8 +62,8 @@ class Gate:
     misfit: float
 
     def of(self, evidence: np.ndarray) -> float:
-        """g in [0, 1] for what `evidence` made of a frame."""
-        return float(special.expit(evidence @ dataclasses.astuple(self)))
+        """g in [0, 1] for what `evidence` made of a frame, 1 for NO_EVIDENCE."""
+        return float(special.expit(evidence @ dataclasses.astuple(self))) if np.isfinite(evidence).all() else 1.0
 
     @staticmethod
     def evidence(error_prior: float, error_mean: float, chi2: float) -> np.ndarray:
@@ -120,6 +124,11 @@ class Calibration:
     held_out: Mapping[str, float]
     gate: Gate | None = None
 
+    @property
+    def promises(self) -> bool:
+        """Whether the interval is conformal for what is made of ensembles, which a gate moves after it was learnt."""
+        return self.promised and self.gate is None
+
     @classmethod
     def create(cls, **content: Any) -> "Calibration":
         """A calibration of given numbers; sequences become tuples.
@@ -176,7 +185,7 @@ class Calibration:
     def interval(self, prior_variance: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bounds (low, high) of the central 90 % interval, each (y, x, 2) m/s: mean -+ q std.
 
-        If `promised` and without a gate, it holds 90 % of the values on unobserved cells or more, in expectation over
+        If `promises`, it holds 90 % of the values on unobserved cells or more, in expectation over
         exchangeable frames.
 
         Args:
@@ -231,6 +240,8 @@ class Calibration:
         score = self.held_out
         ratios = [score[name] / score["mse_prior"] for name in ("mse_raw", "mse_fused")]
         what = "promised" if self.promised else f"Gaussian, as {self.blocks} blocks are too few for a promise"
+        if self.gate is not None:
+            what = "without a promise, as a gate weighs every field after a second run"
         lines += [
             f"{self.method}, {self.members} members; {self.frames} fields in {self.blocks} blocks of time; "
             f"{', '.join(self.patterns)}; 90 % interval {what}",
@@ -380,7 +391,8 @@ def fit(
       scored: (y, x) bool each, as `metrics.scored_cells` gives them.
       block: number of the block of time of each; blocks are taken as independent.
       method, antithetic, patterns, seed: see Calibration; the seed also draws the bootstrap.
-      evidence: `Gate.evidence` of each, or None. A gate is kept if it lowers the error of blocks left out one by one.
+      evidence: `Gate.evidence` or NO_EVIDENCE of each, or None. A gate is kept if it lowers the error of blocks left
+        out one by one.
 
     Raises:
       InputError: no fields, lists of different length, fewer than two blocks, shapes that do not fit, members without
@@ -611,8 +623,13 @@ def _held_out(values: _Values, residual: np.ndarray, std: np.ndarray, factor: fl
 
 def _gate(values: _Values, weight: np.ndarray, evidence: np.ndarray, frames: int) -> Gate | None:
     """The gate with the least error of prior + g w step, if it helps where it was not learnt."""
-    if evidence.shape != (frames, 3) or not np.isfinite(evidence).all():
-        raise InputError(f"a gate needs three finite numbers for each of {frames} fields, got {evidence.shape}")
+    if evidence.shape != (frames, 3) or (np.isfinite(evidence).any(-1) != np.isfinite(evidence).all(-1)).any():
+        raise InputError(
+            f"a gate needs three finite numbers, or none, for each of {frames} fields, got {evidence.shape}"
+        )
+    known = np.isfinite(evidence).all(-1)
+    if not known.any():
+        return None
     step = values.at(weight) * values.step
     products, squares, errors = (
         np.bincount(values.frame, part, frames) for part in (step * values.error, step**2, values.error**2)
@@ -621,7 +638,7 @@ def _gate(values: _Values, weight: np.ndarray, evidence: np.ndarray, frames: int
     start = np.array([3.0, 0.0, 0.0])
 
     def loss(gate: np.ndarray, kept: np.ndarray) -> float:
-        g = special.expit(evidence[kept] @ gate)
+        g = np.where(known[kept], special.expit(np.nan_to_num(evidence[kept]) @ gate), 1.0)
         return float(np.sum(squares[kept] * g**2 - 2 * products[kept] * g) / errors[kept].sum())
 
     def learn(kept: np.ndarray) -> np.ndarray:

@@ -376,27 +376,22 @@ def _weights(
 ) -> list[float]:
     """The weight of each field, from a second run without a tenth of its observations, as it was learnt.
 
-    The variance at a point between cells is taken to be the weighted mean of theirs, which is never too small.
-
-    Raises:
-      InputError: there are fewer than two observations.
+    One of a single observation, of which nothing can be held out, has weight 1. The variance at a point between
+    cells is taken to be the weighted mean of theirs, which is never too small.
     """
+    places = [np.flatnonzero(np.asarray(frame.observation.valid)) for frame in frames]
+    some = [i for i, valid in enumerate(places) if valid.size > 1]
+    weights = [1.0] * len(frames)
     less, held = [], []
-    for frame, case in zip(frames, cases, strict=True):
-        given, places = frame.observation, np.flatnonzero(np.asarray(frame.observation.valid))
-        if places.size < 2:
-            raise InputError(
-                "the calibration of this model weighs every field by observations that it holds out, for which one "
-                "observation is too few; raw leaves the calibration out"
-            )
+    for i in some:
+        given = frames[i].observation
         out = np.zeros(given.size, bool)
-        out[hold_out_of(places, seed, case.frame)] = True
+        out[hold_out_of(places[i], seed, cases[i].frame)] = True
         held.append(out)
-        less.append(_case(trained, frame._replace(observation=given.rows(jnp.asarray(~out))), method))
-    ensembles = methods.run_method(method, trained, None, less, members, seed, chunk).members
-    weights = []
-    for frame, case, out, made in zip(frames, less, held, ensembles, strict=True):
-        given = frame.observation
+        less.append(_case(trained, frames[i]._replace(observation=given.rows(jnp.asarray(~out))), method))
+    ensembles = methods.run_method(method, trained, None, less, members, seed, chunk).members if less else []
+    for i, case, out, made in zip(some, less, held, ensembles, strict=True):
+        given = frames[i].observation
         at_held = given.rows(jnp.asarray(out))
         mean, variance, ensemble = (
             np.asarray(at_held.apply(jnp.asarray(np.nan_to_num(field))))[out]
@@ -405,7 +400,7 @@ def _weights(
         values, sigma = np.asarray(given.values)[out], np.asarray(given.sigma)[out]
         misfit = (values - mean) ** 2
         error = np.mean((values - ensemble) ** 2)
-        weights.append(gate.of(Gate.evidence(misfit.mean(), error, np.mean(misfit / (variance + sigma**2)))))
+        weights[i] = gate.of(Gate.evidence(misfit.mean(), error, np.mean(misfit / (variance + sigma**2))))
     return weights
 
 
@@ -528,13 +523,22 @@ def words_on(calibration: Calibration | None) -> dict[str, str]:
         interval = "5 to 95 % of Student's t with the ensemble's own mean and standard deviation, not calibrated"
         return {"calibration": "none, the members are as the sampler made them", "interval": interval}
     interval = CALIBRATED
-    if not calibration.promised:
+    if calibration.gate is not None:
+        interval = (
+            "5 to 95 % of the calibrated ensemble; its width was learnt without the weights of single fields, and is "
+            "not calibrated with them"
+        )
+    elif not calibration.promised:
         interval = (
             "5 to 95 % of Student's t with the calibrated mean and standard deviation; its width is not calibrated, as "
             f"{calibration.blocks} blocks of time are too few"
         )
-    learnt = f"{calibration.frames} held-out fields in {calibration.blocks} blocks of time"
-    return {"calibration": f"mean and spread of the members by {learnt}", "interval": interval}
+    learnt = (
+        f"mean and spread of the members by {calibration.frames} held-out fields in {calibration.blocks} blocks of time"
+    )
+    if calibration.gate is not None:
+        learnt += ", and the weight of each field by a second run without a tenth of its observations"
+    return {"calibration": learnt, "interval": interval}
 
 
 def climatological_std(trained: Model) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_repaint import device, gains, metrics, sample
-from jax_repaint.calibration import Gate
+from jax_repaint.calibration import NO_EVIDENCE, Gate
 from jax_repaint.cases import OBSERVATION_ERROR, Case, GPBaseline, hold_out, known_of, prior_of
 from jax_repaint.checks import whole_number
 from jax_repaint.data.fields import Fields
@@ -231,14 +231,17 @@ def gate_evidence(
     seed: int = 0,
     chunk: int | None = None,
 ) -> list[np.ndarray]:
-    """`Gate.evidence` of each case, from a second run without a tenth of its observations."""
-    less, held = zip(*(hold_out(trained, case, seed) for case in cases), strict=True)
+    """`Gate.evidence` of each case, from a second run without a tenth of its observations; NO_EVIDENCE of one."""
+    evidence = [NO_EVIDENCE] * len(cases)
+    some = [i for i, case in enumerate(cases) if case.observed.sum() > 1]
+    if not some:
+        return evidence
+    less, held = zip(*(hold_out(trained, cases[i], seed) for i in some), strict=True)
     result = run_method(name, trained, fields, less, members, seed, chunk)
-    evidence = []
-    for case, cells, made in zip(less, held, result.members, strict=True):
+    for i, case, cells, made in zip(some, less, held, result.members, strict=True):
         mean, variance = (part[cells] for part in prior_of(trained, case))
         values = case.truth[cells]
         misfit = (values - mean) ** 2
         error = np.mean((values - made.mean(0)[cells]) ** 2)
-        evidence.append(Gate.evidence(misfit.mean(), error, np.mean(misfit / (variance + OBSERVATION_ERROR**2))))
+        evidence[i] = Gate.evidence(misfit.mean(), error, np.mean(misfit / (variance + OBSERVATION_ERROR**2)))
     return evidence

@@ -16,7 +16,7 @@ import xarray as xr
 from scipy import optimize, signal, special, stats
 
 from jax_repaint import calibrate, calibration, evaluate, guide, methods, metrics, model, report
-from jax_repaint.calibration import Calibration, Gate
+from jax_repaint.calibration import NO_EVIDENCE, Calibration, Gate
 from jax_repaint.cases import OBSERVATION_ERROR, hold_out, hold_out_of, make_cases, prior_of
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
@@ -389,6 +389,17 @@ def test_a_gate_shuts_out_frames_that_the_observations_speak_against():
     assert made.gate.of(Gate.evidence(4.0, 1.0, 1.0)) > made.gate.of(Gate.evidence(1.0, 4.0, 1.0))
 
 
+def test_frames_without_evidence_keep_their_weight():
+    fields, evidence = gated(0)
+    some = [NO_EVIDENCE if i % 5 == 4 else one for i, one in enumerate(evidence)]
+    made, whole = fit(fields, evidence=some), fit(fields, evidence=evidence)
+    assert made.gate.of(NO_EVIDENCE) == 1.0
+    np.testing.assert_allclose(dataclasses.astuple(made.gate), dataclasses.astuple(whole.gate), rtol=0.5)
+    assert fit(fields, evidence=[NO_EVIDENCE] * 40).gate is None
+    with pytest.raises(InputError, match="three finite numbers or none for each of 40 fields"):
+        fit(fields, evidence=[*evidence[:-1], np.array([1.0, np.nan, 0.0])])
+
+
 def test_a_gate_that_learns_nothing_is_none(fields):
     rng = np.random.default_rng(0)
     evidence = [Gate.evidence(*rng.exponential(size=3)) for _ in fields.truth]
@@ -460,7 +471,11 @@ def test_a_series_that_says_nothing_about_time_is_refused():
 
 
 def test_a_calibration_survives_json(made):
-    for one in (made, dataclasses.replace(made, gate=Gate(0.1, 1 / 3, -2.0))):
+    gated_too = dataclasses.replace(made, gate=Gate(0.1, 1 / 3, -2.0))
+    assert (made.promises, gated_too.promises) == (True, False)
+    assert "90 % interval promised" in made.describe()
+    assert "90 % interval without a promise, as a gate" in gated_too.describe()
+    for one in (made, gated_too):
         assert Calibration.from_json(json.loads(json.dumps(one.to_json()))) == one
     assert (made.members, made.antithetic, made.frames, made.blocks, made.seed) == (8, False, 60, 30, 3)
     assert made.patterns == ("line:4", "walk:9")
@@ -757,6 +772,11 @@ def test_a_gate_takes_a_second_run(trained, data, learnt):
     calibrate.learn(
         trained, data.select([3, 30]), [3, 30], ["cells:0.3"], "linear_samples", block=9, members=3, gate=True
     )
+    observed = cases[0].observed
+    one = dataclasses.replace(cases[0], observed=observed & (np.cumsum(observed) == 1).reshape(observed.shape))
+    few, known = gate_evidence("linear_samples", trained, data, [one, cases[0]], 6)
+    assert np.isnan(few).all()
+    np.testing.assert_allclose(known, gate_evidence("linear_samples", trained, data, cases, 6)[0], rtol=1e-5)
 
 
 def test_fields_whose_members_failed_are_left_out(trained, data, monkeypatch, caplog):

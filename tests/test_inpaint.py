@@ -362,10 +362,18 @@ def test_a_gate_weighs_each_field_as_it_was_learnt(trained):
     np.testing.assert_allclose(moved, found * whole, atol=1e-6)
     # Its rows are in other places of the bucket, and the draws that they perturb are others.
     assert found == pytest.approx(0.5 * weight, rel=5e-3)
-    one = np.full_like(given, np.nan)
-    one[tuple(np.argwhere(case.observed)[0])] = 0.1
-    with pytest.raises(InputError, match="one observation is too few; raw leaves"):
-        quietly(calibrated_with(trained, gate=gate), one, members=8)
+    told = with_gate.attrs
+    assert told["calibration"].endswith(
+        "and the weight of each field by a second run without a tenth of its observations"
+    )
+    assert "is not calibrated with them" in told["interval"]
+    # Of a single observation nothing can be held out; beside other fields it has the weight of a field without a gate.
+    points = table(7, time=["2020-01-01"] * 6 + ["2020-01-02"])
+    options = {"members": 8, "method": "kalman"}
+    both_days, ungated = (quietly(calibrated_with(trained, gate=one), points, **options) for one in (gate, None))
+    means = [both(fields, "_mean")[:, GRID.ocean] for fields in (both_days, ungated)]
+    np.testing.assert_allclose(means[0][1], means[1][1], atol=1e-6)
+    assert np.abs(means[0][0] - means[1][0]).max() > 1e-3
     with pytest.raises(InputError, match="which a program of one run cannot do"):
         export.export(calibrated_with(trained, gate=gate), None, members=8, method="kalman")
 
