@@ -45,7 +45,7 @@ def fit(path: str, fields: Fields, train_range: str, test_range: str, steps: int
     config = brief_config(path, train_range, validation_range, test_range)
     parts = split_fields(fields, config.data)
     # All devices share a batch evenly.
-    devices = distributed.training_devices().size
+    devices = distributed.training_devices(config.model.form).size
     config.train.batch = max(min(16, parts.train.size) // devices, 1) * devices
     config.train.epochs = max(math.ceil(steps * config.train.batch / parts.train.size), 1)
     config.train.warmup_epochs = 0.1 * config.train.epochs

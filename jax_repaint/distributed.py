@@ -129,24 +129,41 @@ def _initialize(coordinator: str | None, index: int | None, count: int | None) -
 # Arrays on several devices. A mesh of None stands for one device, on which nothing is placed.
 
 
-def training_devices() -> np.ndarray:
+def host() -> jax.Device | None:
+    """A CPU of this process, also beside accelerators; None where JAX was told to have none."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def training_devices(form: str = "") -> np.ndarray:
     """All devices of all processes.
 
     Cores that are devices because nobody said otherwise (`use_cores`) are one: each would have a copy of the data, and
     a run that goes on where there are more or fewer of them would not be the same to the last bit.
+
+    Args:
+      form: of the denoiser. Of `conditional` a step factorises matrices, and devices of one CPU that do so wait for
+        each other forever: it takes one of each process.
     """
     devices = np.asarray(jax.devices(), object)
-    alone = jax.process_count() == 1 and jax.default_backend() == "cpu" and not _cpu_devices_asked()
+    of_cpu = jax.default_backend() == "cpu"
+    if form == "conditional" and of_cpu and jax.local_device_count() > 1:
+        logging.warning("a training of form conditional takes one device of a CPU, not %d", jax.local_device_count())
+        _, first = np.unique([device.process_index for device in devices], return_index=True)
+        return devices[first]
+    alone = jax.process_count() == 1 and of_cpu and not _cpu_devices_asked()
     return devices[:1] if alone else devices
 
 
-def over_all_devices(batch: int) -> Mesh | None:
+def over_all_devices(batch: int, form: str = "") -> Mesh | None:
     """A mesh with the one axis "data", over `training_devices`; None for one device.
 
     Raises:
       InputError: a batch cannot be divided evenly among them.
     """
-    devices = training_devices()
+    devices = training_devices(form)
     if batch % devices.size:
         raise InputError(f"train.batch must be a multiple of the number of devices, {devices.size}, got {batch}")
     return Mesh(devices, ("data",), axis_types=(AxisType.Auto,)) if devices.size > 1 else None

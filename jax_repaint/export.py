@@ -67,7 +67,8 @@ def linear_variance(evidence: guide.Evidence) -> Field:
 
     size = observation.values.size
     units = jnp.eye(size).reshape(size, *observation.values.shape)
-    prior = jnp.einsum("r,ryxc->yxc", excess, jnp.square(gaussian.direction)) + gaussian.rest
+    squares = jnp.square(gaussian.direction)
+    prior = jnp.einsum("r,ryxc->yxc", excess, squares, precision=gains.HIGHEST) + gaussian.rest
     return gaussian.ocean * jnp.maximum(prior - jax.vmap(learnt)(units).sum(0), 0.0)
 
 

@@ -213,7 +213,7 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     """
     workdir = Path(workdir)
     check_config(config)
-    mesh = distributed.over_all_devices(config.train.batch)
+    mesh = distributed.over_all_devices(config.train.batch, config.model.form)
     if fields is None:
         settings = config.data.fields, config.data.frames, config.data.twin_seed
         fields = distributed.at_all(lambda: load_fields(*settings))

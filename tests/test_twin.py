@@ -286,6 +286,17 @@ def test_simulation_is_deterministic_and_has_values_in_the_ocean_alone(six_hours
     np.testing.assert_array_equal(six_hours, twin.simulate(SMALL, 0, 6))
 
 
+def test_frames_are_made_on_the_host_beside_any_accelerator(monkeypatch):
+    """Its rounding would grow into other eddies, in frames that models and sweeps take for the same."""
+
+    def simulate(*_):
+        raise InputError(f"made on {jax.config.jax_default_device}")
+
+    monkeypatch.setattr(twin, "_simulate", simulate)
+    with pytest.raises(InputError, match=f"made on {jax.local_devices(backend='cpu')[0]}"):
+        twin.simulate(SMALL, 0, 2)
+
+
 def test_a_longer_simulation_begins_with_the_shorter_one(six_hours):
     np.testing.assert_allclose(twin.simulate(SMALL, 0, 8)[:6], six_hours, atol=1e-5)
 

@@ -41,7 +41,7 @@ import tqdm
 from absl import flags
 from scipy import ndimage, sparse
 
-from jax_repaint import command
+from jax_repaint import command, distributed
 from jax_repaint.array_types import Array
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields
@@ -506,7 +506,9 @@ def simulate(twin: Twin, window: int, hours: int = WINDOW) -> np.ndarray:
     g = geometry(twin)
     modes = flatten(g.modes_u, "edge"), flatten(g.modes_v, "edge")
     patterns = eddies(twin, window, SPIN_UP + hours)
-    velocity = np.array(_simulate(twin, sea(twin), modes, np.float32(a), patterns))[SPIN_UP - 1 :]
+    # The same frames beside every accelerator: other rounding would grow into other eddies.
+    with jax.default_device(distributed.host()):
+        velocity = np.array(_simulate(twin, sea(twin), modes, np.float32(a), patterns))[SPIN_UP - 1 :]
     ocean = grid()[0]
     if not np.isfinite(velocity[:, ocean]).all():
         raise InputError(f"the twin became unstable in window {window}; a shorter dt or weaker forcing helps")
