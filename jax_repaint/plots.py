@@ -95,6 +95,11 @@ def clock(time: np.datetime64) -> str:
     return np.datetime_as_string(time, "m").replace("T", " ")
 
 
+def digits(speed: float) -> str:
+    """A speed (m/s) to the millimetre, or to two digits if it is less than a centimetre a second."""
+    return f"{speed:.2g}" if speed < 0.01 else f"{speed:.3f}"
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure whole, in the format that the suffix names.
 
@@ -228,7 +233,7 @@ def draw_stamps(
         ax.set_title(name, loc="left", fontsize=7, pad=3)
         if name != "truth":
             rmse = metrics.vector_rmse(metrics.mse(field, truth, scored))
-            ax.set_title(f"RMS error {rmse:.3f} m/s", loc="right", fontsize=7, pad=3)
+            ax.set_title(f"RMS error {digits(rmse)} m/s", loc="right", fontsize=7, pad=3)
     for ax in axes.flat[len(shown) :]:
         ax.axis("off")
     bar = figure.colorbar(scale, ax=list(axes.flat), extend="max", extendfrac=0.03, aspect=15 * rows, pad=0.015)
@@ -382,11 +387,11 @@ def _label(ax: Axes, name: str, example: Example, fields: dict[str, np.ndarray],
         ax.set_title(cells, loc="right", fontsize=8, pad=3)
     elif name in ("prior_mean", "mean", "member") and example.truth is not None:
         rmse = metrics.vector_rmse(metrics.mse(fields[name], example.truth, scored))
-        ax.set_title(f"RMS error {rmse:.3f} m/s", loc="right", fontsize=8, pad=3)
+        ax.set_title(f"RMS error {digits(rmse)} m/s", loc="right", fontsize=8, pad=3)
     elif name in DEVIATIONS and scored.any():
         rms = np.sqrt(np.mean(_length(fields[name])[scored] ** 2))
         # Too few members have no spread.
-        ax.set_title(f"RMS {rms:.3f} m/s" if np.isfinite(rms) else "unknown", loc="right", fontsize=8, pad=3)
+        ax.set_title(f"RMS {digits(rms)} m/s" if np.isfinite(rms) else "unknown", loc="right", fontsize=8, pad=3)
 
 
 def _frame(axes: np.ndarray, examples: Sequence[Example], wide: bool, unit: str) -> None:

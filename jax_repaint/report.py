@@ -319,7 +319,6 @@ class Ensembles:
       spread, truth: (pattern, time, y, x, 2).
       observed: (pattern, time, y, x) bool.
       ocean: (y, x) bool.
-      metres: (y, x, 2), as `Fields.metres`.
       along_grid: as `Fields.along_grid`.
       spacing: metres between neighbours to the north and east.
       about: title and history of the file.
@@ -334,7 +333,6 @@ class Ensembles:
     truth: np.ndarray
     observed: np.ndarray
     ocean: np.ndarray
-    metres: np.ndarray
     along_grid: Callable[[np.ndarray], np.ndarray]
     spacing: tuple[float, float]
     about: dict[str, str]
@@ -382,7 +380,6 @@ class Ensembles:
             truth=truth,
             observed=data["observed"].transpose("pattern", "time", *grid).values > 0,
             ocean=ocean,
-            metres=fields.metres(),
             along_grid=fields.along_grid,
             spacing=fields.spacing,
             about={name: str(data.attrs.get(name, "")) for name in ("title", "history")},
@@ -407,8 +404,10 @@ class Ensembles:
 
     @property
     def is_ensemble(self) -> bool:
-        """Whether there are members enough to tell a spread."""
-        return self.members.shape[2] >= metrics.least_members(self.antithetic)
+        """Whether every field has members enough to tell a spread, apart from those that failed."""
+        patterns, times = self.members.shape[:2]
+        fewest = min(len(self.ensemble(p, t)) for p in range(patterns) for t in range(times))
+        return fewest >= metrics.least_members(self.antithetic)
 
     def scored(self, pattern: int, frame: int) -> np.ndarray:
         """Cells that count, (y, x) bool."""
@@ -548,7 +547,7 @@ def distance_errors(made: Sequence[Ensembles], pattern: int) -> tuple[dict[str, 
     """
     single = next((one for one in made if one.members.shape[2] == 1), None)
     others = [one for one in made if one is not single]
-    edges = [edge for edge in EDGES if edge < max(made[0].ocean.shape)]
+    edges = [*EDGES, math.inf]
     errors = {}
     for one in others:
         frames = []
@@ -743,7 +742,8 @@ def viewer_data(made: Sequence[Ensembles], frames: int, members: int) -> dict:
 
     A field is [step, text]: u and v of every cell, south to north, as multiples of the step, in bytes written in
     base64; -128 is no value. Members and means are kept as their difference from the truth, so that a small error is
-    not lost in the steps of a large current. On curvilinear grids u and v are turned to the grid's own directions.
+    not lost in the steps of a large current, and from 0 where the truth is not known. On curvilinear grids u and v are
+    turned to the grid's own directions.
     """
     first = made[0]
     chosen = _spread(len(first.when), frames)
@@ -758,10 +758,11 @@ def viewer_data(made: Sequence[Ensembles], frames: int, members: int) -> dict:
         truth, scored = one.truth[pattern, frame], one.scored(pattern, frame)
         ensemble = one.ensemble(pattern, frame)
         alone = [] if len(ensemble) == 1 else list(ensemble[:members])
-        estimates = [ensemble.mean(0), *alone]
-        spread = one.spread[pattern, frame] if one.is_ensemble else None
+        estimates, known = [ensemble.mean(0), *alone], np.nan_to_num(truth)
+        spread = one.spread[pattern, frame]
+        spread = spread if np.isfinite(spread[one.ocean]).all() else None
         return {
-            "errors": [pack(estimate - truth) for estimate in estimates],
+            "errors": [pack(estimate - known) for estimate in estimates],
             "rms": [metrics.vector_rmse(metrics.mse(estimate, truth, scored)) for estimate in estimates],
             "spread": None if spread is None else quantise(np.where(ocean[..., None], spread[thin], np.nan)),
             "spread_rms": None if spread is None else float(np.sqrt((spread[scored] ** 2).sum(-1).mean())),
@@ -769,17 +770,18 @@ def viewer_data(made: Sequence[Ensembles], frames: int, members: int) -> dict:
 
     deviations = [one.mean[:, chosen] - one.truth[:, chosen] for one in made]
     deviations += [one.spread[:, chosen] for one in made if one.is_ensemble]
-    extent = np.ptp(first.metres, axis=(0, 1))
+    (height, width), (dy, dx) = first.ocean.shape, first.spacing
     return {
         "shape": list(ocean.shape),
-        "aspect": float(np.clip(extent[0] / extent[1], 0.2, 3)),
+        # Pictures are of rows and columns, however the grid lies.
+        "aspect": float(np.clip(height * dy / (width * dx), 0.2, 3)),
         "ocean": _text(ocean.astype(np.int8)),
         "top": {"speed": plots.top(first.truth[0, chosen]), "deviation": _longest(deviations, first.ocean)},
         "colours": {"speed": _hex_colours(plots.SPEED), "deviation": _hex_colours(plots.DEVIATION)},
         "frames": [first.when[frame] for frame in chosen],
         "patterns": first.patterns,
         "methods": [one.method for one in made],
-        "observed": [[_text(seen[thin].astype(np.int8)) for seen in row[chosen]] for row in first.observed],
+        "observed": [[_text(_in_blocks(seen, stride)) for seen in row[chosen]] for row in first.observed],
         "counts": first.observed.sum((-2, -1))[:, chosen].tolist(),
         "truth": [pack(field) for field in first.truth[0, chosen]],
         "estimates": [
@@ -790,6 +792,14 @@ def viewer_data(made: Sequence[Ensembles], frames: int, members: int) -> dict:
 
 def _longest(fields: Sequence[np.ndarray], ocean: np.ndarray) -> float:
     return plots.top([np.concatenate([field[..., ocean, :].reshape(-1, 2) for field in fields])])
+
+
+def _in_blocks(seen: np.ndarray, stride: int) -> np.ndarray:
+    """Whether a cell of each block of stride x stride is seen, int8: every stride-th alone would lose whole lines."""
+    height, width = (-(-side // stride) * stride for side in seen.shape)
+    padded = np.zeros((height, width), np.int8)
+    padded[: seen.shape[0], : seen.shape[1]] = seen
+    return padded.reshape(height // stride, stride, width // stride, stride).max((1, 3))
 
 
 def quantise(field: np.ndarray) -> list:

@@ -125,6 +125,11 @@ def test_arrows_point_where_the_water_goes_on_the_map(draw):
     np.testing.assert_allclose(arrows.U + 1j * arrows.V, want, rtol=1e-12)
 
 
+def test_slow_currents_have_errors_too():
+    shown = [plots.digits(speed) for speed in (0.1234, 0.01, 0.00123, 4.6e-5)]
+    assert shown == ["0.123", "0.010", "0.0012", "4.6e-05"]
+
+
 def test_a_field_that_is_observed_everywhere_is_drawn():
     complete = dataclasses.replace(example(), truth=None, observed=OCEAN)
     titles = dict(map(titles_of, panels(plots.draw_currents([complete], OCEAN, METRES))))

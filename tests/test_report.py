@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -328,7 +329,7 @@ def test_files_are_read_as_they_were_made(evaluation, made):
     for one in made:
         members = np.stack(evaluation.results[one.method].members)
         np.testing.assert_allclose(one.members.reshape(members.shape), members, rtol=1e-6)
-        np.testing.assert_allclose(one.metres, evaluation.fields.metres())
+        np.testing.assert_allclose(one.spacing, evaluation.fields.spacing)
 
 
 def test_errors_by_distance_are_against_the_single_estimate(evaluation, made):
@@ -341,13 +342,62 @@ def test_errors_by_distance_are_against_the_single_estimate(evaluation, made):
         scored = metrics.scored_cells(case.truth, evaluation.fields.ocean, case.observed)
         mean, linear = (evaluation.results[name].members[place].mean(0) for name in ("kalman", "linear"))
         expected.append(
-            metrics.error_by_distance(mean, linear, case.truth, scored, case.observed, (0.5, 1.5, 2.5, 4.5, 8.5))
+            metrics.error_by_distance(mean, linear, case.truth, scored, case.observed, (*report.EDGES, math.inf))
         )
+        assert expected[-1].counts.sum() == scored.sum()  # none is too far
     together = metrics.DistanceErrors.average(expected)
     for name in ("edges", "counts", "mean", "baseline"):
         np.testing.assert_allclose(getattr(errors["kalman"], name), getattr(together, name), rtol=1e-5)
     _, baseline = report.distance_errors(made[:1], 0)
     assert baseline == "no current"
+
+
+def test_a_field_whose_members_failed_has_no_spread_and_the_others_have(tmp_path):
+    """One pair that is left tells no spread; curves are of as many members as every field has."""
+    fields = make_fields()
+    cases = make_cases(fields)
+    results = make_results(cases)
+    results["kalman"].members[1] = results["kalman"].members[1][:2]
+    for name, file in (("kalman", "fields.nc"), ("linear_samples", "fields_linear_samples.nc")):
+        data = evaluate.to_dataset(cases, results[name], fields, f"jax_repaint, model 12ab, method {name}, seed 0")
+        readers.write_netcdf(data.assign_attrs(method=name), tmp_path / file)
+    text = report.build(tmp_path)
+    (kalman, *others), *_ = data_of(text)["estimates"][0]
+    assert [len(field["errors"]) for field in (kalman, *others)] == [7, 3, 7]
+    assert [field["spread"] is None for field in (kalman, *others)] == [False, True, False]
+    assert [field["spread_rms"] is None for field in (kalman, *others)] == [False, True, False]
+    assert "rank histogram of linear_samples" in text
+    assert "rank histogram of kalman" not in text
+
+
+@pytest.mark.parametrize("degrees", [0, 40, 85])
+def test_pictures_have_the_shape_of_the_grid_however_it_lies(made, degrees):
+    one = made[0]
+    y, x = np.meshgrid(np.arange(9) - 4.0, np.arange(14) - 6.5, indexing="ij")
+    turn = 0.01 * np.exp(1j * np.radians(degrees)) * (x + 1j * y)
+    cells = np.zeros((2, 9, 14, 2), np.float32)
+    grid = Fields.create(cells, turn.imag, turn.real, make_fields().time[:2], constant=True)
+    turned = dataclasses.replace(one, spacing=grid.spacing)
+    assert one.ocean.shape == (9, 14)
+    assert report.viewer_data([turned], 1, 0)["aspect"] == pytest.approx(9 / 14, rel=1e-3)
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_no_observed_line_is_lost_where_cells_are_left_out(row):
+    seen = np.zeros((7, 10), bool)
+    seen[row] = True
+    assert report._in_blocks(seen, 3).tolist() == [[int(i == row // 3)] * 4 for i in range(3)]
+    np.testing.assert_array_equal(report._in_blocks(seen, 1), seen)
+
+
+def test_an_estimate_is_shown_where_the_truth_is_not_known(made):
+    gappy = made[0].truth.copy()
+    gappy[:, :, 4, 5] = np.nan
+    one = dataclasses.replace(made[0], truth=gappy)
+    field = report.viewer_data([one], 1, 0)["estimates"][0][0][0]
+    drawn, step = decode(field["errors"][0], one.ocean.shape)
+    np.testing.assert_allclose(drawn[4, 5], one.mean[0, 0, 4, 5], atol=0.51 * step + 1e-3)
+    np.testing.assert_allclose(drawn[2, 3], (one.mean - one.truth)[0, 0, 2, 3], atol=0.51 * step + 1e-3)
 
 
 def test_coverage_and_ranks_know_about_partners(evaluation, made):
