@@ -214,6 +214,7 @@ def main(_: Sequence[str]) -> None:
     config.data.block_split = FLAGS.block_split
     for name in ("train", "validation", "test"):
         config.data[name] = getattr(FLAGS, name)
+    settings.check_split(config.data)
     made = torch_import.import_model(FLAGS.torch, config)
     model.save(made, FLAGS.out)
     print(f"wrote {FLAGS.out}: {FLAGS.network}, {made.training['split']}")

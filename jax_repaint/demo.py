@@ -40,7 +40,10 @@ def brief_config(path: str, train_range: str, validation_range: str, test_range:
 
 
 def fit(path: str, fields: Fields, train_range: str, test_range: str, steps: int, workdir: Path) -> tuple[Model, Split]:
-    """Trains for about `steps` steps on a range of a file's fields; the last fifth of the range is for validation."""
+    """Trains on a range of a file's fields, over which it passes as often as `steps` batches hold it.
+
+    The last fifth of the range is for validation.
+    """
     train_range, validation_range = carve(fields, train_range)
     config = brief_config(path, train_range, validation_range, test_range)
     parts = split_fields(fields, config.data)
@@ -68,7 +71,10 @@ def _define_flags() -> None:
     flags.DEFINE_string("fields", "", "File of your own; needs --train_range and --test_range.")
     flags.DEFINE_string("train_range", "", "Frames 0:250 or dates 2002-01-01/2002-09-07 of your file to train on.")
     flags.DEFINE_string("test_range", "", "Frames or dates of your file to inpaint.")
-    flags.DEFINE_integer("steps", 150, "Steps of training on your file.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps", 150, "Batches of 16 frames of your file that training sees, in whole passes over it, of which what "
+        "does not fill a batch is left out.", lower_bound=1,
+    )  # fmt: skip
     flags.DEFINE_integer("frames", 1, "Held-out frames to inpaint, drawn at random.", lower_bound=1)
     flags.DEFINE_list("patterns", [], "Observation patterns; by default the model's: a line, a walk, 2 % of the cells.")
     flags.DEFINE_list("methods", list(METHODS), f"Among {', '.join(methods.METHODS)}.")
@@ -102,6 +108,8 @@ def main(_) -> None:
     else:
         if FLAGS.train_range or FLAGS.test_range:
             raise InputError("--train_range and --test_range go with --fields")
+        if FLAGS["steps"].present:
+            raise InputError("--steps is of a training, which takes --fields")
         trained = model.load(FLAGS.model or SHIPPED)
         select, parts = held_out(trained)
         numbers = pick(parts, FLAGS.frames, FLAGS.seed)

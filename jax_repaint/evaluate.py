@@ -324,6 +324,7 @@ def run(
     kept: Sequence[str] = (),
     raw: bool = False,
     inputs: Sequence[Path] = (),
+    named: str | None = None,
 ) -> str:
     """Inpaints, writes table.csv, frames.csv, details.csv, fields.nc and figure.png, and returns the table as text.
 
@@ -335,6 +336,7 @@ def run(
       kept: other methods whose members are written too, into fields_{method}.nc.
       raw: whether to leave out the row {method}_calibrated of the method that the model's calibration is for.
       inputs: files that are read, which `out` must not replace.
+      named: what `history` calls the model; by default its fingerprint.
 
     Raises:
       InputError: methods, members or patterns that cannot be used, a folder that cannot be written or holds other
@@ -381,7 +383,7 @@ def run(
     scoring.write_csv(frame_rows(cases, scores), out / "frames.csv")
     scoring.write_csv(detail_rows(cases, results, fields), out / "details.csv")
     for name, file in written.items():
-        history = f"jax_repaint, model {model.fingerprint(trained)}, method {name}, seed {seed}"
+        history = f"jax_repaint, model {named or model.fingerprint(trained)}, method {name}, seed {seed}"
         data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name)
         readers.write_netcdf(data, out / file)
     examples = _examples(trained, cases, results[shown])
@@ -472,7 +474,9 @@ def main(_) -> None:
     # Before the fields, whose simulation may take minutes; `run` asks it of all that is read.
     check_out(out, FLAGS.keep, readers.files_of(FLAGS.fields) if FLAGS.fields else ())
     fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
+    named = model.fingerprint(trained)
     if FLAGS.directions:
+        named += f" with a linear prior of {FLAGS.directions} directions fitted anew"
         own = FLAGS.part != "all" and fields.hash() == trained.origin["fingerprint"]
         training = (fields, split) if own else data_of(trained, None)
         trained = with_directions(trained, *training, FLAGS.directions)
@@ -482,6 +486,7 @@ def main(_) -> None:
         trained, fields.select(numbers), numbers, patterns, FLAGS.methods, out,
         members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, block=block_length(split, len(numbers)),
         kept=FLAGS.keep, raw=FLAGS.raw or FLAGS.part == "validation", inputs=files_of(trained, FLAGS.fields),
+        named=named,
     )  # fmt: skip
     print(text)
     print(f"\nwrote {out / 'table.csv'}, {out / 'fields.nc'} and {out / 'figure.png'}")

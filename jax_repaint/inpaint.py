@@ -137,6 +137,8 @@ def inpaint(
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
     methods.check_methods([method], members)
+    if unfinished is not None and not isinstance(unfinished, Unfinished):
+        raise InputError(f"unfinished must be an Unfinished(path), got {type(unfinished).__name__}")
     members, seed = int(members), whole_number("seed", seed, 0)
     if members < (least := metrics.least_members(method in methods.PAIRED)):
         raise InputError(f"for a spread {method} needs {least} members at least, got {members}")

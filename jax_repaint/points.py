@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jax_repaint import methods, sample
-from jax_repaint.checks import whole_number
+from jax_repaint.checks import check_number, whole_number
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 from jax_repaint.posterior import Posterior
@@ -172,6 +172,8 @@ def read_points(config: ConfigDict) -> list[Point]:
         common = {key: own.get(key, config[key]) for key in ("model", "prior", "consecutive", MEMBERS)}
         common[MEMBERS] = whole_number(f"{name}: members", common[MEMBERS], 1)
         point = Point(number, own.get("label", " ".join([method, *said])), method, hyper=defaults | hyper, **common)
+        if own.get("prior", "linear") != "linear" and not point.repaint:
+            raise InputError(f"{name}: prior has no effect on method {method}, which starts from the linear prior")
         if point.prior not in PRIORS:
             raise InputError(f"{name}: prior {point.prior!r} is not one of {', '.join(PRIORS)}")
         if point.paired and point.members % 2:
@@ -207,6 +209,9 @@ def make_program(point: Point, trained: Model) -> Program:
         if point.repaint:
             stages = {key: value for key, value in point.hyper.items() if key != "var_decay"}
             program = sample.method(point.method, trained.steps.steps, **stages)
+            check_number("var_decay", point.var_decay)
+            if not 0 <= point.var_decay <= 1:
+                raise InputError(f"var_decay must be in [0, 1], got {point.var_decay}")
             _check_effect(point, program)
         elif point.method in methods.POSTERIOR:
             hyper = {_LEVELS[key]: value for key, value in point.hyper.items()}
@@ -230,7 +235,10 @@ def _check_effect(point: Point, stages: Sequence[Repaint]) -> None:
         "anneal": ("noise_floor below 1", even),
         "normalise": ("noise_floor below 1, blend or guidance", even and not trusting),
         "confidence_floor": ("blend or guidance", not trusting),
-        "var_decay": ("more than one stage", len(stages) == 1),
+        "var_decay": ("more than one stage, and a normalise other than flat",
+                      len(stages) == 1 or all(stage.normalise == "flat" for stage in stages)),
+        "t_refine": ("more than one stage", len(stages) == 1),
+        "refine_floor": ("more than one stage", len(stages) == 1),
     }  # fmt: skip
     for name in point.hyper:
         needs, nothing = idle.get(name, ("", False))

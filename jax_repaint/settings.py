@@ -106,6 +106,7 @@ def smoke(config: ConfigDict, arg: str) -> ConfigDict:
 def check_config(config: ConfigDict) -> None:
     """Raises InputError at a value that cannot work."""
     t, m, n = config.train, config.model, config.noise
+    check_split(config.data)
     if m.network not in unet.NETWORKS:
         raise InputError(f"model.network {m.network!r} is not one of {', '.join(unet.NETWORKS)}")
     if m.form not in model.FORMS:
@@ -158,6 +159,14 @@ def check_config(config: ConfigDict) -> None:
     network_config(config)
     if config.tensorboard:
         tensorboard()
+
+
+def check_split(data: ConfigDict) -> None:
+    """Raises InputError where `data` says in two ways how frames are to be split."""
+    usual = default_config().data
+    given = [name for name in ("train", "validation", "test") if data[name] != usual[name]]
+    if data.block_split and given:
+        raise InputError(f"data.block_split makes parts of its own; leave data.{given[0]} out, or block_split")
 
 
 def tensorboard() -> type:

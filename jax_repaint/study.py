@@ -210,6 +210,8 @@ def _check(config: ConfigDict) -> None:
         raise InputError(f"part must be test, validation or all, got {config.part!r}")
     if not config.seeds or any(not 0 <= seed < 2**32 for seed in config.seeds):
         raise InputError(f"seeds must be whole numbers from 0 to {2**32 - 1}, at least one, got {config.seeds}")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise InputError(f"seeds must differ from each other, got {config.seeds}")
     if any(not 1 <= size < config.members for size in config.sizes) or len(set(config.sizes)) < len(config.sizes):
         raise InputError(f"sizes must be from 1 and below members ({config.members}), got {config.sizes}")
 

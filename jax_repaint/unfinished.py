@@ -9,6 +9,7 @@ are removed when their command has written what it is for.
 import contextlib
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,8 +34,8 @@ class Unfinished:
       name: of the folder, without the digits.
     """
 
-    def __init__(self, name: Path):
-        self.name = self.folder = name
+    def __init__(self, name: str | os.PathLike):
+        self.name = self.folder = Path(name)
 
     def begin(self, trained: Model, asked: Mapping[str, Any]) -> None:
         """Looks for what is done of the same by the same program.

@@ -72,6 +72,7 @@ MISTAKES = {
     "positional argument": ([*SMOKE, "again"], "unexpected argument 'again'"),
     "fields without ranges": (OWN, "--train_range and --test_range"),
     "ranges without fields": (["demo", "--train_range=0:10", "--out=new"], "go with --fields"),
+    "steps without fields": (["demo", "--steps=10", "--out=new"], "--steps is of a training, which takes --fields"),
     "range that is none": ([*OWN, "--train_range=first", "--test_range=50:60"], "first"),
     "range beyond the file": ([*OWN, "--train_range=0:40", "--test_range=60:90"], "60:90"),
     "demo with an unknown method": (["demo", "--methods=magic", "--out=new"], "'magic' is not one of"),

@@ -382,7 +382,18 @@ class TestSplit:
 
     @pytest.mark.parametrize(
         ("gap", "message"),
-        [("soon", "not a number of frames nor a duration"), (-1, "negative"), (200, "leave none")],
+        [
+            ("soon", "not a number of frames nor a duration"),
+            ("36", "not a number of frames nor a duration"),
+            ("", "not a number of frames nor a duration"),
+            ("NaT", "not a number of frames nor a duration"),
+            ("-3h", "must not be negative"),
+            (-1, "gap must be a whole number, at least 0"),
+            (2.7, "gap must be a whole number, at least 0"),
+            (float("nan"), "gap must be a whole number, at least 0"),
+            (float("inf"), "gap must be a whole number, at least 0"),
+            (200, "leave none"),
+        ],
     )
     def test_impossible_gaps_are_refused(self, fields, gap, message):
         with pytest.raises(InputError, match=message):

@@ -95,6 +95,16 @@ def test_a_command_takes_frames_of_its_part_or_of_all_of_a_file(command, folder,
     np.testing.assert_array_equal(everything, np.arange(40))
 
 
+def test_an_evaluation_says_which_model_and_how_many_directions(folder, trained, monkeypatch):
+    said = []
+    for given in ({}, {"directions": 5}):
+        numbers_of(evaluate, folder, monkeypatch, said=said, **given)
+    plain = model.fingerprint(model.load(folder / "model"))
+    assert [options["named"] for options in said] == [
+        plain, f"{plain} with a linear prior of 5 directions fitted anew"
+    ]  # fmt: skip
+
+
 def test_directions_are_those_of_the_training_and_not_of_what_is_held_out(folder, trained, monkeypatch):
     path = str(folder / "own.nc")
     own = dataclasses.replace(trained, training=trained.training | {"config": with_fields(trained, path)})

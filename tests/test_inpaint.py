@@ -378,6 +378,14 @@ def test_a_gate_weighs_each_field_as_it_was_learnt(trained):
         export.export(calibrated_with(trained, gate=gate), None, members=8, method="kalman")
 
 
+def test_what_keeps_parts_takes_a_path_as_text(trained, tmp_path):
+    given = table(3)
+    keeping = quietly(trained, given, members=4, method="linear_samples", unfinished=Unfinished(str(tmp_path / "some")))
+    np.testing.assert_array_equal(both(keeping), both(quietly(trained, given, members=4, method="linear_samples")))
+    with pytest.raises(InputError, match=r"unfinished must be an Unfinished\(path\), got str"):
+        quietly(trained, given, members=4, method="linear_samples", unfinished=str(tmp_path / "some"))
+
+
 @pytest.mark.parametrize("value", [2.5, math.nan, math.inf, "8", 0, -4])
 @pytest.mark.parametrize("name", ["members", "chunk"])
 def test_members_and_chunks_are_whole_numbers(trained, name, value):

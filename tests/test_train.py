@@ -519,6 +519,15 @@ def test_values_that_cannot_work_are_refused(name, value, words):
         check_config(config)
 
 
+def test_two_ways_to_split_are_refused():
+    config = tiny.config()
+    config.data.block_split = True
+    check_config(config)
+    config.data.validation = "50:55"
+    with pytest.raises(InputError, match=r"data\.block_split makes parts of its own; leave data\.validation out"):
+        check_config(config)
+
+
 @pytest.mark.parametrize("focus_range", [(8.0, 0.5), (0.001, 8.0), (0.5, 200.0), (float("nan"), 8.0)])
 def test_a_focus_outside_of_the_noise_is_refused(focus_range):
     low, high = focus_range

@@ -18,6 +18,7 @@ import pandas as pd
 from absl import logging
 from scipy import fft, signal
 
+from jax_repaint.checks import whole_number
 from jax_repaint.data import plane
 from jax_repaint.data.staggered import grid_angle
 from jax_repaint.errors import InputError
@@ -536,16 +537,18 @@ def _range(fields: Fields, name: str, text: str) -> np.ndarray:
 
 
 def _gap_frames(fields: Fields, gap: int | str) -> int:
-    if isinstance(gap, str):
-        try:
-            frames = math.ceil(pd.Timedelta(gap).to_timedelta64() / fields.step)
-        except ValueError as e:
-            raise InputError(f"gap {gap!r} is not a number of frames nor a duration such as 36h or 3d") from e
-    else:
-        frames = int(gap)
-    if frames < 0:
+    if not isinstance(gap, str):
+        return whole_number("gap", gap, 0)
+    try:
+        # A number alone would be one of nanoseconds.
+        length = pd.Timedelta("NaT" if re.fullmatch(r"\s*[-+]?[\d.]*\s*", gap) else gap)
+    except ValueError:
+        length = pd.NaT
+    if length is pd.NaT:
+        raise InputError(f"gap {gap!r} is not a number of frames nor a duration such as 36h or 3d")
+    if length < pd.Timedelta(0):
         raise InputError(f"gap must not be negative, got {gap}")
-    return frames
+    return math.ceil(length.to_timedelta64() / fields.step)
 
 
 def _lasting(fields: Fields, frames: int) -> np.timedelta64:
