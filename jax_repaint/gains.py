@@ -163,17 +163,29 @@ def _levels(
     """S^-1, `along` and log det S of every level from one Cholesky factor of S each."""
     rows, components, rank = leading.shape
     size = rows * components
+    for level, factor in zip(sigma, factors(gaussian, seen, leading, noise, sigma), strict=True):
+        inverse = scipy.linalg.cho_solve((factor, True), np.eye(size))
+        along = _variances(gaussian, level)[1][:, None] * (leading.reshape(size, rank).T @ inverse)
+        log_det = 2 * np.log(np.diag(factor)).sum()
+        yield inverse.reshape(rows, components, rows, components), along.reshape(rank, rows, components), log_det
+
+
+def factors(
+    gaussian: PrincipalGaussian,
+    seen: sparse.csr_array,
+    leading: Float[np.ndarray, "m c r"],
+    noise: Float[np.ndarray, "m c c"],
+    sigma: np.ndarray,
+) -> Iterator[Float[np.ndarray, "mc mc"]]:
+    """Lower Cholesky factors of S, float64, of every level."""
+    rows, components, rank = leading.shape
+    size = rows * components
     leading = leading.reshape(size, rank)
     overlap = np.einsum("mn,cd->mcnd", (seen @ seen.T).toarray(), np.eye(components)).reshape(size, size)
     errors = np.einsum("mn,mcd->mcnd", np.eye(rows), noise).reshape(size, size)
     for level in sigma:
         left, excess = _variances(gaussian, level)
-        s = left * overlap + (leading * excess) @ leading.T + errors
-        factor = scipy.linalg.cholesky(s, lower=True)
-        inverse = scipy.linalg.cho_solve((factor, True), np.eye(size))
-        along = excess[:, None] * (leading.T @ inverse)
-        log_det = 2 * np.log(np.diag(factor)).sum()
-        yield inverse.reshape(rows, components, rows, components), along.reshape(rank, rows, components), log_det
+        yield scipy.linalg.cholesky(left * overlap + (leading * excess) @ leading.T + errors, lower=True)
 
 
 def _levels_by_blocks(

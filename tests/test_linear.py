@@ -170,6 +170,22 @@ def test_variance_of_precise_observations_is_their_error(gaussian, found, observ
     assert left[OCEAN & ~observed].min() > ERROR**2
 
 
+@pytest.mark.parametrize("error", [5e-4, 0.02])
+def test_variance_beside_precise_points_is_not_lost_in_a_difference(gaussian, error):
+    """Thirty points in a few squares of cells, against float64."""
+    rng = np.random.default_rng(4)
+    lat, lon = rng.uniform(4, 6.9, 30), rng.uniform(2, 4.9, 30)
+    points = observe.from_points(lat, lon, np.zeros((30, 2)), error, *map(np.arange, SHAPE), OCEAN)
+    variance = linear.analysis(gaussian, points).variance
+    valid = np.asarray(points.valid)
+    unit = jnp.eye(2 * OCEAN.size).reshape(-1, *SHAPE, 2)
+    a = np.asarray(jax.vmap(points.apply)(unit), float)[SEA][:, valid].reshape(SEA.size, -1).T
+    c = covariance_of(gaussian)
+    left = np.diag(c - c @ a.T @ np.linalg.solve(a @ c @ a.T + error**2 * np.eye(len(a)), a @ c))
+    assert np.sqrt(left.min()) < 5 * error
+    np.testing.assert_allclose(np.sqrt(on_sea(variance)), np.sqrt(left), rtol=0.005)
+
+
 def test_estimate_is_the_mean_of_the_analysis(gaussian, found, observation):
     values = np.random.default_rng(0).normal(size=(5, observation.size, 2)).astype(np.float32)
     expected = jax.vmap(found.mean)(jnp.asarray(values))

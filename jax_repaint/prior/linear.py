@@ -236,17 +236,17 @@ def fill(
     """
     ocean, rest = np.asarray(gaussian.ocean)[..., 0] > 0, float(gaussian.rest)
     root, mean = _root(gaussian)[:, ocean], np.asarray(gaussian.mean, np.float64)[ocean]
-    excess = np.diag(np.maximum(np.asarray(gaussian.variance, np.float64) - rest, 0))
     filled = np.array(x, np.float32)
     for number in np.flatnonzero(~present[:, ocean].all(1)):
         rng = np.random.default_rng([seed, number if numbers is None else numbers[number], 0xF11])
         known = present[number, ocean]
-        hidden = root[:, ~known].reshape(len(root), -1)
-        # Directions are orthonormal, so that W_p^T W_p is what the gaps leave of a diagonal matrix.
-        factor = scipy.linalg.cholesky(excess - hidden @ hidden.T + rest * np.eye(len(root)), lower=True)
+        seen, hidden = (root[:, cells].reshape(len(root), -1) for cells in (known, ~known))
+        # Not what the gaps leave of W^T W: directions in float32 are orthonormal to 1e-7 of the largest variance, and a
+        # frame of which little is seen may leave less.
+        factor = scipy.linalg.cholesky(seen @ seen.T + rest * np.eye(len(root)), lower=True)
         values = filled[number, ocean].astype(np.float64)
         misfit = (values[known] - mean[known]).reshape(-1)
-        z = scipy.linalg.cho_solve((factor, True), root[:, known].reshape(len(root), -1) @ misfit)
+        z = scipy.linalg.cho_solve((factor, True), seen @ misfit)
         z += np.sqrt(rest) * scipy.linalg.solve_triangular(factor, rng.standard_normal(len(root)), trans=1, lower=True)
         noise = np.sqrt(rest) * rng.standard_normal((int((~known).sum()), values.shape[-1]))
         values[~known] = mean[~known] + (z @ hidden).reshape(noise.shape) + noise
@@ -323,42 +323,42 @@ def _by_blocks(
 
 
 def _dense(gaussian: PrincipalGaussian, observation: Observation, correlation: float | np.ndarray) -> DenseAnalysis:
-    # The gain as (cells, c, m c) in float32, its parts, and as much again for the covariance.
-    _check_memory(4 * 4 * gaussian.mean.size * observation.values.size, gaussian, observation)
-    gain = gains.exact_gains(gaussian, observation, np.array([np.inf]), correlation)
-    inverse, along = gain.inverse[0], gain.along[0]
-    direction, ocean = np.asarray(gaussian.direction), np.asarray(gaussian.ocean)
-    grid, components = ocean.shape[:2], direction.shape[-1]
-    rows, rest = observation.size, float(gaussian.rest)
+    # Directions and covariance with what is observed, as it is, as (cells, c, m c) and turned; the gain in float32.
+    values = observation.values.size
+    _check_memory(gaussian.mean.size * (8 * (gaussian.variance.size + 3 * values) + 4 * values), gaussian, observation)
+    noise = np.asarray(gains.noise_covariance(observation, correlation), np.float64)
     seen, leading = gains.seen_by(gaussian, observation)
+    (factor,) = gains.factors(gaussian, seen, leading, noise, np.array([np.inf]))
+    ocean, rest = np.asarray(gaussian.ocean), float(gaussian.rest)
+    rows, components, rank = leading.shape
+    excess = np.asarray(gaussian.variance, np.float64) - rest
+    direction = np.asarray(gaussian.direction, np.float64).reshape(rank, -1)
+    covariance = (direction.T @ (excess * leading.reshape(-1, rank)).T).reshape(
+        ocean.size, components, rows, components
+    )
     used = np.unique(seen.indices[seen.data != 0])
-    weights = seen[:, used].toarray()
-
-    def with_rest(of_rows: np.ndarray, of_directions: np.ndarray) -> np.ndarray:
-        """rest A^T of_rows + E of_directions as (cells, c, m c)."""
-        leading = np.tensordot(direction.reshape(len(direction), -1), of_directions.astype(np.float32), (0, 0))
-        whole = leading.reshape(ocean.size, components, rows, components)
-        whole[used] += (rest * np.tensordot(weights, of_rows, (0, 0))).astype(np.float32)
-        return whole.reshape(*grid, components, rows, components)
-
-    matrix = with_rest(inverse, along)
-    same = np.eye(rows * components).reshape((rows, components) * 2)
-    excess = np.asarray(gaussian.variance) - rest
-    covariance = with_rest(same, excess[:, None, None] * np.moveaxis(leading, -1, 0))
-    variance = prior_variance(gaussian) - np.einsum("yxcmd,yxcmd->yxc", matrix, covariance)
+    weights = rest * seen[:, used].toarray().T
+    for component in range(components):
+        covariance[used, component, :, component] += weights
+    covariance = covariance.reshape(-1, rows * components)
+    # By the factor and not by the inverse, which loses what precise observations beside each other leave.
+    turned = scipy.linalg.solve_triangular(factor, covariance.T, lower=True)
+    variance = prior_variance(gaussian) - np.einsum("mv,mv->v", turned, turned).reshape(gaussian.mean.shape)
+    gain = scipy.linalg.solve_triangular(factor, turned, lower=True, trans=1).T
     return DenseAnalysis(
         observation=observation,
         background=gaussian.mean,
-        gain=jnp.asarray(matrix),
+        gain=jnp.asarray(gain.reshape(*gaussian.mean.shape, rows, components), jnp.float32),
         variance=jnp.asarray(np.maximum(variance, 0) * ocean, jnp.float32),
     )
 
 
 def prior_variance(gaussian: PrincipalGaussian) -> np.ndarray:
-    """diag(Sigma), the variance (y, x, c) without any observation, in the units of the prior; zero on land."""
+    """diag(Sigma), the variance (y, x, c) without any observation, in the units of the prior; zero on land; float64."""
     rest = float(gaussian.rest)
-    excess = np.asarray(gaussian.variance) - rest
-    return np.einsum("r,ryxc->yxc", excess, np.asarray(gaussian.direction) ** 2) + rest * np.asarray(gaussian.ocean)
+    excess = np.asarray(gaussian.variance, np.float64) - rest
+    squares = np.square(np.asarray(gaussian.direction, np.float64))
+    return np.einsum("r,ryxc->yxc", excess, squares) + rest * np.asarray(gaussian.ocean, np.float64)
 
 
 def estimate(gaussian: PrincipalGaussian, observation: Observation, values: np.ndarray) -> np.ndarray:
