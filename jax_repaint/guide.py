@@ -61,6 +61,7 @@ class Evidence:
         return self.ocean * self.observation.adjoint(values, self.ocean.shape[:2])
 
 
+LONGEST = 4.0  # of a preconditioned step, in those that the preconditioner alone would take
 Denoise = Callable[[Field], Field]
 Correction = Callable[[Denoise, Field, Level, Level, Evidence], Field]
 
@@ -143,15 +144,39 @@ def mmps(
     Moment matching posterior sampling (Rozet et al. 2024, "Learning Diffusion Priors from Observations by Expectation
     Maximization"). The Jacobian of a network is not symmetric: more than 3 steps may make it worse.
     """
+    return _matched(denoise, x, sigma, evidence, cg_steps, None)
+
+
+def kalman_cg(
+    denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, cg_steps: int = 1
+) -> Field:
+    """`mmps` with the conjugate gradients preconditioned by (A C_t A^T + R)^-1, that of `kalman`.
+
+    One step is `cov_pigdm` with the length that the network's own covariance asks for, and exact for a Gaussian prior.
+    """
+
+    def precondition(v: Values) -> Values:
+        return gains.weigh(evidence.gaussian, evidence.observation, evidence.gain, v)
+
+    return _matched(denoise, x, sigma, evidence, cg_steps, precondition)
+
+
+def _matched(
+    denoise: Denoise,
+    x: Field,
+    sigma: Level,
+    evidence: Evidence,
+    cg_steps: int,
+    precondition: Callable[[Values], Values] | None,
+) -> Field:
     x0, pull = jax.vjp(denoise, x)
 
-    def covary(v: Values) -> Field:
-        return sigma**2 * pull(evidence.spread(v))[0]
+    def operator(v: Values) -> tuple[Values, Field]:
+        covariance = sigma**2 * pull(evidence.spread(v))[0]
+        noise = jnp.einsum("mcd,md->mc", evidence.noise, v, precision=HIGHEST)
+        return noise + evidence.observation.apply(covariance), covariance
 
-    def operator(v: Values) -> Values:
-        return jnp.einsum("mcd,md->mc", evidence.noise, v, precision=HIGHEST) + evidence.observation.apply(covary(v))
-
-    return x0 + covary(conjugate_gradients(operator, evidence.misfit(x0), cg_steps))
+    return x0 + conjugate_gradients(operator, evidence.misfit(x0), cg_steps, precondition)
 
 
 def dps(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, step: Level = 0.3) -> Field:
@@ -179,27 +204,49 @@ CORRECTIONS: dict[str, Correction] = {
     "cov_pigdm": cov_pigdm,
     "pigdm": cov_pigdm,
     "mmps": mmps,
+    "kalman_cg": kalman_cg,
     "dps": dps,
     "given": none,
 }
 
 
-def conjugate_gradients(operator: Callable[[Array], Array], right: Array, steps: int) -> Array:
-    """v after `steps` steps from 0 of operator(v) = right (Hestenes and Stiefel 1952, section 3).
+WITH_GRADIENTS = ("cov_pigdm", "pigdm", "mmps", "kalman_cg", "dps")  # corrections that cost more than a network call
+
+
+def conjugate_gradients(
+    operator: Callable[[Array], tuple[Array, Array]],
+    right: Array,
+    steps: int,
+    precondition: Callable[[Array], Array] | None = None,
+) -> Array:
+    """B v after `steps` steps from 0 of S v = right (Hestenes and Stiefel 1952, section 3; preconditioned, section 11).
 
     Stays where it is once the residual has reached rounding, or where a direction has no positive curvature (the
-    Jacobian of a network is not a covariance).
+    Jacobian of a network is not a covariance). A preconditioner is trusted to a factor of LONGEST: if the first
+    direction has less curvature than that, the step is its own, of length 1, and the last.
+
+    Args:
+      operator: v -> S v and B v, both linear.
+      precondition: r -> M^-1 r, positive definite; r itself by default.
     """
-    enough = (jnp.finfo(right.dtype).eps ** 2) * jnp.sum(right**2)
+    first = right if precondition is None else precondition(right)
+    least = 0.0 if precondition is None else 1 / LONGEST
+    enough = (jnp.finfo(right.dtype).eps ** 2) * jnp.sum(right * first)
 
-    def step(state: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
-        v, residual, direction = state
-        image = operator(direction)
-        square, curvature = jnp.sum(residual**2), jnp.sum(direction * image)
-        usable = (curvature > 0) & (square > enough)
+    def step(state: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], None]:
+        carried, residual, weighed, direction, going = state
+        image, moved = operator(direction)
+        square, curvature = jnp.sum(residual * weighed), jnp.sum(direction * image)
+        fine = (curvature > least * square) & (square > enough)
+        usable = fine & going
         length = jnp.where(usable, square / jnp.where(usable, curvature, 1.0), 0.0)
+        if precondition is not None:
+            length = jnp.where((number == 0) & ~fine, 1.0, length)
         left = residual - length * image
-        turn = jnp.where(usable, jnp.sum(left**2) / jnp.where(usable, square, 1.0), 0.0)
-        return (v + length * direction, left, left + turn * direction), None
+        again = left if precondition is None else precondition(left)
+        turn = jnp.where(usable, jnp.sum(left * again) / jnp.where(usable, square, 1.0), 0.0)
+        return (carried + length * moved, left, again, again + turn * direction, usable), None
 
-    return jax.lax.scan(step, (jnp.zeros_like(right), right, right), length=steps)[0][0]
+    shape = jax.eval_shape(operator, right)[1]
+    start = jnp.zeros(shape.shape, shape.dtype), right, first, first, jnp.bool_(True)
+    return jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))[0][0]

@@ -31,7 +31,7 @@ from jax_repaint.sample import Outcome, Repaint, method
 DETERMINISTIC = ("climatology", "seed_gp", "gp", "linear")
 BASELINES = (*DETERMINISTIC, "linear_samples")
 REPAINT = tuple(sample.METHODS)
-POSTERIOR = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "dps", "paste")
+POSTERIOR = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "dps", "paste")
 METHODS = (*BASELINES, *REPAINT, *POSTERIOR)
 # Those that use observations by their likelihood alone, so that rows may be merged (observe.merged).
 MERGING = ("linear_samples", "kalman", "cov_pigdm", "pigdm", "given")

@@ -39,7 +39,7 @@ _LEVELS = {"levels": "count", "sigma_max": "sigma_max", "sigma_min": "sigma_min"
     name: name for name in ("eta", "dps_step", "cg_steps", "second_order", "stop_sigma")
 }
 
-_OF_ONE = {"dps_step": "dps", "cg_steps": "mmps"}  # settings of one posterior sampler alone
+_OF_SOME = {"dps_step": ("dps",), "cg_steps": ("mmps", "kalman_cg")}  # settings of these posterior samplers alone
 
 
 def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
@@ -190,7 +190,7 @@ def _settings(method: str) -> set[str]:
     """Names of the settings of a method."""
     if method in methods.REPAINT:
         return {*inspect.signature(Repaint.create).parameters, *sample.METHODS[method], "var_decay"}
-    others = {name for name, owner in _OF_ONE.items() if owner != method}
+    others = {name for name, owners in _OF_SOME.items() if method not in owners}
     return set(_LEVELS) - others if method in methods.POSTERIOR else set()
 
 

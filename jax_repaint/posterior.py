@@ -39,7 +39,7 @@ class Posterior:
       eta: share of fresh noise in a step; 1 ancestral, 0 deterministic.
       dps_step: step of the correction `dps`, in standardised units.
       correction: a name of guide.CORRECTIONS.
-      cg_steps: conjugate gradient steps of `mmps`.
+      cg_steps: conjugate gradient steps of `mmps` and `kalman_cg`.
       second_order: extrapolate x0 from the last two levels (needs eta = 0).
     """
 
@@ -114,7 +114,7 @@ def evidence_for(
       hyper: its levels and correction.
       ocean: (y, x, 1), 1 on ocean.
       observation: in standardised units; may be left out for the correction `none` only.
-      gaussian: prior of `kalman`, `cov_pigdm` and `given`; of `regimes` their mixture.
+      gaussian: prior of `kalman`, `kalman_cg`, `cov_pigdm` and `given`; of `regimes` their mixture.
       correlation: of the errors of u and v (gains.noise_covariance); the same as of the analysis to start from.
 
     Raises:
@@ -134,7 +134,7 @@ def evidence_for(
     known = guide.Evidence(ocean, observation, gains.noise_covariance(observation, correlation))
     if hyper.correction == "pigdm":
         gaussian = guide.white(ocean, observation.values.shape[-1])
-    elif hyper.correction not in ("kalman", "cov_pigdm", "given", "regimes"):
+    elif hyper.correction not in ("kalman", "cov_pigdm", "given", "regimes", "kalman_cg"):
         return known
     mixture = hyper.correction == "regimes"
     if not isinstance(gaussian, Regimes if mixture else PrincipalGaussian):
@@ -251,7 +251,8 @@ def posterior(
     informed = hyper.correction == "given"
     if informed and not hasattr(denoiser, "given"):
         raise InputError("the correction given needs a denoiser that takes observations (form conditional)")
-    options = {"mmps": {"cg_steps": hyper.cg_steps}, "dps": {"step": hyper.dps_step}}.get(hyper.correction, {})
+    own = {"mmps": {"cg_steps": hyper.cg_steps}, "dps": {"step": hyper.dps_step}}
+    options = (own | {"kalman_cg": own["mmps"]}).get(hyper.correction, {})
 
     def noise(number: Array) -> Field:
         return sign * draw(jax.random.fold_in(key, number), start.shape, start.dtype)

@@ -333,7 +333,7 @@ def _seconds_a_call(study: Study, sampler: Sampler) -> float:
     program = study.programs[sampler.group.points[0]]
     if program is None:
         return 0.0
-    guided = program[0].guided if sampler.repaint else program.correction in ("cov_pigdm", "pigdm", "mmps", "dps")
+    guided = program[0].guided if sampler.repaint else program.correction in guide.WITH_GRADIENTS
     denoiser = sampler.trained.denoiser
     mesh = ensemble.over_devices(sampler.chunk)
     x = jnp.zeros((sampler.chunk, *sampler.trained.padded, 2))

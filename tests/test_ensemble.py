@@ -496,7 +496,9 @@ def three(frames):
     return rows
 
 
-@pytest.mark.parametrize("correction", ["paste", "kalman", "cov_pigdm", "pigdm", "mmps", "dps", "given", "regimes"])
+@pytest.mark.parametrize(
+    "correction", ["paste", "kalman", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "dps", "given", "regimes"]
+)
 def test_frames_do_not_depend_on_each_other(gaussian, three, correction):
     """Sampled together, whatever the chunk, each frame has the members that it has alone."""
     hyper = Posterior.create(10.0, 0.02, 4, correction=correction)

@@ -148,7 +148,7 @@ def test_a_track_of_many_points_gives_the_posterior_of_dense_algebra(gaussian_mo
     assert float(fields.misfit[0]) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["paste", "mmps", "dps", "adaptive"])
+@pytest.mark.parametrize("method", ["paste", "mmps", "kalman_cg", "dps", "adaptive"])
 def test_points_are_not_merged_for_methods_that_see_more_than_their_likelihood(trained, monkeypatch, method):
     points, made = table(60, seed=2), []
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import sparse
 
 from jax_repaint import gains, guide, memory, observe, transition
 from jax_repaint.denoise import PrincipalGaussian
@@ -124,7 +125,7 @@ def test_conditional_covariance_is_the_dense_inverse(gaussian, dense, sigma):
     np.testing.assert_allclose(mine, exact, atol=1e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("correction", ["kalman", "cov_pigdm", "mmps"])
+@pytest.mark.parametrize("correction", ["kalman", "cov_pigdm", "mmps", "kalman_cg"])
 @pytest.mark.parametrize("sigma", [0.03, 0.8, 20.0])
 def test_corrections_of_the_exact_denoiser_are_exact(gaussian, observation, dense, correction, sigma):
     """The Jacobian of the exact denoiser is C_t / sigma^2, so all three are the conditional mean."""
@@ -270,7 +271,7 @@ def test_a_sample_can_be_differentiated_by_its_own_numbers(gaussian, observation
     assert float(by_sigma @ along) == pytest.approx((change[0] - change[1]) / 2, rel=0.05, abs=1e-4)
 
 
-@pytest.mark.parametrize("correction", ["kalman", "cov_pigdm", "pigdm", "mmps", "dps", "paste"])
+@pytest.mark.parametrize("correction", ["kalman", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "dps", "paste"])
 def test_single_precision_stays_where_a_program_asks_for_double(gaussian, observation, correction):
     hyper = Posterior.create(3.4, 0.3, 4, correction=correction)
     members = []
@@ -286,8 +287,34 @@ def test_single_precision_stays_where_a_program_asks_for_double(gaussian, observ
 def test_conjugate_gradients_halt_where_the_operator_is_not_positive():
     matrix = jnp.asarray(np.diag([2.0, 1.0, 0.5]), jnp.float32)
     right = jnp.asarray([1.0, 2.0, 3.0])
-    np.testing.assert_allclose(guide.conjugate_gradients(lambda v: matrix @ v, right, 9), [0.5, 2.0, 6.0], rtol=1e-5)
-    np.testing.assert_array_equal(guide.conjugate_gradients(lambda v: -v, right, 3), jnp.zeros(3))
+    solved = guide.conjugate_gradients(lambda v: (matrix @ v, v), right, 9)
+    np.testing.assert_allclose(solved, [0.5, 2.0, 6.0], rtol=1e-5)
+    np.testing.assert_array_equal(guide.conjugate_gradients(lambda v: (-v, v), right, 3), jnp.zeros(3))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_preconditioned_steps_are_those_of_scipy(steps):
+    rng = np.random.default_rng(0)
+    root, near = rng.normal(size=(2, 6, 6))
+    matrix = root @ root.T + np.eye(6)
+    inverse = np.linalg.inv(matrix + 0.1 * near @ near.T)
+    right = rng.normal(size=6)
+    expected, _ = sparse.linalg.cg(matrix, right, rtol=0, atol=0, maxiter=steps, M=inverse)
+    m, p = jnp.asarray(matrix, jnp.float32), jnp.asarray(inverse, jnp.float32)
+    found = guide.conjugate_gradients(
+        lambda v: (m @ v, 3 * v), jnp.asarray(right, jnp.float32), steps, lambda r: p @ r
+    )  # fmt: skip
+    np.testing.assert_allclose(found, 3 * expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.0, 0.2])
+def test_a_preconditioner_is_followed_where_the_operator_has_too_little_curvature(factor):
+    """And no further: its own step, of length 1, is the last."""
+    right = jnp.asarray([1.0, 2.0, 3.0])
+    found = guide.conjugate_gradients(lambda v: (factor * 4 * v, v), right, 3, lambda r: r / 4)
+    np.testing.assert_allclose(found, right / 4)
+    better = guide.conjugate_gradients(lambda v: (0.3 * 4 * v, v), right, 3, lambda r: r / 4)
+    np.testing.assert_allclose(better, right / 4 / 0.3, rtol=1e-6)
 
 
 def test_kalman_members_are_exact_posterior_samples(gaussian, observation, linear, dense):
