@@ -132,6 +132,17 @@ def test_who_names_other_fields_is_told_of_the_whole_of_them(folder, trained, ca
     assert "the part all takes every one" in caplog.text
 
 
+def test_a_twin_of_another_rounding_is_the_twin(trained, monkeypatch, caplog):
+    """Machines round differently; a file that differs is another file."""
+    made = tiny.fields()
+    other = dataclasses.replace(made, velocity=np.nextafter(made.velocity, np.float32(1)))
+    monkeypatch.setattr(cases, "load_fields", lambda *_: other)
+    for path, warned in ((None, False), ("own.nc", True)):
+        caplog.clear()
+        data_of(trained, path)
+        assert ("is not the data that the model was trained on" in caplog.text) is warned
+
+
 def test_all_of_a_file_needs_a_file_that_no_model_was_trained_on(folder, trained):
     with pytest.raises(InputError, match="only of a file"):
         data_of(trained, None, "all")
