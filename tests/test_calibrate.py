@@ -396,7 +396,7 @@ def test_frames_without_evidence_keep_their_weight():
     assert made.gate.of(NO_EVIDENCE) == 1.0
     np.testing.assert_allclose(dataclasses.astuple(made.gate), dataclasses.astuple(whole.gate), rtol=0.5)
     assert fit(fields, evidence=[NO_EVIDENCE] * 40).gate is None
-    with pytest.raises(InputError, match="three finite numbers or none for each of 40 fields"):
+    with pytest.raises(InputError, match="three finite numbers, or none, for each of 40 fields"):
         fit(fields, evidence=[*evidence[:-1], np.array([1.0, np.nan, 0.0])])
 
 
