@@ -925,7 +925,7 @@ def test_uniform_has_as_much_noise_as_adaptive_in_the_table_of_all():
 def test_configurations_ask_what_the_notes_asked():
     found = {path.stem for path in SWEEPS}
     assert found == {
-        "anneal_floor", "attention", "bulk", "calls", "consecutive", "coverage", "ddpm_vs_gp", "distance",
+        "anneal_floor", "attention", "bulk", "calls", "cg_steps", "consecutive", "coverage", "ddpm_vs_gp", "distance",
         "ensemble_size", "even_gamma", "gamma", "guidance_scale", "head_to_head", "methods", "models", "patterns",
         "stages", "start_level", "two_stage", "var_decay", "x0_blend",
     }  # fmt: skip
