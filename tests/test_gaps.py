@@ -196,21 +196,17 @@ def test_draws_have_the_conditional_mean_and_covariance(likeliest, frames, prese
 def test_a_frame_of_which_little_is_seen_is_filled_by_what_is_seen():
     """Of a prior whose rest is far below the rounding of its largest variance."""
     factor, _, mean = truth(30, 0.0, seed=7)
-    smooth = factor * 0.3 ** np.arange(30)
-    prior = linear.fit(draw((30 * smooth, 1e-8, mean), 200, 2), OCEAN, 40)
-    assert float(prior.rest) < 3e-7 * float(prior.variance[0])
-    frame = draw((30 * smooth, 1e-8, mean), 1, 3)
-    seen = np.zeros(SHAPE, bool)
-    seen[5:7, 3:6] = True
-    count = 400
-    same, known = (np.broadcast_to(one, (count, *one.shape[-len(shape):])) for one, shape in (
-        (frame[0], (*SHAPE, 2)), (seen, SHAPE)))  # fmt: skip
+    smooth = 30 * factor * 0.8 ** np.arange(30), 1e-9, mean
+    prior, frame = linear.fit(draw(smooth, 200, 2), OCEAN, 80), draw(smooth, 1, 3)
+    assert float(prior.rest) < 3e-8 * float(prior.variance[0])
+    seen, count = np.zeros((1, *SHAPE), bool), 2000
+    seen[0, 5, 3:5] = True
+    same, known = (np.broadcast_to(one, (count, *one.shape[1:])) for one in (frame, seen))
     filled = on_sea(linear.fill(prior, same, known))
-    given = on_values(seen[None])[0]
+    given = on_values(seen)[0]
     expected, covariance = conditional(on_sea(prior.mean), covariance_of(prior), on_sea(frame)[0], given)
-    gap = ~given
-    scale = np.sqrt(np.diag(covariance)[gap])
-    assert np.abs((filled.mean(0) - expected)[gap] / scale).max() < 6 / np.sqrt(count)
+    scale = np.sqrt(np.diag(covariance)[~given])
+    assert np.abs((filled.mean(0) - expected)[~given] / scale).max() < 6 / np.sqrt(count)
 
 
 def test_a_frame_has_its_fill_whatever_frames_are_beside_it(likeliest, frames, present):
