@@ -113,6 +113,7 @@ def find(table: pd.DataFrame, columns: Mapping[str, str], name: str) -> dict[str
 
 
 def plain(title: Any) -> str:
+    """A title as it is compared: in lower case, without blanks around it."""
     return str(title).strip().lower()
 
 
@@ -139,6 +140,7 @@ def _unit(title: Any) -> tuple[str, str, bool]:
 
 
 def check_unit(title: Any, name: str) -> None:
+    """Raises InputError at a title that says another unit of speed than m/s."""
     _, unit, foreign = _unit(title)
     if foreign:
         raise InputError(f"{name}: {title} is in {unit} by its name; give velocities and their errors in m/s")
@@ -249,6 +251,11 @@ def check_times(table: pd.DataFrame, found: Mapping[str, Any], named: bool, name
 
 
 def times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
+    """Dates of a column (m,) in UTC, rounded to multiples of `step`.
+
+    Raises:
+      InputError: numbers, what is no date of ISO 8601, a step that is no fixed duration.
+    """
     # Of up to seven digits a number counts from somewhere; 20200104 is a date.
     if pd.api.types.is_numeric_dtype(column) or column.astype(str).str.fullmatch(r"\d{1,7}(\.\d*)?").all():
         raise InputError(f"{name}: {column.name} holds numbers; expected dates such as 2020-01-04T12:00")
@@ -280,6 +287,7 @@ def times(column: pd.Series, step: str | None, name: str) -> np.ndarray:
 
 
 def says_depth(title: Any) -> bool:
+    """Whether a title is that of a depth, a pressure or the number of a level."""
     return bool(DEPTH.fullmatch(UNIT.sub("", str(title).strip().lower())))
 
 

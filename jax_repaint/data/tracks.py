@@ -157,8 +157,10 @@ def dated(variable: xr.DataArray) -> bool:
 
 
 def units_of(variable: xr.DataArray) -> list[Any]:
+    """Its attribute of units, in any case; empty without."""
     return [value for key, value in variable.attrs.items() if key.lower() in ("unit", "units")]
 
 
 def with_units(variable: xr.DataArray) -> xr.DataArray:
+    """With its units as CF calls them, m s-1 where it has none."""
     return variable.assign_attrs(units=[*units_of(variable), "m s-1"][0])
