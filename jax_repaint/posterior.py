@@ -251,8 +251,8 @@ def posterior(
     informed = hyper.correction == "given"
     if informed and not hasattr(denoiser, "given"):
         raise InputError("the correction given needs a denoiser that takes observations (form conditional)")
-    own = {"mmps": {"cg_steps": hyper.cg_steps}, "dps": {"step": hyper.dps_step}}
-    options = (own | {"kalman_cg": own["mmps"]}).get(hyper.correction, {})
+    steps = {"cg_steps": hyper.cg_steps}
+    options = {"mmps": steps, "kalman_cg": steps, "dps": {"step": hyper.dps_step}}.get(hyper.correction, {})
 
     def noise(number: Array) -> Field:
         return sign * draw(jax.random.fold_in(key, number), start.shape, start.dtype)
