@@ -14,9 +14,10 @@ def get_config(arg: str = ""):
     def sweep(add):
         add(method="kalman")
         add(method="cov_pigdm")
-        for steps in (1, 2, 3):
+        # Every number of steps is a program of its own.
+        for steps in (1, 2) if arg else (1, 2, 3):
             add(method="kalman_cg", cg_steps=steps)
-        for steps in (1, 2, 3, 4):
+        for steps in (1,) if arg else (1, 2, 3, 4):
             add(method="mmps", cg_steps=steps)
 
     config = default_config(sweep)
