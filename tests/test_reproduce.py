@@ -557,8 +557,8 @@ def test_sizes_and_models_of_the_sweeps():
         assert full.frames == 128
         assert reproduce.sweep_config(name, "a", "b", frames=3).frames == 3
     for file in (reproduce.CONFIGS / "sweeps").glob("*.py"):
-        # Seven ask what this page does not.
-        others = {"coverage", "distance", "methods", "models", "start_level", "even_gamma", "var_decay"}
+        # Eight ask what this page does not.
+        others = {"coverage", "distance", "methods", "models", "start_level", "even_gamma", "var_decay", "cg_steps"}
         assert file.stem in {size.file or name for name, size in reproduce.SWEEPS.items()} | others
     pairs = points.read_points(reproduce.sweep_config("attention", "a", "b", again=[("c", "d")]))
     assert [point.model for point in pairs] == list("aabbccdd")
