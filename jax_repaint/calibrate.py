@@ -9,9 +9,9 @@ errors of the linear estimate to be forgotten, with the pattern where that takes
 With --fields=FILE --part=all it learns from a whole file of which no frame had a part in training; what is evaluated
 later should not be of that file.
 
-`evaluate` and `inpaint` use the calibration for ensembles of the same method and size, unless they are told --raw. A
-model has one calibration: a new one replaces it, but one of another method, or from more blocks of time, only with
---replace.
+`evaluate` and `inpaint` use a calibration for ensembles of the same method and size, unless they are told --raw. A
+model has one for each method and size: a new one replaces it, but one from more blocks of time only with --replace. The
+method of the first is the default of `inpaint`, until --default names another.
 """
 
 import dataclasses
@@ -161,23 +161,13 @@ def blocks_of(numbers: Sequence[int], block: int) -> int:
     return np.unique(np.asarray(numbers) // block).size
 
 
-def check_replaced(old: Calibration | None, name: str, blocks: int | None = None) -> None:
-    """Before long work: whether a calibration of `name` may take the place of an old one without being told to.
-
-    Args:
-      blocks: of time that the new one is to be learnt from; None if not yet known.
+def check_replaced(old: Calibration | None, blocks: int) -> None:
+    """Before long work: whether a calibration from `blocks` blocks of time may take an old one's place unasked.
 
     Raises:
-      InputError: the old one is of another method, or rests on more blocks of time.
+      InputError: the old one rests on more blocks of time.
     """
-    if old is None:
-        return
-    if old.method != name:
-        raise InputError(
-            f"the model has a calibration of another method, {words_of(old)}; inpaint would take {name} instead of "
-            f"{old.method} by default; calibrate a copy of the model, or say --replace"
-        )
-    if blocks is not None and old.blocks > blocks:
+    if old is not None and old.blocks > blocks:
         raise InputError(
             f"the model has a calibration from more blocks of time, {words_of(old)}, than the {blocks} of this one; "
             "calibrate a copy of the model, take more --frames, or say --replace"
@@ -207,7 +197,8 @@ def _define_flags() -> None:
     )
     flags.DEFINE_integer("block", None, "Frames in a block of time; by default measured.", lower_bound=1)
     flags.DEFINE_bool("gate", False, "Also learn a weight for single frames; twice the work, here and in use.")
-    flags.DEFINE_bool("replace", False, "Replace a calibration of another method, or from more blocks of time, too.")
+    flags.DEFINE_bool("replace", False, "Replace a calibration from more blocks of time, too.")
+    flags.DEFINE_bool("default", False, "Make the method the default of inpaint, as that of the first calibration is.")
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.mark_flag_as_required("model")
@@ -220,9 +211,7 @@ def main(_) -> None:
     if FLAGS.model == SHIPPED:
         raise InputError(f"{SHIPPED} is the model in the package; calibrate a copy of its folder")
     files.check_writable(f"{FLAGS.model}/{model.DESCRIPTION}")
-    old = trained.calibration
-    if not FLAGS.replace:
-        check_replaced(old, FLAGS.method)
+    old = calibration.find(trained.calibrations, FLAGS.method, FLAGS.members)
     fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
     patterns = FLAGS.patterns or trained.patterns
     series = fields.select(split.validation)
@@ -232,7 +221,7 @@ def main(_) -> None:
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     logging.info("%d frames in blocks of %d frames", numbers.size, block)
     if not FLAGS.replace:
-        check_replaced(old, FLAGS.method, blocks_of(numbers, block))
+        check_replaced(old, blocks_of(numbers, block))
     learnt = learn(
         trained, fields.select(numbers), numbers, patterns, FLAGS.method,
         block=block, members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, gate=FLAGS.gate,
@@ -241,9 +230,12 @@ def main(_) -> None:
         logging.warning("the gate does not lower the error of blocks that it was not learnt from, and is not kept")
     if old is not None:
         logging.warning("replaces the calibration for %s by one for %s", words_of(old), words_of(learnt))
-    model.store_calibration(FLAGS.model, learnt)
+    model.store_calibration(FLAGS.model, learnt, FLAGS.default)
     print(learnt.describe())
     print(f"\nstored in {FLAGS.model}")
+    default = model.load(FLAGS.model).calibrations[0].method
+    if default != FLAGS.method:
+        print(f"inpaint takes {default} by default; --default makes it {FLAGS.method}")
 
 
 if __name__ == "__main__":

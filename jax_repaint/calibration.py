@@ -22,7 +22,7 @@ confidence machines for regression" (2002), the scale; Vovk, Gammerman, Shafer, 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -250,6 +250,33 @@ class Calibration:
             f"{score['spread_skill']:.2f} calibrated",
         ]
         return "\n".join(lines)
+
+
+def find(made: Iterable[Calibration], method: str, members: int) -> Calibration | None:
+    """The calibration for ensembles of `members` members of `method`; None if there is none."""
+    return next((one for one in made if (one.method, one.members) == (method, members)), None)
+
+
+def added(made: Iterable[Calibration], learnt: Calibration, first: bool = False) -> tuple[Calibration, ...]:
+    """`made` with `learnt` in place of the one of its method and size, or else at the end; where `first`, in front."""
+    made = list(made)
+    old = find(made, learnt.method, learnt.members)
+    place = len(made) if old is None else made.index(old)
+    made[place : place + 1] = [] if first else [learnt]
+    return (learnt, *made) if first else tuple(made)
+
+
+def sizes(made: Iterable[Calibration]) -> str:
+    """Such as "8 and 16 members of kalman, 16 of mmps"; empty for none."""
+    counts: dict[str, list[int]] = {}
+    for one in made:
+        counts.setdefault(one.method, []).append(one.members)
+    words = []
+    for method, members in counts.items():
+        *some, last = map(str, sorted(members))
+        number = f"{', '.join(some)} and {last}" if some else last
+        words.append(f"{number} {'' if words else 'members '}of {method}")
+    return ", ".join(words)
 
 
 def correct(prior_mean: np.ndarray, members: np.ndarray, weight: np.ndarray, spread: np.ndarray) -> np.ndarray:

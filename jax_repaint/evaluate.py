@@ -9,9 +9,9 @@ with ensemble mean, over the same frames, against the best of the baselines.
 
 The model's frames are split again as in its training; the frames that are scored are drawn from the test part, or with
 --fields=FILE --part=all from a whole file of which no frame had a part in training, such as another season. To choose a
-method or a setting, take --part=validation, so that the test part stays unseen. The method that the model is calibrated
-for has two rows, as it is and calibrated; --raw leaves the second out, as does the validation part, which calibrations
-are learnt on.
+method or a setting, take --part=validation, so that the test part stays unseen. A method that the model has a
+calibration for has two rows, as it is and calibrated; --raw leaves the second out, as does the validation part, which
+calibrations are learnt on.
 Stopped or killed, the same command goes on with the fields that it had not done. In --out it replaces what an earlier
 evaluation wrote, and nothing else.
 """
@@ -28,7 +28,8 @@ import tqdm
 import xarray as xr
 from absl import flags, logging
 
-from jax_repaint import command, details, device, files, metrics, model, plots, scoring
+from jax_repaint import calibration, command, details, device, files, metrics, model, plots, scoring
+from jax_repaint.calibration import Calibration
 from jax_repaint.cases import (
     Case,
     block_length,
@@ -71,15 +72,15 @@ PART = 16  # cases of a network's method that are kept together when they are do
 
 
 def calibrated(
-    trained: Model, fields: Fields, cases: Sequence[Case], result: Result, seed: int = 0, chunk: int | None = None
-) -> Result:
-    """What the model's calibration makes of the raw result of its method; with a gate, after a second run.
+    trained: Model, learnt: Calibration, fields: Fields, cases: Sequence[Case], result: Result, seed: int = 0,
+    chunk: int | None = None,
+) -> Result:  # fmt: skip
+    """What a calibration makes of the raw result of its method; with a gate, after a second run.
 
     Raises:
       InputError: ensembles of another size than it was learnt with.
     """
     began = time.monotonic()
-    learnt = trained.calibration
     gates, calls = [1.0] * len(cases), result.calls
     if learnt.gate is not None:
         evidence = gate_evidence(learnt.method, trained, fields, cases, learnt.members, seed, chunk)
@@ -93,18 +94,20 @@ def calibrated(
     return Result(members, seconds, calls, result.antithetic, intervals)
 
 
-def calibrated_name(trained: Model, methods: Sequence[str], members: int) -> str | None:
-    """The name of the row that the model's calibration adds to those of `methods`; None where it does not apply."""
-    learnt = trained.calibration
-    if learnt is None or learnt.method not in methods:
-        return None
-    if learnt.members != members:
+def calibrations_for(trained: Model, methods: Sequence[str], members: int) -> dict[str, Calibration]:
+    """Those of the model that apply, by method; a warning where a method has one for another number of members."""
+    made = {name: calibration.find(trained.calibrations, name, members) for name in methods}
+    others = [one for one in trained.calibrations if one.method in methods and made[one.method] is None]
+    if others:
         logging.warning(
-            "the model's calibration is for %d members of %s, not for %d, and is not used",
-            learnt.members, learnt.method, members,
-        )  # fmt: skip
-        return None
-    return f"{learnt.method}_calibrated"
+            "the model's calibration is for %s, not for %d, and is not used", calibration.sizes(others), members
+        )
+    return {name: learnt for name, learnt in made.items() if learnt is not None}
+
+
+def calibrated_name(method: str) -> str:
+    """Of the row of calibrated ensembles of a method."""
+    return f"{method}_calibrated"
 
 
 def _score(case: Case, result: Result, i: int, size: int, ocean: np.ndarray) -> scoring.FrameScores:
@@ -334,7 +337,7 @@ def run(
       fields: the frames to inpaint, `numbers` theirs in the series.
       shown: the method whose members go into fields.nc and the figure; by default the last one, calibrated if it is.
       kept: other methods whose members are written too, into fields_{method}.nc.
-      raw: whether to leave out the row {method}_calibrated of the method that the model's calibration is for.
+      raw: whether to leave out the rows {method}_calibrated of methods that the model has a calibration for.
       inputs: files that are read, which `out` must not replace.
       named: what `history` calls the model; by default its fingerprint.
 
@@ -347,11 +350,11 @@ def run(
         methods = ["linear", *methods]
     members = int(members)
     patterns = list(dict.fromkeys(patterns))
-    added = None if raw else calibrated_name(trained, methods, members)
-    shown = shown or (added if added and methods[-1] == trained.calibration.method else methods[-1])
+    learnt = {} if raw else calibrations_for(trained, methods, members)
+    shown = shown or (calibrated_name(methods[-1]) if methods[-1] in learnt else methods[-1])
     written = {shown: FIELDS} | {name: _file_of(name) for name in kept if name != shown}
     for name in written:
-        if name not in (*methods, added):
+        if name not in (*methods, *map(calibrated_name, learnt)):
             raise InputError(f"{name} is not among the methods that are run, {', '.join(methods)}")
     check_out(out, [name for name in written if name != shown], inputs)
     cases = make_cases(trained, fields, numbers, patterns, seed)
@@ -366,16 +369,17 @@ def run(
     results = {}
     for name in methods:
         results[name] = _run_in_parts(name, trained, fields, cases, members, seed, chunk, unfinished)
-        if added and name == trained.calibration.method:
-            if min(map(len, results[name].members)) == members:
-                results[added] = calibrated(trained, fields, cases, results[name], seed, chunk)
-            else:
-                # A calibration is for ensembles of one size.
-                logging.warning("members of %s failed; there is no row %s", name, added)
-    if added and added not in results:
+        if name not in learnt:
+            continue
+        added = calibrated_name(name)
+        if min(map(len, results[name].members)) == members:
+            results[added] = calibrated(trained, learnt[name], fields, cases, results[name], seed, chunk)
+            continue
+        # A calibration is for ensembles of one size.
+        logging.warning("members of %s failed; there is no row %s", name, added)
         written.pop(added, None)
         if shown == added:
-            shown = trained.calibration.method
+            shown = name
             written[shown] = FIELDS
     scores = score(cases, results, fields.ocean)
     rows = compare(scores, results, block)
@@ -457,7 +461,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
-    flags.DEFINE_bool("raw", False, "Leave out the row of the method that the model is calibrated for.")
+    flags.DEFINE_bool("raw", False, "Leave out the rows of calibrated methods.")
     flags.DEFINE_integer(
         "directions", None, "EOFs of the linear prior of baselines, starts and gains, fitted anew to the training "
         "frames; by default that of the model, which the network keeps. More pay where most of a field is observed.",

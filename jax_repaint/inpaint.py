@@ -28,6 +28,7 @@ import xarray as xr
 from absl import flags, logging
 
 import jax_repaint
+from jax_repaint import calibration as calibrations
 from jax_repaint import command, device, files, gains, methods, metrics, observe, plots, provenance
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
@@ -277,9 +278,9 @@ def _warn_of_misfit(estimates: Sequence[Estimate]) -> None:
 
 
 def default_method(trained: Model) -> str:
-    """The sampler that the model was calibrated for; else `given` if its network takes observations, else `kalman`."""
-    if trained.calibration is not None and trained.calibration.method in METHODS:
-        return trained.calibration.method
+    """That of the model's first calibration; else `given` if its network takes observations, else `kalman`."""
+    if trained.calibrations and trained.calibrations[0].method in METHODS:
+        return trained.calibrations[0].method
     return "given" if trained.form == "conditional" else "kalman"
 
 
@@ -408,20 +409,19 @@ def _weights(
 
 def calibration_of(trained: Model, method: str, members: int) -> Calibration | None:
     """The model's calibration if it is for ensembles of this method and size; a warning if it is not, or has none."""
-    calibration = trained.calibration
+    learnt = calibrations.find(trained.calibrations, method, members)
     # Samples of the linear posterior spread as the prior says, which validation frames chose.
-    if calibration is None and method != "linear_samples":
+    if not trained.calibrations and method != "linear_samples":
         logging.warning(
             "the model has no calibration: members are as sampled, which where training frames were few is too much "
             "alike; python -m jax_repaint.calibrate learns how far they should spread"
         )
-    if calibration is None or (calibration.method, calibration.members) == (method, members):
-        return calibration
-    logging.warning(
-        "the calibration of this model is for %d members of %s, not for %d of %s, and is not used",
-        calibration.members, calibration.method, members, method,
-    )  # fmt: skip
-    return None
+    if trained.calibrations and learnt is None:
+        logging.warning(
+            "the calibration of this model is for %s, not for %d of %s, and is not used",
+            calibrations.sizes(trained.calibrations), members, method,
+        )  # fmt: skip
+    return learnt
 
 
 def _observation(trained: Model, frame: Observed, method: str) -> observe.Observation:
@@ -659,7 +659,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("time", None, "The one time that all observations count for.")
     flags.DEFINE_string("step", None, "Times of points are rounded to multiples of this, such as 1h.")
     flags.DEFINE_float("sigma", OBSERVATION_ERROR, "Standard error in m/s of observations that bring none.")
-    flags.DEFINE_enum("method", None, METHODS, "Sampler; by default the one that the model is calibrated for.")
+    flags.DEFINE_enum("method", None, METHODS, "Sampler; by default that of the model's first calibration.")
     flags.DEFINE_integer("chunk", None, "Members sampled at a time; by default what pays on the device.", lower_bound=1)
     flags.DEFINE_bool("raw", False, "Leave out the calibration that came with the model.")
     flags.DEFINE_bool("leave_out", False, "Leave out points that are on land, outside the grid or without values.")

@@ -26,7 +26,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jax_repaint import SHIPPED, observe
+from jax_repaint import SHIPPED, calibration, observe
 from jax_repaint.calibration import Calibration
 from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data.fields import Fields, Standardiser, check_grid, crop, padded_shape
@@ -68,7 +68,7 @@ class Model:
       schedule: steps, min_beta and max_beta of the linear schedule that the RePaint family runs on.
       sigma: smallest and largest noise level of training.
       training: how it was made: data, fingerprint, configuration, steps, losses, versions.
-      calibration: of one method's ensembles, or None.
+      calibrations: each of one method's ensembles of one size; the method of the first is the default of `inpaint`.
       grid: (Y, X) that the network was trained on, where it is not the smallest that fits the network.
       anchor: linear prior that the network corrects, where `gaussian` is another (`with_prior`).
     """
@@ -85,7 +85,7 @@ class Model:
     schedule: dict[str, float]
     sigma: tuple[float, float]
     training: dict[str, Any]
-    calibration: Calibration | None = None
+    calibrations: tuple[Calibration, ...] = ()
     grid: tuple[int, int] | None = None
     anchor: PrincipalGaussian | None = None
 
@@ -93,8 +93,8 @@ class Model:
         """One line without the weights, whose numbers would fill thousands."""
         y, x = self.ocean.shape
         count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
-        learnt = self.calibration
-        calibrated = f"calibrated for {learnt.members} members of {learnt.method}" if learnt else "not calibrated"
+        sizes = calibration.sizes(self.calibrations)
+        calibrated = f"calibrated for {sizes}" if sizes else "not calibrated"
         return (
             f"Model({self.form}, network of {count:,} parameters with channels {self.network.channels}, "
             f"{y} x {x} cells at {extent(self.lat, self.lon)}, {calibrated})"
@@ -184,7 +184,7 @@ class Model:
         return make_denoiser(self.form, graphdef, self.params, anchor, self.steps)
 
     def with_prior(self, gaussian: PrincipalGaussian) -> "Model":
-        """The same network with another linear prior for analyses, starts and gains; without the calibration.
+        """The same network with another linear prior for analyses, starts and gains; without calibrations.
 
         The network goes on to correct the prior that it was trained on. Not for `given`, whose network has the gains
         of that prior, and not to be saved.
@@ -192,7 +192,7 @@ class Model:
         anchor = self.gaussian if self.anchor is None else self.anchor
         land = jnp.asarray(self.standardiser.land_value)[None, None]
         gaussian = gaussian.replace(mean=jnp.where(gaussian.ocean > 0, gaussian.mean, land))
-        return dataclasses.replace(self, gaussian=gaussian, anchor=anchor, calibration=None)
+        return dataclasses.replace(self, gaussian=gaussian, anchor=anchor, calibrations=())
 
     def to_velocity(self, x: np.ndarray | jax.Array) -> np.ndarray:
         """(..., Y, X, 2) standardised to (..., y, x, 2) m/s, float32, NaN on land."""
@@ -313,7 +313,7 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
         "schedule": model.schedule,
         "sigma": list(model.sigma),
         "training": model.training,
-        "calibration": model.calibration and model.calibration.to_json(),
+        "calibrations": [one.to_json() for one in model.calibrations],
         "grid": model.grid,
     }
     try:
@@ -333,8 +333,11 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
         raise InputError(f"cannot write the model to {folder}: {e.strerror or e}") from e
 
 
-def store_calibration(folder: str | os.PathLike, calibration: Calibration | None) -> None:
-    """Puts a calibration into the model in `folder`, or takes it out; nothing else there changes.
+def store_calibration(folder: str | os.PathLike, learnt: Calibration, default: bool = False) -> None:
+    """Puts a calibration into the model in `folder`, in place of one of its method and size; nothing else changes.
+
+    Args:
+      default: whether its method becomes the default of `inpaint`, as that of a model's first calibration is.
 
     Raises:
       InputError: no model there, or it cannot be written; it then stays as it was.
@@ -342,7 +345,9 @@ def store_calibration(folder: str | os.PathLike, calibration: Calibration | None
     path = Path(folder) / DESCRIPTION
     try:
         text = json.loads(path.read_text())
-        text["calibration"] = calibration and calibration.to_json()
+        made = calibration.added(_calibrations(text), learnt, default)
+        text.pop("calibration", None)
+        text["calibrations"] = [one.to_json() for one in made]
     except (OSError, TypeError, ValueError) as e:
         raise InputError(f"no model that could be calibrated in {folder}: {e}") from e
     with whole_file(path) as temporary:
@@ -400,14 +405,22 @@ def load(folder: str | os.PathLike) -> Model:
             schedule=text["schedule"],
             sigma=(low, high),
             training=text["training"],
-            # Older models have none.
-            calibration=text.get("calibration") and Calibration.from_json(text["calibration"]),
+            calibrations=_calibrations(text),
             grid=grid,
         )
     except (ArithmeticError, AttributeError, KeyError, TypeError, IndexError, ValueError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"the model in {folder} is not complete: {type(e).__name__} {e}") from e
+
+
+def _calibrations(text: dict[str, Any]) -> tuple[Calibration, ...]:
+    # Older models have one or none.
+    older = [text["calibration"]] if text.get("calibration") is not None else []
+    made = text.get("calibrations", older)
+    if not isinstance(made, list):
+        raise InputError(f"the calibrations of a model are a list, got {made!r}")
+    return tuple(map(Calibration.from_json, made))
 
 
 def _params(network: unet.UNetConfig, tensors: dict[str, np.ndarray], folder: Path) -> dict:

@@ -15,7 +15,7 @@ import tiny
 import xarray as xr
 from scipy import optimize, signal, special, stats
 
-from jax_repaint import calibrate, calibration, evaluate, guide, methods, metrics, model, report
+from jax_repaint import calibrate, calibration, evaluate, guide, inpaint, methods, metrics, model, report
 from jax_repaint.calibration import NO_EVIDENCE, Calibration, Gate
 from jax_repaint.cases import OBSERVATION_ERROR, hold_out, hold_out_of, make_cases, prior_of
 from jax_repaint.data import readers
@@ -618,7 +618,7 @@ def test_samples_of_the_linear_posterior_have_nothing_to_add(learnt):
 
 def test_the_table_has_the_raw_and_the_calibrated_row(trained, data, learnt, tmp_path):
     numbers = np.arange(40, 60)
-    ready = dataclasses.replace(trained, calibration=learnt)
+    ready = dataclasses.replace(trained, calibrations=(learnt,))
 
     def table(model, members=6, **settings):
         text = evaluate.run(
@@ -655,7 +655,7 @@ def test_failed_members_leave_out_the_calibrated_row(trained, data, learnt, tmp_
 
     monkeypatch.setattr(evaluate, "run_method", failing)
     evaluate.run(
-        dataclasses.replace(trained, calibration=learnt), data.select(numbers), numbers, ["line:4"],
+        dataclasses.replace(trained, calibrations=(learnt,)), data.select(numbers), numbers, ["line:4"],
         ["linear", "linear_samples"], tmp_path, members=6, seed=1,
     )  # fmt: skip
     assert list(pd.read_csv(tmp_path / "table.csv")["method"]) == ["linear", "linear_samples"]
@@ -673,8 +673,8 @@ def test_the_table_takes_intervals_from_the_calibration(trained, data, learnt):
     raw = run_method("linear_samples", trained, data, cases, 6)
     inside = []
     for scale in (1e-6, 1e6):
-        ready = dataclasses.replace(trained, calibration=dataclasses.replace(learnt, scale=(scale,) * 6))
-        results = {"linear_samples": raw, "calibrated": evaluate.calibrated(ready, data, cases, raw)}
+        wide = dataclasses.replace(learnt, scale=(scale,) * 6)
+        results = {"linear_samples": raw, "calibrated": evaluate.calibrated(trained, wide, data, cases, raw)}
         (scores,) = evaluate.score(cases, results, data.ocean).values()
         inside.append([frame.coverage90 for (frame,) in scores.values()])
     assert inside[0][0] == inside[1][0]
@@ -760,8 +760,7 @@ def test_a_gate_takes_a_second_run(trained, data, learnt):
     raw = run_method("linear_samples", trained, data, cases, 6)
     open_, shut = (
         evaluate.calibrated(
-            dataclasses.replace(trained, calibration=dataclasses.replace(learnt, weight=(1.0,) * 6, gate=gate)),
-            data, cases, raw,
+            trained, dataclasses.replace(learnt, weight=(1.0,) * 6, gate=gate), data, cases, raw
         )
         for gate in (None, Gate(-50.0, 0.0, 0.0))
     )  # fmt: skip
@@ -809,35 +808,89 @@ def test_pairs_are_calibrated_as_pairs(trained, data):
 def test_a_calibration_is_stored_with_the_model(trained, learnt, tmp_path):
     model.save(trained, tmp_path / "model", "bfloat16")
     (tmp_path / "model" / "README.md").write_text("kept")
-    assert model.load(tmp_path / "model").calibration is None
+    assert model.load(tmp_path / "model").calibrations == ()
     weights = (tmp_path / "model" / model.WEIGHTS).read_bytes()
     before = json.loads((tmp_path / "model" / model.DESCRIPTION).read_text())
     model.store_calibration(tmp_path / "model", learnt)
-    assert model.load(tmp_path / "model").calibration == learnt
+    assert model.load(tmp_path / "model").calibrations == (learnt,)
     assert (tmp_path / "model" / model.WEIGHTS).read_bytes() == weights
     assert json.loads((tmp_path / "model" / model.DESCRIPTION).read_text()) == before | {
-        "calibration": learnt.to_json()
+        "calibrations": [learnt.to_json()]
     }
     names = ["README.md", model.DESCRIPTION, model.WEIGHTS]
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == names
     model.save(model.load(tmp_path / "model"), tmp_path / "copy")
-    assert model.load(tmp_path / "copy").calibration == learnt
-    model.store_calibration(tmp_path / "copy", None)
-    assert model.load(tmp_path / "copy").calibration is None
+    assert model.load(tmp_path / "copy").calibrations == (learnt,)
+
+
+def test_a_model_has_a_calibration_for_each_method_and_size(trained, learnt, tmp_path):
+    model.save(trained, tmp_path / "model")
+
+    def store(method, members, frames, default=False):
+        one = dataclasses.replace(learnt, method=method, members=members, frames=frames)
+        model.store_calibration(tmp_path / "model", one, default)
+        return model.load(tmp_path / "model")
+
+    def kept():
+        return [(one.method, one.members, one.frames) for one in made.calibrations]
+
+    made = store("adaptive", 6, 10)
+    made = store("kalman", 8, 20)
+    made = store("adaptive", 4, 30)
+    assert kept() == [("adaptive", 6, 10), ("kalman", 8, 20), ("adaptive", 4, 30)]
+    assert repr(made).endswith("calibrated for 4 and 6 members of adaptive, 8 of kalman)")
+    # In the place of the old one, or in front.
+    made = store("kalman", 8, 40)
+    assert kept() == [("adaptive", 6, 10), ("kalman", 8, 40), ("adaptive", 4, 30)]
+    assert inpaint.default_method(made) == "adaptive"
+    made = store("kalman", 8, 50, default=True)
+    assert kept() == [("kalman", 8, 50), ("adaptive", 6, 10), ("adaptive", 4, 30)]
+    assert inpaint.default_method(made) == "kalman"
+    assert inpaint.calibration_of(made, "adaptive", 4).frames == 30
+    assert inpaint.calibration_of(made, "adaptive", 8) is None
+
+
+def test_every_calibrated_method_has_its_row(trained, data, learnt, tmp_path, caplog):
+    """Each with its own calibration; one of another size is said and left out."""
+    numbers = np.arange(40, 44)
+    wide = dataclasses.replace(learnt, method="kalman", antithetic=True, spread=(3.0,) * 6)
+    large = dataclasses.replace(learnt, method="paste", members=8)
+    ready = dataclasses.replace(trained, calibrations=(wide, learnt, large))
+    names = ["linear", "linear_samples", "kalman", "paste"]
+    evaluate.run(ready, data.select(numbers), numbers, ["line:4"], names, tmp_path, members=6, seed=1)
+    rows = pd.read_csv(tmp_path / "table.csv").set_index("method")
+    assert list(rows.index) == [
+        "linear", "linear_samples", "linear_samples_calibrated", "kalman", "kalman_calibrated", "paste"
+    ]  # fmt: skip
+    spread = rows["spread_skill"]
+    assert spread["kalman_calibrated"] > 2 * spread["kalman"]
+    assert spread["linear_samples_calibrated"] < 1.2 * spread["linear_samples"]
+    assert "the model's calibration is for 8 members of paste, not for 6" in caplog.text
+    with xr.open_dataset(tmp_path / "fields.nc") as written:
+        assert written.attrs["method"] == "paste"
 
 
 def test_models_before_calibration_still_load(trained, learnt, tmp_path):
     model.save(trained, tmp_path / "model")
     path = tmp_path / "model" / model.DESCRIPTION
     text = json.loads(path.read_text())
-    path.write_text(json.dumps({name: entry for name, entry in text.items() if name != "calibration"}))
-    assert model.load(tmp_path / "model").calibration is None
-    path.write_text(json.dumps(text | {"calibration": learnt.to_json() | {"weight": [2.0] * 6}}))
+    older = {name: entry for name, entry in text.items() if name != "calibrations"}
+    path.write_text(json.dumps(older))
+    assert model.load(tmp_path / "model").calibrations == ()
+    path.write_text(json.dumps(older | {"calibration": None}))
+    assert model.load(tmp_path / "model").calibrations == ()
+    path.write_text(json.dumps(older | {"calibration": learnt.to_json()}))
+    assert model.load(tmp_path / "model").calibrations == (learnt,)
+    other = dataclasses.replace(learnt, method="adaptive")
+    model.store_calibration(tmp_path / "model", other)
+    assert model.load(tmp_path / "model").calibrations == (learnt, other)
+    path.write_text(json.dumps(text | {"calibrations": [learnt.to_json() | {"weight": [2.0] * 6}]}))
     with pytest.raises(InputError, match="weights of a calibration"):
         model.load(tmp_path / "model")
-    path.write_text(json.dumps(text | {"calibration": 7}))
-    with pytest.raises(InputError, match="named entries"):
-        model.load(tmp_path / "model")
+    for broken, match in ((7, "are a list, got 7"), ([7], "named entries"), (learnt.to_json(), "are a list, got")):
+        path.write_text(json.dumps(text | {"calibrations": broken}))
+        with pytest.raises(InputError, match=match):
+            model.load(tmp_path / "model")
 
 
 def test_a_calibration_that_cannot_be_stored_leaves_the_model(trained, learnt, tmp_path, monkeypatch):
@@ -851,7 +904,7 @@ def test_a_calibration_that_cannot_be_stored_leaves_the_model(trained, learnt, t
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(InputError, match="No space left"):
         model.store_calibration(tmp_path / "model", learnt)
-    assert model.load(tmp_path / "model").calibration is None
+    assert model.load(tmp_path / "model").calibrations == ()
 
 
 @pytest.mark.parametrize(
@@ -875,42 +928,48 @@ def test_one_block_of_time_is_refused_before_the_work(trained, data):
         calibrate.learn(trained, data.select([3, 5]), [3, 5], ["line:4"], "kalman", block=9)
 
 
-def test_a_calibration_gives_way_only_to_one_of_its_method_from_as_many_blocks(learnt):
-    """`learnt` is of 20 blocks of linear_samples."""
-    calibrate.check_replaced(None, "kalman", 2)
-    calibrate.check_replaced(learnt, "linear_samples")
+def test_a_calibration_gives_way_only_to_one_from_as_many_blocks(learnt):
+    """`learnt` is of 20 blocks."""
+    calibrate.check_replaced(None, 2)
     for blocks in (20, 21):
-        calibrate.check_replaced(learnt, "linear_samples", blocks)
+        calibrate.check_replaced(learnt, blocks)
     with pytest.raises(InputError, match=r"more blocks of time, 6 members .* 80 fields in 20 blocks, than the 19 of"):
-        calibrate.check_replaced(learnt, "linear_samples", 19)
-    with pytest.raises(InputError, match=r"another method, 6 members of linear_samples .*, or say --replace"):
-        calibrate.check_replaced(learnt, "kalman")
+        calibrate.check_replaced(learnt, 19)
     assert calibrate.blocks_of([0, 1, 7, 8, 29], 4) == 4
 
 
-def test_the_command_replaces_a_better_calibration_only_when_told(learnt, tmp_path, monkeypatch, caplog):
+def test_the_command_replaces_a_better_calibration_only_when_told(learnt, tmp_path, monkeypatch, caplog, capsys):
     readers.write(tiny.fields(), tmp_path / "tiny.nc")
     model.save(tiny.model(data=readers.read(tmp_path / "tiny.nc")), tmp_path / "model")
-    model.store_calibration(tmp_path / "model", learnt)
+    better = dataclasses.replace(learnt, members=4)
+    model.store_calibration(tmp_path / "model", better)
     flags = {"model": str(tmp_path / "model"), "fields": str(tmp_path / "tiny.nc"), "part": "validation",
              "method": "linear_samples", "members": 4, "frames": 3, "block": 1, "patterns": ["line:4"], "seed": 0,
-             "chunk": None, "gate": False, "replace": False}  # fmt: skip
-    for changed, said in (
-        ({"method": "kalman"}, "the model has a calibration of another method, 6 members of linear_samples"),
-        ({}, "20 blocks, than the 3 of this one"),
-    ):
+             "chunk": None, "gate": False, "replace": False, "default": False}  # fmt: skip
+
+    def run(**changed):
         monkeypatch.setattr(calibrate, "FLAGS", SimpleNamespace(**flags | changed))
-        with pytest.raises(InputError, match=said):
-            calibrate.main([])
-        assert model.load(tmp_path / "model").calibration == learnt
-    monkeypatch.setattr(calibrate, "FLAGS", SimpleNamespace(**flags | {"replace": True}))
-    calibrate.main([])
-    made = model.load(tmp_path / "model").calibration
+        calibrate.main([])
+        return model.load(tmp_path / "model").calibrations
+
+    with pytest.raises(InputError, match="20 blocks, than the 3 of this one"):
+        run()
+    assert model.load(tmp_path / "model").calibrations == (better,)
+    (made,) = run(replace=True)
     assert (made.members, made.blocks) == (4, 3)
     assert (
-        "replaces the calibration for 6 members of linear_samples from 80 fields in 20 blocks by one for 4 members of "
+        "replaces the calibration for 4 members of linear_samples from 80 fields in 20 blocks by one for 4 members of "
         "linear_samples from 3 fields in 3 blocks" in caplog.text
     )
+    # One of another method or size has its place beside it, and is the default only when told.
+    caplog.clear()
+    assert [one.method for one in run(method="kalman")] == ["linear_samples", "kalman"]
+    assert "inpaint takes linear_samples by default; --default makes it kalman" in capsys.readouterr().out
+    assert [(one.method, one.members) for one in run(method="kalman", members=6, default=True)] == [
+        ("kalman", 6), ("linear_samples", 4), ("kalman", 4)
+    ]  # fmt: skip
+    assert "by default" not in capsys.readouterr().out
+    assert "replaces" not in caplog.text
 
 
 def test_the_command_calibrates(tmp_path):
@@ -923,6 +982,6 @@ def test_the_command_calibrates(tmp_path):
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    stored = model.load(tmp_path / "model").calibration
+    (stored,) = model.load(tmp_path / "model").calibrations
     assert stored.describe() in done.stdout
     assert (stored.method, stored.members, stored.frames) == ("linear_samples", 4, 6)

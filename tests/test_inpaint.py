@@ -281,7 +281,7 @@ def calibrated_with(trained, **changes):
         "blocks": 20, "seed": 0,
         "held_out": dict.fromkeys(("mse_prior", "mse_raw", "mse_fused", "spread_skill_raw", "spread_skill"), 1.0),
     }  # fmt: skip
-    return dataclasses.replace(trained, calibration=Calibration.create(**(content | changes)))
+    return dataclasses.replace(trained, calibrations=(Calibration.create(**(content | changes)),))
 
 
 def test_observations_stand_in_their_cells(trained):
@@ -456,8 +456,8 @@ def test_an_interval_without_a_promise_is_not_called_calibrated(trained):
     [("anchored", None, "kalman"), ("conditional", None, "given"), ("conditional", "kalman", "kalman")],
 )
 def test_the_method_is_that_of_the_calibration_or_of_the_network(trained, form, calibrated, expected):
-    calibration = calibrated and SimpleNamespace(method=calibrated)
-    assert inpaint.default_method(dataclasses.replace(trained, form=form, calibration=calibration)) == expected
+    calibrations = (SimpleNamespace(method=calibrated),) if calibrated else ()
+    assert inpaint.default_method(dataclasses.replace(trained, form=form, calibrations=calibrations)) == expected
 
 
 def test_a_default_method_without_a_network_is_said(trained, caplog):
@@ -1954,7 +1954,7 @@ def test_an_exported_program_makes_the_same_members_without_this_package(trained
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "vehicle" / export.GRID) as grid, np.load(tmp_path / "made.npz") as made:
         np.testing.assert_array_equal(grid["ocean"], GRID.ocean)
-        exact = inpaint.estimate(calibrated, [frame], 4, 5, "kalman", calibrated.calibration)[0]
+        exact = inpaint.estimate(calibrated, [frame], 4, 5, "kalman", calibrated.calibrations[0])[0]
         raw = inpaint.estimate(calibrated, [frame], 4, 5, "kalman")[0]
         assert np.nanmax(np.abs(exact.members - raw.members)) > 0.01
         np.testing.assert_allclose(made["members"], exact.members, atol=5e-5)
