@@ -16,10 +16,10 @@ The program takes a fixed number of rows, the rest of which are padded, and solv
     seed      () int32             of the members
     ->        members (M, y, x, 2), mean, standard deviation, 5 % and 95 % (y, x, 2) in m/s, NaN on land
 
-It is the sampler `kalman`, or `given` for networks that take observations, with the calibration of the model if that is
-for the same sampler and number of members, unless --raw is given; program.json says which. On a CPU with jax 0.7
-jax.numpy.linalg.qr(jax.numpy.eye(2)) has to come before its first call: that loads LAPACK, without which the process
-ends.
+It is the sampler `kalman` or `kalman_cg`, or `given` for networks that take observations, with the model's calibration
+for that sampler and number of members if there is one, unless --raw is given; program.json says which. On a CPU with
+jax 0.7 jax.numpy.linalg.qr(jax.numpy.eye(2)) has to come before its first call: that loads LAPACK, without which the
+process ends.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ from jax_repaint.prior.analysis import PrincipalAnalysis
 
 PROGRAM, GRID, DESCRIPTION = FILES = "inpaint.jaxexport", "grid.npz", "program.json"
 PLATFORMS = ("cpu", "cuda")
-METHODS = ("kalman", "given")
+METHODS = ("kalman", "kalman_cg", "given")
 
 
 def linear_variance(evidence: guide.Evidence) -> Field:
@@ -83,7 +83,7 @@ def program(
       InputError: fewer than four members, an odd number of them, or another method than METHODS.
     """
     if method not in METHODS:
-        raise InputError(f"method {method!r} cannot be exported; {' and '.join(METHODS)} can")
+        raise InputError(f"method {method!r} cannot be exported; {', '.join(METHODS)} can")
     if members < metrics.least_members(antithetic=True) or members % 2:
         raise InputError(f"the program makes antithetic pairs, two of them at least; got {members} members")
     # Kernels of one platform cannot be part of a program for several.

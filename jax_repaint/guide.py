@@ -221,9 +221,9 @@ def conjugate_gradients(
 ) -> Array:
     """B v after `steps` steps from 0 of S v = right (Hestenes and Stiefel 1952, section 3; preconditioned, section 11).
 
-    Stays where it is once the residual has reached rounding, or where a direction has no positive curvature (the
-    Jacobian of a network is not a covariance). A preconditioner is trusted to a factor of LONGEST: if the first
-    direction has less curvature than that, the step is its own, of length 1, and the last.
+    Stays where it is once the residual has reached rounding, or where a direction p has no positive curvature p^T S p
+    (the Jacobian of a network is not a covariance). A preconditioner M is trusted to a factor of LONGEST: a direction
+    with less than p^T M p / LONGEST ends it; if that is the first, its step is M's own, of length 1.
 
     Args:
       operator: v -> S v and B v, both linear.
@@ -234,19 +234,22 @@ def conjugate_gradients(
     enough = (jnp.finfo(right.dtype).eps ** 2) * jnp.sum(right * first)
 
     def step(state: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], None]:
-        carried, residual, weighed, direction, going = state
+        carried, residual, weighed, direction, trusted, going = state
         image, moved = operator(direction)
         square, curvature = jnp.sum(residual * weighed), jnp.sum(direction * image)
-        fine = (curvature > least * square) & (square > enough)
+        fine = (curvature > least * trusted) & (square > enough)
         usable = fine & going
         length = jnp.where(usable, square / jnp.where(usable, curvature, 1.0), 0.0)
         if precondition is not None:
             length = jnp.where((number == 0) & ~fine, 1.0, length)
         left = residual - length * image
         again = left if precondition is None else precondition(left)
-        turn = jnp.where(usable, jnp.sum(left * again) / jnp.where(usable, square, 1.0), 0.0)
-        return (carried + length * moved, left, again, again + turn * direction, usable), None
+        remaining = jnp.sum(left * again)
+        turn = jnp.where(usable, remaining / jnp.where(usable, square, 1.0), 0.0)
+        # p^T M p of the next p, as what is left is orthogonal to this one.
+        trusted = remaining + turn**2 * trusted
+        return (carried + length * moved, left, again, again + turn * direction, trusted, usable), None
 
     shape = jax.eval_shape(operator, right)[1]
-    start = jnp.zeros(shape.shape, shape.dtype), right, first, first, jnp.bool_(True)
+    start = jnp.zeros(shape.shape, shape.dtype), right, first, first, jnp.sum(right * first), jnp.bool_(True)
     return jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))[0][0]

@@ -1932,6 +1932,20 @@ def test_a_program_has_no_kernel_of_one_platform(trained, monkeypatch):
     assert program.platforms == ("cpu", "cuda")
 
 
+def test_a_program_of_each_sampler_makes_the_members_of_inpaint(trained):
+    (frame,) = collect(table(6, sigma=0.02), GRID)
+    names = ("cells", "weights", "values", "sigma", "valid")
+    given = [np.asarray(getattr(frame.observation, name)) for name in names]
+    made = {}
+    for method in ("kalman", "kalman_cg"):
+        made[method] = np.asarray(jax.jit(export.program(trained, 4, method))(*given, np.int32(5))[0])
+        expected = inpaint.estimate(trained, [frame], 4, 5, method)[0].members
+        np.testing.assert_allclose(made[method], expected, atol=5e-5)
+    assert np.nanmax(np.abs(made["kalman"] - made["kalman_cg"])) > 0.01
+    with pytest.raises(InputError, match="'adaptive' cannot be exported; kalman, kalman_cg, given can"):
+        export.program(trained, 4, "adaptive")
+
+
 @pytest.mark.slow
 def test_an_exported_program_makes_the_same_members_without_this_package(trained, tmp_path, capsys):
     pytest.importorskip("flatbuffers")

@@ -317,6 +317,37 @@ def test_a_preconditioner_is_followed_where_the_operator_has_too_little_curvatur
     np.testing.assert_allclose(better, right / 4 / 0.3, rtol=1e-6)
 
 
+def test_a_later_direction_of_too_little_curvature_is_not_followed():
+    """The step before it stays. The measure is p^T M p, not r^T p, of which the second has enough."""
+    rng = np.random.default_rng(7)
+    basis = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    right = rng.normal(size=4)
+    m = np.diag([1.0, 2.0, 3.0, 4.0])
+    root = np.sqrt(m)
+
+    def solve(values, steps):
+        s = jnp.asarray(root @ basis @ np.diag(values) @ basis.T @ root, jnp.float32)
+        p = jnp.asarray(np.linalg.inv(m), jnp.float32)
+        return guide.conjugate_gradients(lambda v: (s @ v, v), jnp.asarray(right, jnp.float32), steps, lambda r: p @ r)
+
+    def sizes(values):
+        """p^T S p over p^T M p of the first two directions, in float64."""
+        s = root @ basis @ np.diag(values) @ basis.T @ root
+        z = np.linalg.solve(m, right)
+        left = right - (right @ z) / (z @ s @ z) * (s @ z)
+        again = np.linalg.solve(m, left)
+        p = again + (left @ again) / (right @ z) * z
+        return [(one @ s @ one) / (one @ m @ one) for one in (z, p)]
+
+    good, bad = [1.0, 0.8, 1.2, 0.4], [4.0, 1.0, 1.0, 0.02]
+    assert min(sizes(good)) > 0.25
+    first, second = sizes(bad)
+    assert first > 0.25 > second
+    assert np.abs(solve(good, 2) - solve(good, 1)).max() > 0.01
+    np.testing.assert_array_equal(solve(bad, 2), solve(bad, 1))
+    np.testing.assert_array_equal(solve(bad, 5), solve(bad, 1))
+
+
 def test_kalman_members_are_exact_posterior_samples(gaussian, observation, linear, dense):
     analysis, left = linear
     hyper = Posterior.create(3.4, 0.01, 31)
