@@ -1,7 +1,7 @@
 """A trained model: a network with everything that is needed to use it, as one folder on disk.
 
     weights.safetensors    network parameters and the linear prior
-    model.json             network, form of the denoiser, schedule, standardiser, grid, GP, calibration, training
+    model.json             network, form of the denoiser, schedule, standardiser, grid, GP, calibrations, training
 
 Loading reads numbers and text only; nothing is unpickled or run.
 """
@@ -128,7 +128,7 @@ class Model:
             columns where a DataFrame has no names.
           sigma: standard error in m/s of observations that bring none.
           step: times of a table are rounded to multiples of this, "1h", "30min" or a duration.
-          method: sampler; by default the one that the model is calibrated for.
+          method: sampler; by default that of the model's first calibration.
           raw: whether the calibration that came with the model is left out.
           leave_out: whether rows on land, outside the grid or without values, and cells of a field on land, are left
             out, not refused.
