@@ -148,11 +148,12 @@ def mmps(
 
 
 def kalman_cg(
-    denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, cg_steps: int = 1
+    denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, cg_steps: int = 2
 ) -> Field:
     """`mmps` with the conjugate gradients preconditioned by (A C_t A^T + R)^-1, that of `kalman`.
 
-    One step is `cov_pigdm` with the length that the network's own covariance asks for, and exact for a Gaussian prior.
+    One step is `cov_pigdm` with the length that the network's own covariance asks for, and exact for a Gaussian prior;
+    more find directions that the prior does not know.
     """
 
     def precondition(v: Values) -> Values:
@@ -222,8 +223,8 @@ def conjugate_gradients(
     """B v after `steps` steps from 0 of S v = right (Hestenes and Stiefel 1952, section 3; preconditioned, section 11).
 
     Stays where it is once the residual has reached rounding, or where a direction p has no positive curvature p^T S p
-    (the Jacobian of a network is not a covariance). A preconditioner M is trusted to a factor of LONGEST: a direction
-    with less than p^T M p / LONGEST ends it; if that is the first, its step is M's own, of length 1.
+    (the Jacobian of a network is not a covariance). A preconditioner M is trusted to a factor of LONGEST: along a
+    direction with less than p^T M p / LONGEST the step is as long as for S = M, and the last.
 
     Args:
       operator: v -> S v and B v, both linear.
@@ -233,15 +234,17 @@ def conjugate_gradients(
     least = 0.0 if precondition is None else 1 / LONGEST
     enough = (jnp.finfo(right.dtype).eps ** 2) * jnp.sum(right * first)
 
-    def step(state: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], None]:
+    def step(state: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], None]:
         carried, residual, weighed, direction, trusted, going = state
         image, moved = operator(direction)
         square, curvature = jnp.sum(residual * weighed), jnp.sum(direction * image)
-        fine = (curvature > least * trusted) & (square > enough)
-        usable = fine & going
-        length = jnp.where(usable, square / jnp.where(usable, curvature, 1.0), 0.0)
-        if precondition is not None:
-            length = jnp.where((number == 0) & ~fine, 1.0, length)
+        going = going & (square > enough)
+        curved = curvature > least * trusted
+        usable = going & curved
+        if precondition is None:
+            length = jnp.where(usable, square / jnp.where(usable, curvature, 1.0), 0.0)
+        else:
+            length = jnp.where(going, square / jnp.where(going, jnp.where(curved, curvature, trusted), 1.0), 0.0)
         left = residual - length * image
         again = left if precondition is None else precondition(left)
         remaining = jnp.sum(left * again)
@@ -252,4 +255,4 @@ def conjugate_gradients(
 
     shape = jax.eval_shape(operator, right)[1]
     start = jnp.zeros(shape.shape, shape.dtype), right, first, first, jnp.sum(right * first), jnp.bool_(True)
-    return jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))[0][0]
+    return jax.lax.scan(step, start, length=steps)[0][0]

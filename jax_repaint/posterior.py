@@ -29,6 +29,8 @@ from jax_repaint.prior.analysis import Analysis
 from jax_repaint.sample import Draw
 from jax_repaint.schedule import levels
 
+CG_STEPS = {"mmps": 1, "kalman_cg": 2}  # a third is little better (docs/results.md, The length of a step)
+
 
 @struct.dataclass
 class Posterior:
@@ -60,13 +62,14 @@ class Posterior:
         correction: str = "kalman",
         eta: float = 1.0,
         dps_step: float = 0.3,
-        cg_steps: int = 1,
+        cg_steps: int | None = None,
         second_order: bool = False,
         stop_sigma: float = 0.0,
     ) -> "Posterior":
         """Checks the numbers and makes leaves of them; levels with rho 7 (schedule.levels).
 
         Args:
+          cg_steps: by default those of CG_STEPS.
           stop_sigma: levels below it are not run. For the mean alone about 1.5 is enough: what smaller levels add
             to a member has no mean.
 
@@ -83,7 +86,8 @@ class Posterior:
             raise InputError(f"second order steps are deterministic: eta must be 0, got {eta}")
         if not 0 < dps_step < math.inf:
             raise InputError(f"dps_step must be positive and finite, got {dps_step}")
-        cg_steps = whole_number("cg_steps", cg_steps, 1)
+        usual = CG_STEPS.get(correction, 1)
+        cg_steps = usual if cg_steps is None else whole_number("cg_steps", cg_steps, 1)
         if not 0 <= stop_sigma <= sigma_max:
             raise InputError(f"stop_sigma must be from 0 to the first level {sigma_max}, got {stop_sigma}")
         sigma = levels(count, sigma_min, sigma_max)

@@ -317,8 +317,8 @@ def test_a_preconditioner_is_followed_where_the_operator_has_too_little_curvatur
     np.testing.assert_allclose(better, right / 4 / 0.3, rtol=1e-6)
 
 
-def test_a_later_direction_of_too_little_curvature_is_not_followed():
-    """The step before it stays. The measure is p^T M p, not r^T p, of which the second has enough."""
+def test_a_later_direction_of_too_little_curvature_has_the_length_of_the_preconditioner():
+    """And is the last. The measure is p^T M p, not r^T M^-1 r, of which the second has enough."""
     rng = np.random.default_rng(7)
     basis = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     right = rng.normal(size=4)
@@ -330,22 +330,25 @@ def test_a_later_direction_of_too_little_curvature_is_not_followed():
         p = jnp.asarray(np.linalg.inv(m), jnp.float32)
         return guide.conjugate_gradients(lambda v: (s @ v, v), jnp.asarray(right, jnp.float32), steps, lambda r: p @ r)
 
-    def sizes(values):
-        """p^T S p over p^T M p of the first two directions, in float64."""
+    def directions(values):
+        """p^T S p over p^T M p of two directions, in float64, and v after both with M's length of the second."""
         s = root @ basis @ np.diag(values) @ basis.T @ root
         z = np.linalg.solve(m, right)
-        left = right - (right @ z) / (z @ s @ z) * (s @ z)
+        length = (right @ z) / (z @ s @ z)
+        left = right - length * (s @ z)
         again = np.linalg.solve(m, left)
         p = again + (left @ again) / (right @ z) * z
-        return [(one @ s @ one) / (one @ m @ one) for one in (z, p)]
+        after = length * z + (left @ again) / (p @ m @ p) * p
+        return [(one @ s @ one) / (one @ m @ one) for one in (z, p)], after
 
     good, bad = [1.0, 0.8, 1.2, 0.4], [4.0, 1.0, 1.0, 0.02]
-    assert min(sizes(good)) > 0.25
-    first, second = sizes(bad)
+    curvatures, other = directions(good)
+    assert min(curvatures) > 0.25
+    assert np.abs(solve(good, 2) - other).max() > 0.01
+    (first, second), after = directions(bad)
     assert first > 0.25 > second
-    assert np.abs(solve(good, 2) - solve(good, 1)).max() > 0.01
-    np.testing.assert_array_equal(solve(bad, 2), solve(bad, 1))
-    np.testing.assert_array_equal(solve(bad, 5), solve(bad, 1))
+    np.testing.assert_allclose(solve(bad, 2), after, rtol=1e-5)
+    np.testing.assert_array_equal(solve(bad, 5), solve(bad, 2))
 
 
 def test_kalman_members_are_exact_posterior_samples(gaussian, observation, linear, dense):
