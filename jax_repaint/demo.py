@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from jax_repaint import SHIPPED, command, distributed, evaluate, methods, model, observe, train
+from jax_repaint import SHIPPED, command, distributed, evaluate, inpaint, methods, model, observe, train
 from jax_repaint.cases import block_length, files_of, held_out, pick
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Split, carve
@@ -22,8 +22,6 @@ from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 from jax_repaint.prepare import split_fields
 from jax_repaint.settings import default_config
-
-METHODS = (*methods.BASELINES, "kalman")  # RePaint's hundreds of calls would be most of the demo's time
 
 
 def brief_config(path: str, train_range: str, validation_range: str, test_range: str) -> ConfigDict:
@@ -77,7 +75,9 @@ def _define_flags() -> None:
     )  # fmt: skip
     flags.DEFINE_integer("frames", 1, "Held-out frames to inpaint, drawn at random.", lower_bound=1)
     flags.DEFINE_list("patterns", [], "Observation patterns; by default the model's: a line, a walk, 2 % of the cells.")
-    flags.DEFINE_list("methods", list(METHODS), f"Among {', '.join(methods.METHODS)}.")
+    flags.DEFINE_list(
+        "methods", [], f"Among {', '.join(methods.METHODS)}; by default the baselines and the default of inpaint."
+    )
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_string("out", "demo", "Folder for what is written.")
@@ -85,14 +85,17 @@ def _define_flags() -> None:
 
 def main(_) -> None:
     """Inpaints and says where the results are."""
-    methods.check_methods(FLAGS.methods, FLAGS.members)
+    loaded = None if FLAGS.fields else model.load(FLAGS.model or SHIPPED)
+    usual = inpaint.default_method(loaded) if loaded else "kalman"  # of the form that `fit` trains
+    names = FLAGS.methods or [*methods.BASELINES, usual]
+    methods.check_methods(names, FLAGS.members)
     out = Path(FLAGS.out)
     # Before the training.
     evaluate.check_out(out, inputs=readers.files_of(FLAGS.fields) if FLAGS.fields else ())
     if FLAGS.fields:
         if FLAGS.model:
             raise InputError("--fields trains a model of its own; without it --model names one")
-        if "given" in FLAGS.methods:
+        if "given" in names:
             raise InputError(
                 "the method given needs a model of form conditional; a brief training makes one of form anchored"
             )
@@ -110,13 +113,13 @@ def main(_) -> None:
             raise InputError("--train_range and --test_range go with --fields")
         if FLAGS["steps"].present:
             raise InputError("--steps is of a training, which takes --fields")
-        trained = model.load(FLAGS.model or SHIPPED)
+        trained = loaded
         select, parts = held_out(trained)
         numbers = pick(parts, FLAGS.frames, FLAGS.seed)
         fields, block = select(numbers), block_length(parts, len(numbers))
     patterns = FLAGS.patterns or trained.patterns
     text = evaluate.run(
-        trained, fields, numbers, patterns, FLAGS.methods, out,
+        trained, fields, numbers, patterns, names, out,
         members=FLAGS.members, seed=FLAGS.seed, block=block, inputs=files_of(trained, FLAGS.fields or None),
     )  # fmt: skip
     print(text)
@@ -124,7 +127,7 @@ def main(_) -> None:
         print(
             f"\n{len(numbers)} frame{'s' * (len(numbers) > 1)} a pattern: an example, not a comparison (--frames=64)."
         )
-    if FLAGS.fields and not set(FLAGS.methods) <= set(methods.BASELINES):
+    if FLAGS.fields and not set(names) <= set(methods.BASELINES):
         print(
             "\nmembers are as sampled, too much alike where a network has seen few frames; to learn on validation "
             f"frames how far they should spread:\n  python -m jax_repaint.calibrate --model={out / 'run' / 'model'}"

@@ -76,6 +76,7 @@ MISTAKES = {
     "range that is none": ([*OWN, "--train_range=first", "--test_range=50:60"], "first"),
     "range beyond the file": ([*OWN, "--train_range=0:40", "--test_range=60:90"], "60:90"),
     "demo with an unknown method": (["demo", "--methods=magic", "--out=new"], "'magic' is not one of"),
+    "demo with half a pair": (["demo", "--members=3", "--out=new"], "antithetic pairs"),
     "demo on a line outside": ([*OWN, "--train_range=0:40", "--test_range=50:60", "--patterns=line:7"], "rows 0..6"),
     "demo with a network that it does not train": (
         [*OWN, "--train_range=0:40", "--test_range=50:60", "--methods=given"], "a model of form conditional"
