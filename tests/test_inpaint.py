@@ -122,9 +122,10 @@ def test_points_give_the_posterior_of_dense_algebra(gaussian_model):
     np.testing.assert_allclose(np.mean(spread[ocean] ** 2), np.mean(std[ocean] ** 2), rtol=0.05)
 
 
-def test_a_track_of_many_points_gives_the_posterior_of_dense_algebra(gaussian_model, monkeypatch):
+@pytest.mark.parametrize(("method", "seed"), [("kalman", 2), ("kalman_cg", 4)])  # gains of a pattern are kept
+def test_a_track_of_many_points_gives_the_posterior_of_dense_algebra(gaussian_model, monkeypatch, method, seed):
     """Three hundred points in a few squares of the grid, sampled with the gains of fewer rows."""
-    points, made = table(300, seed=2), []
+    points, made = table(300, seed=seed), []
     sigma = np.random.default_rng(3).uniform(0.05, 0.4, 300)
     kalman_gains = gains.kalman_gains
 
@@ -133,7 +134,7 @@ def test_a_track_of_many_points_gives_the_posterior_of_dense_algebra(gaussian_mo
         return kalman_gains(gaussian, observation, *rest)
 
     monkeypatch.setattr(gains, "kalman_gains", counted)
-    fields = quietly(gaussian_model, points.assign(sigma=sigma), members=8, method="kalman")
+    fields = quietly(gaussian_model, points.assign(sigma=sigma), members=8, method=method)
     assert made
     assert max(made) < 150
     mean, _ = dense(gaussian_model, points, sigma)
@@ -148,7 +149,7 @@ def test_a_track_of_many_points_gives_the_posterior_of_dense_algebra(gaussian_mo
     assert float(fields.misfit[0]) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["paste", "mmps", "kalman_cg", "dps", "adaptive"])
+@pytest.mark.parametrize("method", ["paste", "mmps", "dps", "adaptive"])
 def test_points_are_not_merged_for_methods_that_see_more_than_their_likelihood(trained, monkeypatch, method):
     points, made = table(60, seed=2), []
 

@@ -351,6 +351,30 @@ def test_a_later_direction_of_too_little_curvature_has_the_length_of_the_precond
     np.testing.assert_array_equal(solve(bad, 5), solve(bad, 2))
 
 
+def test_steps_do_not_depend_on_how_an_observation_is_written(gaussian, observation):
+    """A row with half of its information in each of two, and in other units; not so without a preconditioner."""
+
+    def denoise(x):
+        return jnp.tanh(1.5 * gaussian(x, 1.0)) * gaussian.ocean  # whose Jacobian is not symmetric
+
+    def corrected(rows, correction):
+        hyper = Posterior.create(1.0, 0.01, 2, correction=correction)
+        evidence = evidence_for(hyper, gaussian.ocean, rows, gaussian)
+        if evidence.gain is not None:
+            evidence = evidence.replace(gain=jax.tree.map(lambda g: g[0], evidence.gain))
+        x = jax.random.normal(jax.random.key(2), (*SHAPE, 2))
+        return guide.CORRECTIONS[correction](denoise, x, jnp.float32(1.0), jnp.float32(0.5), evidence, cg_steps=2)
+
+    half = observation.replace(sigma=np.float32(math.sqrt(2)) * observation.sigma)
+    twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), half)
+    # Larger units for some of the rows.
+    unit = jnp.where(jnp.arange(twice.size) % 3 == 0, 4.0, 1.0)[:, None]
+    twice = twice.replace(weights=unit * twice.weights, values=unit * twice.values, sigma=unit * twice.sigma)
+    before = corrected(observation, "kalman_cg")
+    np.testing.assert_allclose(corrected(twice, "kalman_cg"), before, atol=2e-4)
+    assert np.abs(corrected(twice, "mmps") - corrected(observation, "mmps")).max() > 0.01
+
+
 def test_kalman_members_are_exact_posterior_samples(gaussian, observation, linear, dense):
     analysis, left = linear
     hyper = Posterior.create(3.4, 0.01, 31)
