@@ -28,7 +28,7 @@ import tqdm
 import xarray as xr
 from absl import flags, logging
 
-from jax_repaint import calibration, command, details, device, files, metrics, model, plots, scoring
+from jax_repaint import calibration, command, details, device, files, inpaint, metrics, model, plots, scoring
 from jax_repaint.calibration import Calibration
 from jax_repaint.cases import (
     Case,
@@ -108,6 +108,13 @@ def calibrations_for(trained: Model, methods: Sequence[str], members: int) -> di
 def calibrated_name(method: str) -> str:
     """Of the row of calibrated ensembles of a method."""
     return f"{method}_calibrated"
+
+
+def usual_methods(trained: Model, other_prior: bool = False) -> list[str]:
+    """The baselines, adaptive, kalman and the default of `inpaint`, but for `given` with another prior than its own."""
+    default = inpaint.default_method(trained)
+    named = "kalman" if other_prior and default == "given" else default
+    return list(dict.fromkeys((*BASELINES, "adaptive", "kalman", named)))
 
 
 def _score(case: Case, result: Result, i: int, size: int, ocean: np.ndarray) -> scoring.FrameScores:
@@ -456,7 +463,10 @@ def _define_flags() -> None:
     flags.DEFINE_list(
         "patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02; by default the model's."
     )
-    flags.DEFINE_list("methods", [*BASELINES, "adaptive", "kalman"], f"Among {', '.join(METHODS)}.")
+    flags.DEFINE_list(
+        "methods", [], f"Among {', '.join(METHODS)}; by default the baselines, adaptive, kalman and the default of "
+        "inpaint."
+    )  # fmt: skip
     flags.DEFINE_list("keep", [], "Methods whose members go into fields_METHOD.nc, beside the last one's in fields.nc.")
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
@@ -473,8 +483,9 @@ def _define_flags() -> None:
 
 def main(_) -> None:
     """Compares methods on held-out frames."""
-    check_methods(FLAGS.methods, FLAGS.members)
     trained, out = model.load(FLAGS.model), Path(FLAGS.out)
+    names = FLAGS.methods or usual_methods(trained, FLAGS.directions is not None)
+    check_methods(names, FLAGS.members)
     # Before the fields, whose simulation may take minutes; `run` asks it of all that is read.
     check_out(out, FLAGS.keep, readers.files_of(FLAGS.fields) if FLAGS.fields else ())
     fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
@@ -487,7 +498,7 @@ def main(_) -> None:
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     patterns = FLAGS.patterns or trained.patterns
     text = run(
-        trained, fields.select(numbers), numbers, patterns, FLAGS.methods, out,
+        trained, fields.select(numbers), numbers, patterns, names, out,
         members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, block=block_length(split, len(numbers)),
         kept=FLAGS.keep, raw=FLAGS.raw or FLAGS.part == "validation", inputs=files_of(trained, FLAGS.fields),
         named=named,

@@ -628,6 +628,26 @@ def test_the_figure_is_a_picture(written):
 
 
 @pytest.mark.parametrize(
+    ("form", "calibrated", "other_prior", "last"),
+    [
+        ("anchored", None, False, "kalman"),
+        ("anchored", "kalman_cg", False, "kalman_cg"),
+        ("anchored", "adaptive", False, "kalman"),
+        ("conditional", None, False, "given"),
+        ("conditional", None, True, "kalman"),
+        ("conditional", "mmps", True, "mmps"),
+    ],
+)
+def test_the_usual_table_has_what_inpaint_does(form, calibrated, other_prior, last):
+    learnt = (SimpleNamespace(method=calibrated),) if calibrated else ()
+    trained = SimpleNamespace(form=form, calibrations=learnt)
+    names = evaluate.usual_methods(trained, other_prior)
+    assert names[:7] == [*methods.BASELINES, "adaptive", "kalman"][:7]
+    assert len(names) == len(set(names))
+    assert names[-1] == last
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"methods": ["linear", "magic"]}, "method 'magic' is not one of"),
