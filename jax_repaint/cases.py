@@ -27,6 +27,7 @@ from jax_repaint.prior.analysis import Analysis
 from jax_repaint.sample import Known
 from jax_repaint.settings import default_config
 
+FRAMES_A_DIRECTION = 4  # of a linear prior, at least; with two, members of a short series spread half of their error
 OBSERVATION_ERROR = 0.005  # m/s, what the methods take the observations' standard error to be
 
 
@@ -72,13 +73,23 @@ def _unseen(trained: Model, path: str | None) -> tuple[Fields, Split]:
     if not covered.size:
         raise InputError(f"{fields.name}: no frame has values in {fields_lib.LEAST_COVERAGE:.0%} of the ocean cells")
     logging.info("%d of %d frames of %s are taken as held out", covered.size, len(fields), fields.name)
-    # That of the training goes for the place, in frames of the same step. Measured anew, under tides that come back
-    # for months, it is now a month and now half a year.
-    decorrelation = trained.training.get("decorrelation", math.nan)
+    # That of the training goes for the place. Measured anew, under tides that come back for months, it is now a month
+    # and now half a year.
+    decorrelation = trained.training.get("decorrelation", math.nan) * _frames_a_frame(trained, fields)
     if math.isnan(decorrelation):
         known = len(fields) >= fields_lib.FEWEST_LAGGED
         decorrelation = fields_lib.decorrelation_time(fields) if known else float(len(fields))
     return fields, Split(covered[:0], covered, covered, decorrelation=decorrelation)
+
+
+def _frames_a_frame(trained: Model, fields: Fields) -> float:
+    """Frames of `fields` in the time from one frame of the training to the next; 1 where that is not known."""
+    first, last = np.array(trained.training.get("time", ["NaT", "NaT"]), "datetime64[ns]")
+    parts = [trained.training.get("parts", {}).get(name, [0, 0]) for name in ("train", "validation")]
+    steps = max(stop for _, stop in parts) - 1 - min(start for start, _ in parts)
+    if np.isnat(first) or steps < 1 or last <= first or len(fields) < 2:
+        return 1.0
+    return float((last - first) / steps / fields.step)
 
 
 def check_unseen(models: Iterable[Model], fields: Fields) -> None:
@@ -125,14 +136,25 @@ def with_directions(trained: Model, fields: Fields, split: Split, directions: in
     That alone: a share of a kernel, as the prior of few frames may have, is not blended in.
 
     Raises:
-      InputError: no direction, or frames that do not go with the model.
+      InputError: no direction, more than the frames have, or frames that do not go with the model.
     """
     if directions < 1:
         raise InputError(f"a linear prior has at least one direction, got {directions}")
     trained.check_grid(fields)
     x, _, present = prepare_with_gaps(fields.select(split.train), trained.standardiser, trained.padded)
     x = linear.fill(trained.gaussian, x, present, 0, split.train)
-    return trained.with_prior(linear.fit(x, np.asarray(trained.gaussian.ocean)[..., 0] > 0, directions))
+    made = linear.fit(x, np.asarray(trained.gaussian.ocean)[..., 0] > 0, directions)
+    if made.variance.size < directions:
+        raise InputError(
+            f"{len(x)} training frames of {np.sum(trained.ocean)} ocean cells tell no {directions} directions apart; "
+            f"take fewer than {made.variance.size}"
+        )
+    if directions > len(x) / FRAMES_A_DIRECTION:
+        logging.warning(
+            "%d directions are many for %d training frames, which leave too little variance for the rest: the linear "
+            "estimate will be too sure of itself", directions, len(x),
+        )  # fmt: skip
+    return trained.with_prior(made)
 
 
 def pick(split: Split, frames: int, seed: int = 0) -> np.ndarray:

@@ -17,6 +17,8 @@ evaluation wrote, and nothing else.
 """
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -388,6 +390,9 @@ def run(
         if shown == added:
             shown = name
             written[shown] = FIELDS
+    # Everything that members depend on, calibrations too, so that the files of two evaluations are told apart.
+    parts = [unfinished.folder.name, [one.to_json() for one in trained.calibrations]]
+    told = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
     scores = score(cases, results, fields.ocean)
     rows = compare(scores, results, block)
     scoring.write_csv(rows, out / "table.csv")
@@ -395,7 +400,7 @@ def run(
     scoring.write_csv(detail_rows(cases, results, fields), out / "details.csv")
     for name, file in written.items():
         history = f"jax_repaint, model {named or model.fingerprint(trained)}, method {name}, seed {seed}"
-        data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name)
+        data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name, evaluation=told)
         readers.write_netcdf(data, out / file)
     examples = _examples(trained, cases, results[shown])
     title = f"{fields.name}, {shown}"

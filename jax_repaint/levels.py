@@ -14,6 +14,7 @@ frames is what the network knows by heart.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -38,7 +39,17 @@ COLUMNS = ("sigma", "network", "gaussian", "ratio", "lo", "hi")
 OVER_FIRST = ("over_first", "first_lo", "first_hi")
 
 
-@jax.jit
+def _noise(key: Key, shape: tuple[int, ...], drawn: tuple[int, int]) -> Field:
+    """White noise of a shape, alike in what it has in common with a grid `drawn`, of that grid's draw."""
+    noise = jax.random.normal(key, (*drawn, shape[-1]))
+    if drawn == shape[:2]:
+        return noise
+    wider = jax.random.normal(jax.random.fold_in(key, 0), shape)
+    y, x = (min(ours, theirs) for ours, theirs in zip(shape, drawn, strict=False))
+    return wider.at[:y, :x].set(noise[:y, :x])
+
+
+@partial(jax.jit, static_argnames="drawn")
 def _errors(
     denoiser: Denoiser,
     gaussian: PrincipalGaussian,
@@ -47,13 +58,14 @@ def _errors(
     scored: Float[Array, "y x 1"],
     evidence: guide.Evidence,
     key: Key,
+    drawn: tuple[int, int],
 ) -> Float[Array, "n 2"]:
     """Mean square errors of network and Gaussian on one frame at every level, over the cells where `scored` is 1."""
     count = scored.sum() * x0.shape[-1]
 
     def one(now: tuple[Level, Array, gains.Gain | None]) -> Float[Array, "2"]:
         sigma, number, gain = now
-        x = x0 + sigma * jax.random.normal(jax.random.fold_in(key, number), x0.shape)
+        x = x0 + sigma * _noise(jax.random.fold_in(key, number), x0.shape, drawn)
         estimates = denoiser(x, sigma), gaussian(x, sigma)
         if evidence.observation is not None:
             here = evidence.replace(gain=gain)
@@ -73,6 +85,7 @@ def denoising_errors(
     sigmas: np.ndarray,
     pattern: str = "",
     seed: int = 0,
+    drawn: tuple[int, int] | None = None,
 ) -> Float[np.ndarray, "frames n 2"]:
     """Mean square errors of the network and of the exact Gaussian denoiser, standardised units.
 
@@ -80,6 +93,8 @@ def denoising_errors(
       fields: held-out frames, `numbers` theirs in the series.
       sigmas: (n,) noise levels.
       pattern: of observations that both are given; none if empty.
+      drawn: padded grid that the noise is drawn on, so that it is the same for models of different ones; by default
+        that of the model.
 
     Raises:
       InputError: a level outside of the network's training, another grid.
@@ -100,7 +115,7 @@ def denoising_errors(
             )  # fmt: skip
         levels = jnp.asarray(sigmas, jnp.float32)
         parts = jnp.asarray(x0), jnp.asarray(scored, jnp.float32), evidence, key
-        rows.append(np.asarray(_errors(trained.denoiser, trained.gaussian, levels, *parts)))
+        rows.append(np.asarray(_errors(trained.denoiser, trained.gaussian, levels, *parts, drawn or trained.padded)))
     return np.stack(rows)
 
 
@@ -191,7 +206,7 @@ def main(_) -> None:
     low, high = max(one.sigma[0] for one in models.values()), min(one.sigma[1] for one in models.values())
     sigmas = np.geomspace(low, high, FLAGS.levels)
     errors = {
-        folder: denoising_errors(one, chosen, numbers, sigmas, FLAGS.pattern, FLAGS.seed)
+        folder: denoising_errors(one, chosen, numbers, sigmas, FLAGS.pattern, FLAGS.seed, first.padded)
         for folder, one in models.items()
     }
     rows = compare(errors, sigmas, block) if len(models) > 1 else table(errors[FLAGS.model[0]], sigmas, block)

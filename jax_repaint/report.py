@@ -382,13 +382,13 @@ class Ensembles:
             ocean=ocean,
             along_grid=fields.along_grid,
             spacing=fields.spacing,
-            about={name: str(data.attrs.get(name, "")) for name in ("title", "history")},
+            about={name: str(data.attrs.get(name, "")) for name in ("title", "history", "evaluation")},
         )
 
     @property
-    def run(self) -> str:
-        """Model and seed, which all files of an evaluation share, as its history has them."""
-        return re.sub("method [^,]*, ", "", self.about["history"])
+    def run(self) -> tuple[str, str]:
+        """What all files of an evaluation share: model and seed, as its history has them, and its digits."""
+        return re.sub("method [^,]*, ", "", self.about["history"]), self.about["evaluation"]
 
     def ensemble(self, pattern: int, frame: int) -> np.ndarray:
         """The members (M, y, x, 2) that did not fail; the file has gaps in the place of the others."""
@@ -433,7 +433,10 @@ def evaluation_body(workdir: Path, frames: int, members: int) -> list[str]:
     scored = set(_read_csv(workdir / "table.csv").get("method", [])) if (workdir / "table.csv").exists() else None
     for path, one in list(found.items() if last is not None else ()):
         if one.run != last.run:
-            logging.warning("%s is of another model or seed than fields.nc, and is left out", path)
+            logging.warning(
+                "%s is of another evaluation (model, seed, members or calibration) than fields.nc, and is left out",
+                path,
+            )
         elif not _alike(one, last):
             logging.warning("%s is of other frames, patterns or data than fields.nc, and is left out", path)
         elif scored and one.method not in scored:

@@ -101,5 +101,7 @@ def levels(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> 
     check_number("sigma_max", sigma_max)
     if not 0 < sigma_min < sigma_max < math.inf:
         raise InputError(f"levels need finite 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
-    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return np.linspace(*ends, count) ** rho
+    made = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), count) ** rho
+    # Not a rounding away from what was asked for.
+    made[0], made[-1] = sigma_max, sigma_min
+    return made

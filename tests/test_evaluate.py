@@ -128,7 +128,7 @@ def test_cases_hold_the_observed_velocities(trained, fields, cases):
         np.testing.assert_allclose(sigma * SPREAD, OBSERVATION_ERROR, rtol=1e-5)
 
 
-def test_another_prior_serves_analyses_and_the_network_keeps_its_own(trained, gaussian, tmp_path):
+def test_another_prior_serves_analyses_and_the_network_keeps_its_own(trained, gaussian, tmp_path, caplog):
     """The estimate is that of five eigenvectors of the training frames' covariance, in dense algebra."""
     keys = jax.random.split(jax.random.key(8), 90)
     x = np.asarray(jax.jit(jax.vmap(guide.prior_draw, (None, 0)))(gaussian, keys))[:, :, : SHAPE[1]]
@@ -165,6 +165,11 @@ def test_another_prior_serves_analyses_and_the_network_keeps_its_own(trained, ga
         levels_of(dataclasses.replace(other, form="conditional"), "given")
     with pytest.raises(InputError, match="at least one direction"):
         with_directions(trained, series, split, 0)
+    assert "directions are many" not in caplog.text
+    with_directions(trained, series, split, 16)
+    assert "16 directions are many for 60 training frames" in caplog.text
+    with pytest.raises(InputError, match=r"60 training frames of .* tell no 512 directions apart; take fewer than 59"):
+        with_directions(trained, series, split, 512)
     assert model.fingerprint(other) != model.fingerprint(trained)
 
 
@@ -730,6 +735,32 @@ def test_an_evaluation_replaces_an_earlier_one_and_goes_into_what_a_stopped_one_
         (tmp_path / name).unlink()
     assert run(3) == 3
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_files_say_which_evaluation_they_are_of(trained, fields, tmp_path):
+    """Those of one are alike; another size, another seed and another calibration are others."""
+
+    def run(number, model=trained, **settings):
+        out = tmp_path / str(number)
+        evaluate.run(
+            model, fields.select(range(1)), NUMBERS[:1], PATTERNS[:1], ["linear", "linear_samples"], out,
+            **({"members": 2, "kept": ["linear"]} | settings),
+        )  # fmt: skip
+        told = {}
+        for path in sorted(out.glob("fields*.nc")):
+            with xr.open_dataset(path) as data:
+                told[path.name] = data.attrs["evaluation"]
+        return told
+
+    first = run(0)
+    assert set(first) == {"fields.nc", "fields_linear.nc"}
+    assert len(set(first.values())) == 1
+    assert run(1) == first
+    learnt = SimpleNamespace(method="adaptive", members=4, to_json=lambda: {"method": "adaptive"})
+    others = [
+        run(2, members=3), run(3, seed=1), run(4, dataclasses.replace(trained, calibrations=(learnt,)))
+    ]  # fmt: skip
+    assert len({first["fields.nc"], *(one["fields.nc"] for one in others)}) == 4
 
 
 def test_results_need_a_folder(trained, fields, tmp_path):

@@ -196,6 +196,19 @@ def test_blocks_are_as_long_as_fields_were_alike_in_training(folder, trained, fr
     assert measured != 5
 
 
+@pytest.mark.parametrize(("hours", "expected"), [(1, 120), (24, 5), (48, 2.5)])
+def test_blocks_are_as_long_in_days_whatever_the_step_of_the_file(folder, trained, hours, expected):
+    """Of a model of daily frames that were alike for five days."""
+    parts = {"train": [0, 50], "validation": [60, 80], "test": [90, 100]}
+    told = {"decorrelation": 5.0, "parts": parts, "time": ["2020-01-01T00:00:00", "2020-03-20T00:00:00"]}
+    daily = dataclasses.replace(trained, training=trained.training | told)
+    path = str(folder / "steps.nc")
+    fields = later(40)
+    time = np.datetime64("2022-01-01", "ns") + np.arange(40) * np.timedelta64(hours, "h")
+    readers.write(dataclasses.replace(fields, time=time), path)
+    assert data_of(daily, path, "all")[1].decorrelation == pytest.approx(expected)
+
+
 def test_models_of_other_frames_are_compared_on_a_file_that_none_saw(folder, trained, monkeypatch):
     other = dataclasses.replace(trained, training=trained.training | {"fingerprint": later().hash()})
     model.save(other, folder / "other")

@@ -1672,6 +1672,25 @@ def test_observations_that_the_mean_overrules_are_warned_of(trained, caplog):
     assert "(and at 2 other times by more than 3)" in caplog.text
 
 
+def test_times_with_values_on_land_alone_are_left_out(caplog):
+    """The others are as without them; a field that is infinite is none without values."""
+    fields = tiny.fields().select(np.arange(4))
+    observed = ~np.isnan(gappy()).any(-1)
+    velocity = np.where(observed[..., None], fields.velocity, np.nan)
+    y, x = np.argwhere(~GRID.ocean)[0]
+    velocity[2], velocity[2, y, x] = np.nan, 0.1
+    series = Fields.create(velocity, GRID.lat, GRID.lon, fields.time, name="series.nc")
+    found = collect(series, GRID, leave_out=True)
+    assert [frame.time for frame in found] == [*fields.time[:2], fields.time[3]]
+    assert {frame.count for frame in found} == {int(observed.sum())}
+    assert "series.nc: 1 of 4 times have no value in the ocean of the model, and are left out" in caplog.text
+    velocity[[0, 1, 3]] = np.nan
+    velocity[:, y, x] = np.arange(1, 9).reshape(4, 2) / 10
+    ashore = Fields.create(velocity, GRID.lat, GRID.lon, fields.time, name="series.nc")
+    with pytest.raises(InputError, match=r"series\.nc has no value in the ocean of the model"):
+        collect(ashore, GRID, leave_out=True)
+
+
 def test_observations_of_another_place_are_told_both_extents():
     model_at = r"the model at lat 18\.0000\.\.18\.0600, lon 295\.0000\.\.295\.1100"
     theirs = r"lat 58\.0300\.\.58\.0300, lon 295\.0800\.\.295\.0800"

@@ -100,6 +100,28 @@ def test_levels_beyond_training_are_refused(trained, drawn):
         levels.denoising_errors(trained, drawn, np.arange(120), np.array([1.0, 200.0]))
 
 
+def test_noise_is_the_same_on_another_padded_grid(trained, drawn):
+    """Sixteen columns of land more change nothing of errors on the ocean, where the Gaussian alone is asked."""
+    assert trained.padded[1] < 32
+    add = ((0, 0), (0, 32 - trained.padded[1]), (0, 0))
+
+    def wider(field):
+        return jnp.pad(field, ((0, 0),) * (field.ndim - 3) + add)
+
+    gaussian = trained.gaussian.replace(
+        **{name: wider(getattr(trained.gaussian, name)) for name in ("mean", "direction", "ocean")}
+    )
+    other = dataclasses.replace(trained, gaussian=gaussian, grid=(trained.padded[0], 32))
+    frames = drawn.select(np.arange(3))
+    expected = levels.denoising_errors(trained, frames, np.arange(3), SIGMAS)
+    found = levels.denoising_errors(other, frames, np.arange(3), SIGMAS, drawn=trained.padded)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    back = levels.denoising_errors(other, frames, np.arange(3), SIGMAS)
+    assert np.abs(back / expected - 1).max() > 0.01
+    again = levels.denoising_errors(trained, frames, np.arange(3), SIGMAS, drawn=other.padded)
+    np.testing.assert_allclose(again, back, rtol=1e-4)
+
+
 def test_models_are_compared_with_the_first_on_the_same_noise(trained, drawn):
     # Half of the linear estimate is worse by what it leaves out; the same model again is neither better nor worse.
     half = dataclasses.replace(trained.gaussian, mean=trained.gaussian.mean + 0.5)

@@ -564,6 +564,12 @@ def test_kept_gains_are_of_the_same_correlation(gaussian, observation):
         np.testing.assert_array_equal(found.noise, gains.noise_covariance(observation, correlation))
 
 
+def test_the_level_that_a_sampler_stops_at_is_run():
+    for count in range(2, 20):
+        assert Posterior.create(2.0, 0.05, count, stop_sigma=0.05).calls == count
+        assert Posterior.create(2.0, 0.05, count, stop_sigma=0.051).calls == count - 1
+
+
 def test_mistakes_are_named(gaussian, observation):
     for options in (
         {"correction": "magic"},

@@ -668,12 +668,17 @@ def test_what_cannot_be_reported_is_refused(tmp_path, what, words):
 def test_files_of_an_older_run_are_left_out(evaluation, tmp_path, caplog):
     shutil.copytree(evaluation.folder, tmp_path / "again")
     fresh = report.build(tmp_path / "again")
-    for path, changes in (("fields_old.nc", ("model 12ab", "model 34cd")), ("fields_other.nc", ("seed 0", "seed 1"))):
-        with xr.open_dataset(evaluation.folder / "fields.nc") as data:
-            data = data.load().assign_attrs(method="old", history=data.attrs["history"].replace(*changes))
-        readers.write_netcdf(data, tmp_path / "again" / path)
+    with xr.open_dataset(evaluation.folder / "fields.nc") as data:
+        data = data.load()
+    history = data.attrs["history"]
+    for path, changes in (
+        ("fields_old.nc", {"history": history.replace("model 12ab", "model 34cd")}),
+        ("fields_other.nc", {"history": history.replace("seed 0", "seed 1")}),
+        ("fields_adaptive.nc", {"method": "adaptive", "evaluation": "56ef"}),
+    ):
+        readers.write_netcdf(data.assign_attrs({"method": "old"} | changes), tmp_path / "again" / path)
     assert report.build(tmp_path / "again") == fresh
-    assert caplog.text.count("is of another model or seed than fields.nc, and is left out") == 2
+    assert caplog.text.count("is of another evaluation (model, seed, members or calibration) than fields.nc, and") == 3
 
 
 def test_files_of_other_data_and_of_methods_without_a_row_are_left_out(evaluation, tmp_path, caplog):

@@ -72,6 +72,13 @@ def test_levels_are_even_in_their_root(rho):
     assert roots[0] < 0
 
 
+@pytest.mark.parametrize("ends", [(0.05, 2.0), (0.01, 3.4), (0.1, 130.0), (0.02, 8.0), (0.3, 0.7)])
+def test_the_ends_of_levels_are_those_asked_for(ends):
+    for count in range(2, 40):
+        made = schedule.levels(count, *ends)
+        assert (made[-1], made[0]) == ends
+
+
 def test_levels_have_the_root_of_their_source_by_default():
     """Karras et al. 2022, table 1: rho = 7."""
     np.testing.assert_allclose(schedule.levels(3, 1.0, 128.0)[1], 1.5**7, rtol=1e-10)

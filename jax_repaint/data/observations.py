@@ -349,11 +349,19 @@ def _from_fields(
     times = fields.time if when is None else [when]
     if when is None and not known:
         times = [UNKNOWN]
+    series = _on_ocean(fields.velocity, grid, fields.name, leave_out)
+    some = ~np.isnan(series).any(-1).all((1, 2))
+    if not some.any():
+        raise InputError(f"{fields.name} has no value in the ocean of the model")
+    if not some.all():
+        logging.warning(
+            "%s: %d of %d times have no value in the ocean of the model, and are left out",
+            fields.name, np.sum(~some), some.size,
+        )  # fmt: skip
     return [
         _of_cells(velocity, grid, sigma if errors is None else _errors_of(velocity, day, errors), time, fields.name)
-        for time, day, velocity in zip(
-            times, fields.time, _on_ocean(fields.velocity, grid, fields.name, leave_out), strict=True
-        )
+        for time, day, velocity, left in zip(times, fields.time, series, some, strict=True)
+        if left
     ]
 
 
