@@ -479,8 +479,8 @@ def _define_flags() -> None:
     flags.DEFINE_bool("raw", False, "Leave out the rows of calibrated methods.")
     flags.DEFINE_integer(
         "directions", None, "EOFs of the linear prior of baselines, starts and gains, fitted anew to the training "
-        "frames; by default that of the model, which the network keeps. More pay where most of a field is observed.",
-        lower_bound=1,
+        "frames; by default that of the model, which the network keeps. More pay where most of a field is observed "
+        "and the training had thousands of frames.", lower_bound=1,
     )  # fmt: skip
     flags.DEFINE_string("out", "results", "Folder for the tables, fields.nc and figure.png.")
     flags.mark_flag_as_required("model")

@@ -37,6 +37,7 @@ SMALLER = (
     (r"--frames=\d+", "--frames=2"),
     (r"\bmembers=\d+", "members=4"),
     (r"--levels=\d+", "--levels=2"),
+    (r"--directions=\d+", "--directions=8"),
     (r"--fields=\S+ (--(config\.)?part=all)", r"--fields=other.nc \1"),
     (r"--steps=\d+", "--steps=2"),
     (r"--rows=\d+", "--rows=8"),
