@@ -162,12 +162,13 @@ def blocks_of(numbers: Sequence[int], block: int) -> int:
 
 
 def check_replaced(old: Calibration | None, blocks: int) -> None:
-    """Before long work: whether a calibration from `blocks` blocks of time may take an old one's place unasked.
+    """Whether a calibration from `blocks` blocks of time may take an old one's place unasked.
 
     Raises:
-      InputError: the old one rests on more blocks of time.
+      InputError: the old one rests on more blocks of time, by more than a tenth.
     """
-    if old is not None and old.blocks > blocks:
+    # Frames of other draws, or blocks of another length, are some more or fewer.
+    if old is not None and old.blocks > 1.1 * blocks:
         raise InputError(
             f"the model has a calibration from more blocks of time, {words_of(old)}, than the {blocks} of this one; "
             "calibrate a copy of the model, take more --frames, or say --replace"
@@ -185,7 +186,9 @@ FLAGS = flags.FLAGS
 def _define_flags() -> None:
     flags.DEFINE_string("model", None, "Folder of a model, as training writes it.")
     flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
-    flags.DEFINE_string("method", "kalman", f"Among {', '.join(METHODS)}.")
+    flags.DEFINE_string(
+        "method", None, f"Among {', '.join(METHODS)}; by default that of the model's first calibration, or else kalman."
+    )
     flags.DEFINE_integer("members", 16, "Members of the ensembles that the calibration is for.", lower_bound=2)
     flags.DEFINE_enum(
         "part", "validation", ("validation", "all"), "What the frames are drawn from: the validation part, or all of "
@@ -206,12 +209,12 @@ def _define_flags() -> None:
 
 def main(_) -> None:
     """Calibrates a model."""
-    check(FLAGS.method, FLAGS.members, FLAGS.block or 1)
     trained = model.load(FLAGS.model)
+    name = FLAGS.method or (trained.calibrations[0].method if trained.calibrations else "kalman")
+    check(name, FLAGS.members, FLAGS.block or 1)
     if FLAGS.model == SHIPPED:
         raise InputError(f"{SHIPPED} is the model in the package; calibrate a copy of its folder")
     files.check_writable(f"{FLAGS.model}/{model.DESCRIPTION}")
-    old = calibration.find(trained.calibrations, FLAGS.method, FLAGS.members)
     fields, split = data_of(trained, FLAGS.fields, FLAGS.part)
     patterns = FLAGS.patterns or trained.patterns
     series = fields.select(split.validation)
@@ -221,21 +224,25 @@ def main(_) -> None:
     numbers = pick(split, FLAGS.frames, FLAGS.seed)
     logging.info("%d frames in blocks of %d frames", numbers.size, block)
     if not FLAGS.replace:
-        check_replaced(old, blocks_of(numbers, block))
+        check_replaced(calibration.find(trained.calibrations, name, FLAGS.members), blocks_of(numbers, block))
     learnt = learn(
-        trained, fields.select(numbers), numbers, patterns, FLAGS.method,
+        trained, fields.select(numbers), numbers, patterns, name,
         block=block, members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, gate=FLAGS.gate,
     )  # fmt: skip
     if FLAGS.gate and learnt.gate is None:
         logging.warning("the gate does not lower the error of blocks that it was not learnt from, and is not kept")
+    print(learnt.describe())
+    # Another command may have put one there since.
+    old = calibration.find(model.load(FLAGS.model).calibrations, name, FLAGS.members)
+    if not FLAGS.replace:
+        check_replaced(old, learnt.blocks)
     if old is not None:
         logging.warning("replaces the calibration for %s by one for %s", words_of(old), words_of(learnt))
     model.store_calibration(FLAGS.model, learnt, FLAGS.default)
-    print(learnt.describe())
     print(f"\nstored in {FLAGS.model}")
     default = model.load(FLAGS.model).calibrations[0].method
-    if default != FLAGS.method:
-        print(f"inpaint takes {default} by default; --default makes it {FLAGS.method}")
+    if default != name:
+        print(f"inpaint takes {default} by default; --default makes it {name}")
 
 
 if __name__ == "__main__":

@@ -361,14 +361,14 @@ def run(
     patterns = list(dict.fromkeys(patterns))
     learnt = {} if raw else calibrations_for(trained, methods, members)
     shown = shown or (calibrated_name(methods[-1]) if methods[-1] in learnt else methods[-1])
-    written = {shown: FIELDS} | {name: _file_of(name) for name in kept if name != shown}
-    for name in written:
+    written = {FIELDS: shown} | {_file_of(name): name for name in kept if name != shown}
+    for name in written.values():
         if name not in (*methods, *map(calibrated_name, learnt)):
             raise InputError(f"{name} is not among the methods that are run, {', '.join(methods)}")
-    check_out(out, [name for name in written if name != shown], inputs)
+    check_out(out, [name for name in written.values() if name != shown], inputs)
     cases = make_cases(trained, fields, numbers, patterns, seed)
     _check_model(trained, methods)
-    for name in (*TABLES, *written.values(), FIGURE):
+    for name in (*TABLES, *written, FIGURE):
         files.check_writable(out / name)
     unfinished = Unfinished(out / "unfinished")
     unfinished.begin(trained, {
@@ -386,10 +386,10 @@ def run(
             continue
         # A calibration is for ensembles of one size.
         logging.warning("members of %s failed; there is no row %s", name, added)
-        written.pop(added, None)
+        written.pop(_file_of(added), None)
         if shown == added:
             shown = name
-            written[shown] = FIELDS
+            written[FIELDS] = name
     # Everything that members depend on, calibrations too, so that the files of two evaluations are told apart.
     parts = [unfinished.folder.name, [one.to_json() for one in trained.calibrations]]
     told = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -398,7 +398,7 @@ def run(
     scoring.write_csv(rows, out / "table.csv")
     scoring.write_csv(frame_rows(cases, scores), out / "frames.csv")
     scoring.write_csv(detail_rows(cases, results, fields), out / "details.csv")
-    for name, file in written.items():
+    for file, name in written.items():
         history = f"jax_repaint, model {named or model.fingerprint(trained)}, method {name}, seed {seed}"
         data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name, evaluation=told)
         readers.write_netcdf(data, out / file)

@@ -348,7 +348,7 @@ def store_calibration(folder: str | os.PathLike, learnt: Calibration, default: b
         made = calibration.added(_calibrations(text), learnt, default)
         text.pop("calibration", None)
         text["calibrations"] = [one.to_json() for one in made]
-    except (OSError, TypeError, ValueError) as e:
+    except (AttributeError, OSError, TypeError, ValueError) as e:
         raise InputError(f"no model that could be calibrated in {folder}: {e}") from e
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(text, indent=1) + "\n")

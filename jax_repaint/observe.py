@@ -101,7 +101,8 @@ def merged(observation: Observation) -> Observation:
 
     The rows of the result are no positions: their weights have length 1, their values and errors any size. Only methods
     that use A, y and R as S^-1 does may take them; not those that paste values, or measure |y - A x| without R.
-    Preconditioned by S^-1, conjugate gradients are the same for all rows L A, L y, L R L^T; not without it.
+    Preconditioned by S^-1, conjugate gradients are the same for all rows L A, L y, L R L^T with an invertible L; and
+    without the rows that say nothing of x no step is drawn towards the length of S^-1.
     """
     cells, weights, values, sigma, valid = (
         np.asarray(leaf)

@@ -656,12 +656,14 @@ def test_failed_members_leave_out_the_calibrated_row(trained, data, learnt, tmp_
     monkeypatch.setattr(evaluate, "run_method", failing)
     evaluate.run(
         dataclasses.replace(trained, calibrations=(learnt,)), data.select(numbers), numbers, ["line:4"],
-        ["linear", "linear_samples"], tmp_path, members=6, seed=1,
+        ["linear", "linear_samples"], tmp_path, members=6, seed=1, kept=["linear_samples"],
     )  # fmt: skip
     assert list(pd.read_csv(tmp_path / "table.csv")["method"]) == ["linear", "linear_samples"]
     assert "there is no row linear_samples_calibrated" in caplog.text
     read = report.Ensembles.read(tmp_path / "fields.nc")
     assert read.method == "linear_samples"
+    with xr.open_dataset(tmp_path / "fields_linear_samples.nc") as kept:
+        assert kept.attrs["method"] == "linear_samples"
     assert [len(read.ensemble(0, frame)) for frame in range(3)] == [6, 6, 5]
     ocean = data.ocean
     np.testing.assert_allclose(read.mean[0, 2][ocean], read.members[0, 2, :5].mean(0)[ocean], rtol=1e-6)
@@ -897,6 +899,9 @@ def test_a_calibration_that_cannot_be_stored_leaves_the_model(trained, learnt, t
     model.save(trained, tmp_path / "model")
     with pytest.raises(InputError, match="no model that could be calibrated"):
         model.store_calibration(tmp_path, learnt)
+    (tmp_path / model.DESCRIPTION).write_text("[]")
+    with pytest.raises(InputError, match="no model that could be calibrated"):
+        model.store_calibration(tmp_path, learnt)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -931,10 +936,10 @@ def test_one_block_of_time_is_refused_before_the_work(trained, data):
 def test_a_calibration_gives_way_only_to_one_from_as_many_blocks(learnt):
     """`learnt` is of 20 blocks."""
     calibrate.check_replaced(None, 2)
-    for blocks in (20, 21):
+    for blocks in (19, 20, 21):
         calibrate.check_replaced(learnt, blocks)
-    with pytest.raises(InputError, match=r"more blocks of time, 6 members .* 80 fields in 20 blocks, than the 19 of"):
-        calibrate.check_replaced(learnt, 19)
+    with pytest.raises(InputError, match=r"more blocks of time, 6 members .* 80 fields in 20 blocks, than the 18 of"):
+        calibrate.check_replaced(learnt, 18)
     assert calibrate.blocks_of([0, 1, 7, 8, 29], 4) == 4
 
 
@@ -961,6 +966,23 @@ def test_the_command_replaces_a_better_calibration_only_when_told(learnt, tmp_pa
         "replaces the calibration for 4 members of linear_samples from 80 fields in 20 blocks by one for 4 members of "
         "linear_samples from 3 fields in 3 blocks" in caplog.text
     )
+    # One that was put there meanwhile counts; what was learnt is printed.
+    learn = calibrate.learn
+
+    def slowly(*args, **options):
+        model.store_calibration(tmp_path / "model", better)
+        return learn(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "learn", slowly)
+        capsys.readouterr()
+        with pytest.raises(InputError, match="20 blocks, than the 3 of this one"):
+            run()
+    assert "3 fields in 3 blocks of time" in capsys.readouterr().out
+    assert model.load(tmp_path / "model").calibrations == (better,)
+    # Without a method it is that of the first calibration.
+    (made,) = run(replace=True, method=None)
+    assert made.method == "linear_samples"
     # One of another method or size has its place beside it, and is the default only when told.
     caplog.clear()
     assert [one.method for one in run(method="kalman")] == ["linear_samples", "kalman"]

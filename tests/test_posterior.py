@@ -352,7 +352,7 @@ def test_a_later_direction_of_too_little_curvature_has_the_length_of_the_precond
 
 
 def test_steps_do_not_depend_on_how_an_observation_is_written(gaussian, observation):
-    """A row with half of its information in each of two, and in other units; not so without a preconditioner."""
+    """Once, or twice with half of its information and in other units; not so without a preconditioner."""
 
     def denoise(x):
         return jnp.tanh(1.5 * gaussian(x, 1.0)) * gaussian.ocean  # whose Jacobian is not symmetric
