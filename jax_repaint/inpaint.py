@@ -47,6 +47,7 @@ METHODS = ("linear_samples", *methods.REPAINT, *methods.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE, IMPOSSIBLE = 20, 100  # standard deviations from the mean that are warned of, and refused
 DRAWN = 3  # fields in a picture
+MOST = 0.2  # of the ocean cells; kalman_cg was tried with a few per cent of them, and with 70
 MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
 LARGEST_ERROR = 1e6  # m/s
 UNLIKELY = 3  # standard errors between mean and observations; 0.1 to 1.6 for those made of the twin's held-out frames
@@ -148,6 +149,8 @@ def inpaint(
     frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step, leave_out=leave_out)
     _check_units(trained, frames)
     _warn_of_times(frames)
+    if method == "kalman_cg":
+        _warn_of_many(frames, grid)
     calibration = None if raw else calibration_of(trained, method, members)
     made: dict[int, Estimate] = {}
     rows = [gains.rows_of(trained.gaussian, _observation(trained, frame, method)) for frame in frames]
@@ -263,6 +266,17 @@ def _warn_of_times(frames: Sequence[Observed]) -> None:
             ", most with one observation" if scattered else "",
             "; --step=1h or --time=... (step=, time=) joins them" if frames[0].rows is not None else "",
         )
+
+
+def _warn_of_many(frames: Sequence[Observed], grid: Grid) -> None:
+    """Where most is observed single fields of `kalman_cg` go astray (docs/results.md, The length of a step)."""
+    observed = [int(frame.observation.on_grid(grid.ocean.shape)[0].sum()) for frame in frames]
+    most = max(observed) / grid.ocean.sum()
+    if most > MOST:
+        logging.warning(
+            "kalman_cg is for few observations, and %.0f %% of the ocean cells are observed; kalman (--method=, "
+            "method=) is safer there", 100 * most,
+        )  # fmt: skip
 
 
 def _warn_of_misfit(estimates: Sequence[Estimate]) -> None:
