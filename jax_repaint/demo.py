@@ -76,7 +76,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("frames", 1, "Held-out frames to inpaint, drawn at random.", lower_bound=1)
     flags.DEFINE_list("patterns", [], "Observation patterns; by default the model's: a line, a walk, 2 % of the cells.")
     flags.DEFINE_list(
-        "methods", [], f"Among {', '.join(methods.METHODS)}; by default the baselines and the default of inpaint."
+        "methods", None, f"Among {', '.join(methods.METHODS)}; by default the baselines and the default of inpaint."
     )
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
@@ -87,7 +87,7 @@ def main(_) -> None:
     """Inpaints and says where the results are."""
     loaded = None if FLAGS.fields else model.load(FLAGS.model or SHIPPED)
     usual = inpaint.default_method(loaded) if loaded else "kalman"  # of the form that `fit` trains
-    names = FLAGS.methods or [*methods.BASELINES, usual]
+    names = [*methods.BASELINES, usual] if FLAGS.methods is None else FLAGS.methods
     methods.check_methods(names, FLAGS.members)
     out = Path(FLAGS.out)
     # Before the training.

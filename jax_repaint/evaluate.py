@@ -469,7 +469,7 @@ def _define_flags() -> None:
         "patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02; by default the model's."
     )
     flags.DEFINE_list(
-        "methods", [], f"Among {', '.join(METHODS)}; by default the baselines, adaptive, kalman and the default of "
+        "methods", None, f"Among {', '.join(METHODS)}; by default the baselines, adaptive, kalman and the default of "
         "inpaint."
     )  # fmt: skip
     flags.DEFINE_list("keep", [], "Methods whose members go into fields_METHOD.nc, beside the last one's in fields.nc.")
@@ -489,7 +489,7 @@ def _define_flags() -> None:
 def main(_) -> None:
     """Compares methods on held-out frames."""
     trained, out = model.load(FLAGS.model), Path(FLAGS.out)
-    names = FLAGS.methods or usual_methods(trained, FLAGS.directions is not None)
+    names = usual_methods(trained, FLAGS.directions is not None) if FLAGS.methods is None else FLAGS.methods
     check_methods(names, FLAGS.members)
     # Before the fields, whose simulation may take minutes; `run` asks it of all that is read.
     check_out(out, FLAGS.keep, readers.files_of(FLAGS.fields) if FLAGS.fields else ())
