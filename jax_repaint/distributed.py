@@ -149,12 +149,13 @@ def training_devices(form: str = "") -> np.ndarray:
     """
     devices = np.asarray(jax.devices(), object)
     of_cpu = jax.default_backend() == "cpu"
+    if jax.process_count() == 1 and of_cpu and not _cpu_devices_asked():
+        return devices[:1]
     if form == "conditional" and of_cpu and jax.local_device_count() > 1:
         logging.warning("a training of form conditional takes one device of a CPU, not %d", jax.local_device_count())
         _, first = np.unique([device.process_index for device in devices], return_index=True)
         return devices[first]
-    alone = jax.process_count() == 1 and of_cpu and not _cpu_devices_asked()
-    return devices[:1] if alone else devices
+    return devices
 
 
 def over_all_devices(batch: int, form: str = "") -> Mesh | None:

@@ -109,7 +109,10 @@ def count_devices(*given, **changes):
         [sys.executable, "-c", CORES, *given], capture_output=True, text=True, env=launching.environment(**fixed),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [int(number) for number in done.stdout.split()]
+    devices, found, alone = (int(number) for number in done.stdout.split())
+    # Who asked for devices hears that they are not used, and nobody else.
+    assert ("takes one device" in done.stderr) == (found > 1)
+    return [devices, found, alone]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which cores a process has")
