@@ -865,7 +865,7 @@ def build(workdir: Path, frames: int = 8, members: int = 8) -> str:
     if not workdir.is_dir():
         raise InputError(f"{workdir} is no folder")
     body = []
-    if (workdir / results.PARTS).is_dir():
+    if results.is_sweep(workdir):
         body += sweep_body(workdir)
     else:
         if (workdir / "config.json").exists():

@@ -26,7 +26,7 @@ from jax_repaint.checkpoint import flatten
 from jax_repaint.errors import InputError
 from jax_repaint.methods import DETERMINISTIC
 
-CONFIG, PARTS = "config.json", "parts"
+CONFIG, PARTS, ROWS_VERSION = "config.json", "parts", "rows_version"
 # Raised with every change of the code that makes other rows of the same settings; a workdir of older rows is refused.
 VERSION = 3
 # One row is one point, pattern, frame, seed, stage and size of the ensemble.
@@ -151,6 +151,16 @@ def claim(workdir: Path, sweep: Mapping[str, Any]) -> None:
     if not is_claimed(workdir, sweep):
         with files.whole_file(Path(workdir) / CONFIG) as temporary:
             temporary.write_text(json.dumps(sweep, indent=1, sort_keys=True) + "\n")
+
+
+def is_sweep(workdir: Path) -> bool:
+    """Whether `workdir` is a sweep's, which has no parts before its first batch is finished."""
+    if (Path(workdir) / PARTS).is_dir():
+        return True
+    try:
+        return ROWS_VERSION in json.loads((Path(workdir) / CONFIG).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def is_claimed(workdir: Path, sweep: Mapping[str, Any]) -> bool:

@@ -123,7 +123,7 @@ class Study:
             "config": {key: value for key, value in self.config.to_dict().items() if key not in FREE},
             "models": {folder: model.fingerprint(one) for folder, one in self.models.items()},
             "frames": self.fields.hash(),
-            "rows_version": results.VERSION,
+            results.ROWS_VERSION: results.VERSION,
             "observation_error": OBSERVATION_ERROR,
             "programs": {
                 point.label: describe(point, program) for point, program in zip(self.points, self.programs, strict=True)
@@ -133,7 +133,7 @@ class Study:
     @cached_property
     def _named(self) -> list[str]:
         """What of each point goes into the names of its tasks: all that its rows depend on."""
-        common = [self.identity[key] for key in ("frames", "rows_version", "observation_error")]
+        common = [self.identity[key] for key in ("frames", results.ROWS_VERSION, "observation_error")]
         names = []
         for point in self.points:
             own = {key: value for key, value in point.settings.items() if key != "label"}

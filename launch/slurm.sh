@@ -59,6 +59,9 @@ code=$?
 # is on disk.
 if [[ $code -eq 143 ]]; then
   echo "stopped by SIGTERM; queued again"
-  scontrol requeue "$SLURM_JOB_ID"
+  # The number of one job of an array may be that of the whole array, which would be queued again with it.
+  job=$SLURM_JOB_ID
+  [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  scontrol requeue "$job"
 fi
 exit $code

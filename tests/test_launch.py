@@ -31,6 +31,7 @@ while [[ $1 == --* ]]; do
 done
 export SLURM_NTASKS=$((nodes * tasks))
 [[ ${#array[@]} -eq 0 ]] && exec bash "$@"
+export SLURM_ARRAY_JOB_ID=77
 export SLURM_ARRAY_TASK_COUNT=${#array[@]} SLURM_ARRAY_TASK_MIN=$first SLURM_ARRAY_TASK_MAX=${array[-1]}
 for SLURM_ARRAY_TASK_ID in "${array[@]}"; do
   export SLURM_ARRAY_TASK_ID
@@ -111,6 +112,9 @@ def test_a_job_that_the_time_limit_stopped_is_queued_again(shell):
     code, output, calls = shell("sbatch launch/slurm.sh train --workdir=run", srun_code="143")
     assert code == 143, output
     assert calls[1:] == ["scontrol requeue 77"]
+    # Of an array those jobs alone that were stopped.
+    _, output, calls = shell("sbatch --array=3-4 launch/slurm.sh sweep", srun_code="143")
+    assert calls[1::2] == ["scontrol requeue 77_3", "scontrol requeue 77_4"], output
 
 
 @pytest.mark.parametrize("ended", ["0", "1", "2", "137"])

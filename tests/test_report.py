@@ -590,10 +590,14 @@ def test_a_sweep_of_ensembles_of_unlike_size_compares_what_its_text_does(tmp_pat
     assert "Points are over different frames" in text
 
 
-def test_a_sweep_that_has_just_begun_says_so(tmp_path):
-    results.claim(tmp_path, {"config": {}})
-    (tmp_path / results.PARTS).mkdir()
-    assert "No task is finished yet." in report.build(tmp_path)
+@pytest.mark.parametrize("with_parts", [True, False])
+def test_a_sweep_that_has_just_begun_says_so(tmp_path, with_parts):
+    results.claim(tmp_path, {"config": {}} if with_parts else {"config": {}, results.ROWS_VERSION: 1})
+    if with_parts:
+        (tmp_path / results.PARTS).mkdir()
+    page = report.build(tmp_path)
+    assert "No task is finished yet." in page
+    assert "Training" not in page
 
 
 # --- what cannot be reported --------------------------------------------------------------------------------
