@@ -237,6 +237,14 @@ def test_conformal_with_one_value_a_block_is_the_usual_quantile():
     assert calibration.conformal(rng.exponential(size=800), np.arange(800) % 8) == math.inf
 
 
+@pytest.mark.parametrize(("blocks", "each"), [(19, 3), (29, 7), (39, 3), (39, 6), (49, 7)])
+def test_conformal_reaches_a_level_that_sums_only_nearly_reach(blocks, each):
+    score = np.random.default_rng(blocks).permutation(blocks * each).astype(float)
+    # In whole numbers: values * each^-1 >= 0.9 (blocks + 1).
+    expected = -(-9 * (blocks + 1) * each // 10) - 1
+    assert calibration.conformal(score, np.repeat(np.arange(blocks), each)) == expected
+
+
 def test_conformal_counts_blocks_not_values():
     # Nine blocks of a thousand small scores and one of a few large ones: the large ones weigh a tenth.
     score = np.r_[np.linspace(0, 1, 9000), np.full(10, 5.0)]
@@ -299,6 +307,16 @@ def test_bins_have_scales_of_their_own_where_blocks_allow():
     few, many = fit(few), fit(many)
     assert len(set(few.scale)) == 1
     assert many.scale[0] < 0.7 * many.scale[-1]
+
+
+def test_a_bin_that_few_blocks_reach_has_the_scale_of_all():
+    block = np.repeat(np.arange(40), 10)
+    bins = np.where((block < 5) & (np.arange(block.size) % 2 == 0), 1, 0)
+    none, edges = np.zeros(block.size), np.array([0.0, 1.0])
+    values = calibration._Values(none, none, none + 1, bins, block, block, edges, none.astype(int), bins.astype(float))
+    scale = calibration._scales(values, np.abs(np.random.default_rng(0).normal(size=block.size)), none + 1)
+    assert np.isfinite(scale).all()
+    assert scale[0] == scale[1]
 
 
 def test_too_few_blocks_promise_nothing():
@@ -404,6 +422,20 @@ def test_a_gate_that_learns_nothing_is_none(fields):
     rng = np.random.default_rng(0)
     evidence = [Gate.evidence(*rng.exponential(size=3)) for _ in fields.truth]
     assert fit(fields, evidence=evidence).gate is None
+
+
+def test_a_gate_without_evidence_shrinks_towards_trust():
+    """Noise of a thousand times the spread hides that a weight of 0.9 were the best."""
+    frames, spread = 20, 1e-3
+    error = np.tile([0.9 * spread - 1, 0.9 * spread + 1], frames)
+    none, frame = np.zeros(2 * frames, int), np.repeat(np.arange(frames), 2)
+    values = calibration._Values(
+        error, np.full(2 * frames, spread), np.ones(2 * frames), none, frame, frame, np.zeros(1), none,
+        np.zeros(2 * frames),
+    )  # fmt: skip
+    gate = calibration._gate(values, np.ones(1), np.tile([1.0, 0.0, 0.0], (frames, 1)), frames)
+    assert gate is not None
+    assert gate.of(np.array([1.0, 0.0, 0.0])) == pytest.approx(0.95, abs=0.01)
 
 
 def test_a_gate_by_hand():

@@ -85,6 +85,28 @@ def test_ratios_are_those_of_the_frames(rows, table):
         assert line["spread_skill"] == pytest.approx(metrics.spread_skill(mine["variance"], mine["mse_mean"], 4))
 
 
+def test_intervals_are_those_of_blocks_of_frames(rows):
+    slow = rows.query("point == 0").assign(block=3)
+    for _, line in comparison.compare(slow).iterrows():
+        mine = slow[(slow["pattern"] == line["pattern"]) & (slow["stage"] == line["stage"])]
+        frames = mine.groupby("frame").mean(numeric_only=True)
+        best = frames[f"mse_{line['best']}"].to_numpy()
+        expected = scoring.ratio_of_means(frames["mse_mean"].to_numpy(), best, block=3, seed=0)
+        assert (line["mean_over_best_lo"], line["mean_over_best_hi"]) == (expected.lo, expected.hi)
+        assert expected.lo != scoring.ratio_of_means(frames["mse_mean"].to_numpy(), best, block=1, seed=0).lo
+
+
+def test_a_frame_that_failed_with_one_seed_counts_with_none(rows):
+    some = rows.query("point == 0").copy()
+    failed = (some["frame"] == 20) & (some["seed"] == 1)
+    some.loc[failed, ["failed_members", "mse_mean", "mse_member"]] = 1, 9.0, 9.0
+    some.loc[failed, "failed_at"] = "stage 1, iteration 7, t 3"
+    for _, line in comparison.compare(some).iterrows():
+        whole = some[(some["pattern"] == line["pattern"]) & (some["stage"] == line["stage"]) & (some["frame"] != 20)]
+        assert line["failed"] == 1
+        assert line["mse_mean"] == pytest.approx(whole["mse_mean"].mean())
+
+
 def test_mean_of_more_members_is_that_of_drawn_ones():
     """Two of sixteen independent members tell, on average, the error of the mean of sixteen."""
     rng, cells, frames = np.random.default_rng(1), 400, 300

@@ -201,6 +201,16 @@ def test_patterns_are_of_all_kinds_on_the_ocean():
     assert observe.pattern_table(ocean, 3, 10**9)[0].shape == (3, ocean.sum())
 
 
+def test_lines_begin_anywhere():
+    table, counts = observe.pattern_table(np.ones((40, 40), bool), 400, 8, seed=1)
+    along_x = [cells for cells, count in zip(table, counts, strict=True) if count == 8 and (np.diff(cells) == 1).all()]
+    assert len(along_x) > 30
+    # Of 33 places in a row of 40 cells.
+    first = np.array([cells[0] % 40 for cells in along_x])
+    assert np.mean(first == 0) < 0.3
+    assert first.max() > 25
+
+
 def test_a_row_of_the_table_is_an_observation_of_cells(truth, prior):
     wet = np.asarray(prior.ocean)[..., 0] > 0
     table, counts = observe.pattern_table(wet, 20, 16)

@@ -312,9 +312,19 @@ class TestSplit:
             assert abs(part.size - share * usable) <= 1
             np.testing.assert_array_equal(np.diff(part), 1)
 
-    @pytest.mark.parametrize("gap", [30, "30h", "1 day 6h"])
-    def test_a_wider_gap_may_be_asked_for(self, fields, gap):
-        assert data.split(fields, gap=gap).gap == 30
+    @pytest.mark.parametrize(("gap", "frames"), [(30, 30), ("30h", 30), ("1 day 6h", 30), ("30h30min", 31)])
+    def test_a_wider_gap_may_be_asked_for(self, fields, gap, frames):
+        assert data.split(fields, gap=gap).gap == frames
+
+    def test_a_range_may_have_one_end(self, fields):
+        parts = data.split(fields, "/2020-01-10", "264:312", "2020-01-15:")
+        np.testing.assert_array_equal(parts.train, np.arange(240))
+        np.testing.assert_array_equal(parts.test, np.arange(336, 400))
+
+    def test_carving_takes_a_fifth_of_what_a_gap_leaves(self, fields):
+        gap = math.ceil(data.decorrelation_time(fields))
+        last = round(0.2 * (300 - gap))
+        assert data.carve(fields, "0:300") == (f"0:{300 - last - gap}", f"{300 - last}:300")
 
     @pytest.mark.parametrize("gap", [None, "72h"])
     def test_gaps_last_as_long_where_frames_are_closer(self, gap):
@@ -411,6 +421,21 @@ class TestSplit:
             expected = [t for t in range(400) if pattern[t % 130] == name]
             np.testing.assert_array_equal(getattr(parts, name), expected)
         assert parts.gap == 10
+
+    def test_the_block_split_warns_in_hours_whatever_the_step(self):
+        fields = make(red_noise([math.exp(-1 / 5)], 400)[0], START + 3 * np.arange(400) * HOUR)
+        with pytest.warns(UserWarning, match="decorrelate in") as warned:
+            parts = data.block_split(fields)
+        assert f"decorrelate in {3 * parts.decorrelation:.3g} h" in str(warned[-1].message)
+
+    def test_a_frame_with_just_a_tenth_of_its_values_is_kept(self):
+        velocity = noise(300, 2, 10)
+        velocity[3, :, 1:] = np.nan
+        velocity[4, :, 1:] = velocity[4, 0] = np.nan
+        fields = make(velocity)
+        parts = data.Split(np.arange(100), np.arange(120, 150), np.arange(200, 300))
+        assert fields.coverage[3] == 0.1
+        np.testing.assert_array_equal(data.well_covered(fields, parts).train, np.delete(np.arange(100), 4))
 
     def test_a_record_shorter_than_a_block_has_no_block_split(self):
         with pytest.raises(InputError, match="leaves no test frame"):

@@ -705,10 +705,11 @@ def test_ratio_by_hand():
     assert result.hi <= 3.0
 
 
-def test_wilson_interval_by_its_formula():
-    n, wins, z = 100, 80, stats.norm.ppf(0.975)
+@pytest.mark.parametrize("given", [{}, {"level": 0.68}])
+def test_wilson_interval_by_its_formula(given):
+    n, wins, z = 100, 80, stats.norm.ppf(0.5 + given.get("level", 0.95) / 2)
     method = np.r_[np.full(wins, 0.5), np.full(n - wins, 2.0)]
-    result = scoring.ratio_of_means(method, np.ones(n), block=5, seed=0)
+    result = scoring.ratio_of_means(method, np.ones(n), block=5, seed=0, **given)
     p = wins / n
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -856,6 +857,30 @@ def test_summary_of_an_ensemble(rows):
     assert math.isnan(pair["crps"])
     assert math.isnan(pair["spread_skill"])
     assert pair["mse_mean"] > ensemble["mse_mean"]
+
+
+@pytest.mark.parametrize(("block", "seed"), [(1, 0), (12, 0), (12, 5)])
+def test_summary_has_the_interval_of_its_blocks(block, seed):
+    rng = np.random.default_rng(3)
+    ours, theirs = np.exp(rng.normal(size=(2, 60)))
+    frames, others = (
+        [scoring.FrameScores(4, False, 10, mse, mse, 1.0, 1.0, 0.9, 1.0, 1.0) for mse in errors]
+        for errors in (ours, theirs)
+    )
+    row = scoring.summary("ours", frames, 1, 1, baseline=("theirs", others), block=block, seed=seed)
+    expected = scoring.ratio_of_means(ours, theirs, block, seed)
+    assert (row["lo"], row["hi"]) == (expected.lo, expected.hi)
+
+
+def test_small_scales_of_members_and_truth_are_those_of_the_same_cells():
+    ocean = np.ones((9, 9), bool)
+    truth = np.random.default_rng(0).normal(size=(9, 9, 2))
+    truth[4, 4] = np.nan
+    scored = metrics.scored_cells(truth, ocean, np.zeros((9, 9), bool))
+    # A member that is the truth where that is known, and anything in its gap.
+    member = np.nan_to_num(truth, nan=5.0)
+    found = scoring.score(truth, member[None], scored, ocean)
+    assert found.energy_member == found.energy_truth
 
 
 def test_summary_of_a_single_field(rows):
