@@ -16,10 +16,10 @@ The program takes a fixed number of rows, the rest of which are padded, and solv
     seed      () int32             of the members
     ->        members (M, y, x, 2), mean, standard deviation, 5 % and 95 % (y, x, 2) in m/s, NaN on land
 
-It is the sampler `kalman` or `kalman_cg`, or `given` for networks that take observations, with the model's calibration
-for that sampler and number of members if there is one, unless --raw is given; program.json says which. On a CPU with
-jax 0.7 jax.numpy.linalg.qr(jax.numpy.eye(2)) has to come before its first call: that loads LAPACK, without which the
-process ends.
+It is the sampler `kalman`, `kalman_cg` or `kalman_jvp`, or `given` for networks that take observations, with the
+model's calibration for that sampler and number of members if there is one, unless --raw is given; program.json says
+which. On a CPU with jax 0.7 jax.numpy.linalg.qr(jax.numpy.eye(2)) has to come before its first call: that loads LAPACK,
+without which the process ends.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ from jax_repaint.prior.analysis import PrincipalAnalysis
 
 PROGRAM, GRID, DESCRIPTION = FILES = "inpaint.jaxexport", "grid.npz", "program.json"
 PLATFORMS = ("cpu", "cuda")
-METHODS = ("kalman", "kalman_cg", "given")
+METHODS = ("kalman", "kalman_cg", "kalman_jvp", "given")
 
 
 def linear_variance(evidence: guide.Evidence) -> Field:

@@ -12,6 +12,8 @@ so that a correction is a choice of V ~= Cov[x0 | x], and of sigma^2 J^T, J = dx
     cov_pigdm  V = C_t                     x0 + sigma^2 J^T A^T S^-1 (y - A x0)
     pigdm      V = sigma^2 / (1 + sigma^2) I, otherwise cov_pigdm
     mmps       V = sigma^2 J               the same, S^-1 by conjugate gradients
+    kalman_cg  V = sigma^2 J               the same, preconditioned by S^-1 of kalman
+    kalman_jvp V = sigma^2 J               the same with J in the place of J^T
     dps        a step proportional to the gradient of |y - A x0|
     given      none: the denoiser itself has been given y (conditional.py)
 
@@ -29,6 +31,7 @@ from jax_repaint import gains
 from jax_repaint.array_types import Array, Field, Float, Key, Level, Scalar, Values
 from jax_repaint.denoise import PrincipalGaussian, Regimes
 from jax_repaint.gains import HIGHEST, Gain
+from jax_repaint.nets import convolution
 from jax_repaint.observe import Observation
 
 
@@ -55,6 +58,10 @@ class Evidence:
     def misfit(self, x0: Field) -> Values:
         """y - A x0; 0 on padded rows."""
         return jnp.where(self.observation.valid[:, None], self.observation.values - self.observation.apply(x0), 0.0)
+
+    def weigh(self, values: Values) -> Values:
+        """S^-1 v of `gain`."""
+        return gains.weigh(self.gaussian, self.observation, self.gain, values)
 
     def spread(self, values: Values) -> Field:
         """A^T v."""
@@ -132,8 +139,7 @@ def cov_pigdm(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evide
     r_t^2 I, r_t^2 = sigma^2 / (1 + sigma^2). The gains of `white` have that very C_t: `pigdm`.
     """
     x0, pull = jax.vjp(denoise, x)
-    weighed = gains.weigh(evidence.gaussian, evidence.observation, evidence.gain, evidence.misfit(x0))
-    return x0 + sigma**2 * pull(evidence.spread(weighed))[0]
+    return x0 + sigma**2 * pull(evidence.spread(evidence.weigh(evidence.misfit(x0))))[0]
 
 
 def mmps(
@@ -144,7 +150,8 @@ def mmps(
     Moment matching posterior sampling (Rozet et al. 2024, "Learning Diffusion Priors from Observations by Expectation
     Maximization"). The Jacobian of a network is not symmetric: more than 3 steps may make it worse.
     """
-    return _matched(denoise, x, sigma, evidence, cg_steps, None)
+    x0, pull = jax.vjp(denoise, x)
+    return _matched(x0, lambda v: pull(v)[0], sigma, evidence, cg_steps, None)
 
 
 def kalman_cg(
@@ -155,25 +162,34 @@ def kalman_cg(
     One step is `cov_pigdm` with the length that the network's own covariance asks for, and exact for a Gaussian prior;
     more find directions that the prior does not know.
     """
+    x0, pull = jax.vjp(denoise, x)
+    return _matched(x0, lambda v: pull(v)[0], sigma, evidence, cg_steps, evidence.weigh)
 
-    def precondition(v: Values) -> Values:
-        return gains.weigh(evidence.gaussian, evidence.observation, evidence.gain, v)
 
-    return _matched(denoise, x, sigma, evidence, cg_steps, precondition)
+def kalman_jvp(
+    denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, cg_steps: int = 2
+) -> Field:
+    """x0 + sigma^2 J A^T v, (sigma^2 A J A^T + R) v = y - A x0: `kalman_cg` with J in the place of J^T.
+
+    A covariance is symmetric, and so is J of an exact denoiser. Of a network J v is smooth, as all that it makes, and
+    what training asked of it: little, for v that is noise. J^T v is not, and dense observations, which tell small
+    scales apart, amplify that (docs/results.md, The length of a step).
+    """
+    with convolution.forwards():
+        x0, push = jax.linearize(denoise, x)
+    return _matched(x0, push, sigma, evidence, cg_steps, evidence.weigh)
 
 
 def _matched(
-    denoise: Denoise,
-    x: Field,
+    x0: Field,
+    jacobian: Callable[[Field], Field],
     sigma: Level,
     evidence: Evidence,
     cg_steps: int,
     precondition: Callable[[Values], Values] | None,
 ) -> Field:
-    x0, pull = jax.vjp(denoise, x)
-
     def operator(v: Values) -> tuple[Values, Field]:
-        covariance = sigma**2 * pull(evidence.spread(v))[0]
+        covariance = sigma**2 * jacobian(evidence.spread(v))
         noise = jnp.einsum("mcd,md->mc", evidence.noise, v, precision=HIGHEST)
         return noise + evidence.observation.apply(covariance), covariance
 
@@ -206,12 +222,14 @@ CORRECTIONS: dict[str, Correction] = {
     "pigdm": cov_pigdm,
     "mmps": mmps,
     "kalman_cg": kalman_cg,
+    "kalman_jvp": kalman_jvp,
     "dps": dps,
     "given": none,
 }
 
 
-WITH_GRADIENTS = ("cov_pigdm", "pigdm", "mmps", "kalman_cg", "dps")  # corrections that cost more than a network call
+# Corrections that cost more than a network call.
+WITH_GRADIENTS = ("cov_pigdm", "pigdm", "mmps", "kalman_cg", "kalman_jvp", "dps")
 
 
 def conjugate_gradients(

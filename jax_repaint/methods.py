@@ -31,10 +31,10 @@ from jax_repaint.sample import Outcome, Repaint, method
 DETERMINISTIC = ("climatology", "seed_gp", "gp", "linear")
 BASELINES = (*DETERMINISTIC, "linear_samples")
 REPAINT = tuple(sample.METHODS)
-POSTERIOR = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "dps", "paste")
+POSTERIOR = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "kalman_jvp", "dps", "paste")
 METHODS = (*BASELINES, *REPAINT, *POSTERIOR)
 # Those that use observations by their likelihood alone, so that rows may be merged (observe.merged).
-MERGING = ("linear_samples", "kalman", "kalman_cg", "cov_pigdm", "pigdm", "given")
+MERGING = ("linear_samples", "kalman", "kalman_cg", "kalman_jvp", "cov_pigdm", "pigdm", "given")
 PAIRED = POSTERIOR  # methods whose members come in antithetic pairs
 START = 3.4  # noise level that posterior samplers start from; chosen on validation frames among 3.4, 10, 30 and 130
 LEVELS = 16  # of posterior samplers

@@ -39,7 +39,8 @@ _LEVELS = {"levels": "count", "sigma_max": "sigma_max", "sigma_min": "sigma_min"
     name: name for name in ("eta", "dps_step", "cg_steps", "second_order", "stop_sigma")
 }
 
-_OF_SOME = {"dps_step": ("dps",), "cg_steps": ("mmps", "kalman_cg")}  # settings of these posterior samplers alone
+# Settings of these posterior samplers alone.
+_OF_SOME = {"dps_step": ("dps",), "cg_steps": ("mmps", "kalman_cg", "kalman_jvp")}
 
 
 def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:

@@ -29,7 +29,7 @@ from jax_repaint.prior.analysis import Analysis
 from jax_repaint.sample import Draw
 from jax_repaint.schedule import levels
 
-CG_STEPS = {"mmps": 1, "kalman_cg": 2}  # a third is little better (docs/results.md, The length of a step)
+CG_STEPS = {"mmps": 1, "kalman_cg": 2, "kalman_jvp": 2}  # docs/results.md, The length of a step
 
 
 @struct.dataclass
@@ -41,7 +41,7 @@ class Posterior:
       eta: share of fresh noise in a step; 1 ancestral, 0 deterministic.
       dps_step: step of the correction `dps`, in standardised units.
       correction: a name of guide.CORRECTIONS.
-      cg_steps: conjugate gradient steps of `mmps` and `kalman_cg`.
+      cg_steps: conjugate gradient steps of `mmps`, `kalman_cg` and `kalman_jvp`.
       second_order: extrapolate x0 from the last two levels (needs eta = 0).
     """
 
@@ -118,7 +118,7 @@ def evidence_for(
       hyper: its levels and correction.
       ocean: (y, x, 1), 1 on ocean.
       observation: in standardised units; may be left out for the correction `none` only.
-      gaussian: prior of `kalman`, `kalman_cg`, `cov_pigdm` and `given`; of `regimes` their mixture.
+      gaussian: prior of `kalman`, `kalman_cg`, `kalman_jvp`, `cov_pigdm` and `given`; of `regimes` their mixture.
       correlation: of the errors of u and v (gains.noise_covariance); the same as of the analysis to start from.
 
     Raises:
@@ -138,7 +138,7 @@ def evidence_for(
     known = guide.Evidence(ocean, observation, gains.noise_covariance(observation, correlation))
     if hyper.correction == "pigdm":
         gaussian = guide.white(ocean, observation.values.shape[-1])
-    elif hyper.correction not in ("kalman", "cov_pigdm", "given", "regimes", "kalman_cg"):
+    elif hyper.correction not in ("kalman", "cov_pigdm", "given", "regimes", "kalman_cg", "kalman_jvp"):
         return known
     mixture = hyper.correction == "regimes"
     if not isinstance(gaussian, Regimes if mixture else PrincipalGaussian):
@@ -255,8 +255,7 @@ def posterior(
     informed = hyper.correction == "given"
     if informed and not hasattr(denoiser, "given"):
         raise InputError("the correction given needs a denoiser that takes observations (form conditional)")
-    steps = {"cg_steps": hyper.cg_steps}
-    options = {"mmps": steps, "kalman_cg": steps, "dps": {"step": hyper.dps_step}}.get(hyper.correction, {})
+    options = {"dps": {"step": hyper.dps_step}} | {name: {"cg_steps": hyper.cg_steps} for name in CG_STEPS}
 
     def noise(number: Array) -> Field:
         return sign * draw(jax.random.fold_in(key, number), start.shape, start.dtype)
@@ -268,7 +267,7 @@ def posterior(
         def denoise(x: Field) -> Field:
             return denoiser.given(x, now.sigma, here) if informed else denoiser(x, now.sigma)
 
-        x0 = correct(denoise, x, now.sigma, now.following, here, **options)
+        x0 = correct(denoise, x, now.sigma, now.following, here, **options.get(hyper.correction, {}))
         x0 = jnp.where(evidence.ocean > 0, x0, start)
         ahead = x0 + now.extrapolation * (x0 - before)
         return (transition.ddim(x, ahead, noise(now.number), now.sigma, now.following, hyper.eta), x0), None

@@ -1,5 +1,7 @@
 """The convolution and its written out gradient against the library's, whose gradient is derived by JAX."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,27 @@ def test_gradients_are_those_of_the_library(size, stride, pad, dilation, grid, l
         of_x, of_kernel = pull(above)
     for mine, expected in zip((of_x, of_kernel), their_pull(above), strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
+
+
+def test_networks_are_differentiated_forwards_where_that_is_said():
+    """<w, J v> = <J^T w, v>, J v by the library's derivatives and J^T w by those that are written out."""
+    config = unet.UNetConfig((8, 8), attention=(1,), heads=1, stem_stride=2, embedding=8)
+    graphdef, params = unet.create(config, 0)
+    x, v, w = jax.random.normal(jax.random.key(0), (3, 1, 16, 16, 2))
+
+    def network(x, graphdef=graphdef):
+        return unet.apply(graphdef, params, x, jnp.zeros(1), None)
+
+    with convolution.forwards():
+        moved = jax.jvp(network, (x,), (v,))[1]
+    np.testing.assert_allclose(jnp.vdot(w, moved), jnp.vdot(jax.vjp(network, x)[1](w)[0], v), rtol=1e-3)
+    assert jnp.abs(moved).max() > 1e-3
+    # Attention that only a GPU has, and that has no such derivative, is replaced.
+    of_gpu, _ = unet.create(dataclasses.replace(config, attention_implementation="cudnn"), 0)
+    with convolution.forwards():
+        np.testing.assert_allclose(jax.jvp(lambda x: network(x, of_gpu), (x,), (v,))[1], moved, atol=1e-5)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(network, (x,), (v,))
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (1, 1), (6, 4)])
@@ -116,5 +139,6 @@ def test_training_leaves_the_kernels_free():
         return str(jax.make_jaxpr(lambda params: unet.apply(graphdef, params, x, jnp.zeros(1), key))(params))
 
     assert "custom_vjp_call" in text(None)
+    assert "name=_with_gradient" in text(None)
     # A batch made by vmap would otherwise have one gradient of a kernel a frame, which eight devices sum wrongly.
-    assert "name=convolve" not in text(jax.random.key(0))
+    assert "name=_with_gradient" not in text(jax.random.key(0))

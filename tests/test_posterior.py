@@ -125,10 +125,10 @@ def test_conditional_covariance_is_the_dense_inverse(gaussian, dense, sigma):
     np.testing.assert_allclose(mine, exact, atol=1e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("correction", ["kalman", "cov_pigdm", "mmps", "kalman_cg"])
+@pytest.mark.parametrize("correction", ["kalman", "cov_pigdm", "mmps", "kalman_cg", "kalman_jvp"])
 @pytest.mark.parametrize("sigma", [0.03, 0.8, 20.0])
 def test_corrections_of_the_exact_denoiser_are_exact(gaussian, observation, dense, correction, sigma):
-    """The Jacobian of the exact denoiser is C_t / sigma^2, so all three are the conditional mean."""
+    """The Jacobian of the exact denoiser is C_t / sigma^2, so all of them are the conditional mean."""
     hyper = Posterior.create(sigma, 0.01, 2, correction=correction)
     evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
     if evidence.gain is not None:
@@ -271,7 +271,9 @@ def test_a_sample_can_be_differentiated_by_its_own_numbers(gaussian, observation
     assert float(by_sigma @ along) == pytest.approx((change[0] - change[1]) / 2, rel=0.05, abs=1e-4)
 
 
-@pytest.mark.parametrize("correction", ["kalman", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "dps", "paste"])
+@pytest.mark.parametrize(
+    "correction", ["kalman", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "kalman_jvp", "dps", "paste"]
+)
 def test_single_precision_stays_where_a_program_asks_for_double(gaussian, observation, correction):
     hyper = Posterior.create(3.4, 0.3, 4, correction=correction)
     members = []
@@ -282,6 +284,33 @@ def test_single_precision_stays_where_a_program_asks_for_double(gaussian, observ
             members.append(posterior(jax.random.key(0), gaussian, evidence, hyper, start))
     assert members[1].dtype == jnp.float32
     np.testing.assert_allclose(members[1], members[0], atol=2e-3)
+
+
+@pytest.mark.parametrize(("correction", "turned"), [("kalman_jvp", False), ("kalman_cg", True)])
+def test_a_step_along_the_jacobian_is_that_of_dense_algebra(gaussian, observation, dense, correction, turned):
+    """Of a linear denoiser W x whose W is not symmetric: J = W for one, W^T for the other."""
+    sea, covariance, a, y = dense
+    sigma = 0.8
+    w = np.eye(sea.size) + np.random.default_rng(4).normal(size=covariance.shape) / math.sqrt(sea.size)
+
+    def denoise(x):
+        inside = jnp.matmul(jnp.asarray(w, jnp.float32), x.ravel()[sea], precision="highest")
+        return jnp.zeros(x.size).at[sea].set(inside).reshape(x.shape)
+
+    hyper = Posterior.create(sigma, 0.01, 2, correction=correction)
+    evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+    evidence = evidence.replace(gain=jax.tree.map(lambda g: g[0], evidence.gain))
+    x = gaussian.ocean * jax.random.normal(jax.random.key(2), (*SHAPE, 2))
+    found = guide.CORRECTIONS[correction](denoise, x, jnp.float32(sigma), jnp.float32(0.5), evidence, cg_steps=1)
+    x0 = w @ on_sea(x, dense)
+    misfit = y - a @ x0
+    prior = np.linalg.inv(np.linalg.inv(covariance) + np.eye(sea.size) / sigma**2)
+    weighed = np.linalg.solve(a @ prior @ a.T + NOISE**2 * np.eye(len(a)), misfit)
+    jacobian = w.T if turned else w
+    curvature = weighed @ (sigma**2 * a @ jacobian @ a.T + NOISE**2 * np.eye(len(a))) @ weighed
+    assert curvature > weighed @ misfit / guide.LONGEST  # otherwise another rule applies
+    expected = x0 + sigma**2 * jacobian @ a.T @ weighed * (weighed @ misfit / curvature)
+    np.testing.assert_allclose(on_sea(found, dense), expected, atol=2e-3)
 
 
 def test_conjugate_gradients_halt_where_the_operator_is_not_positive():
@@ -370,8 +399,9 @@ def test_steps_do_not_depend_on_how_an_observation_is_written(gaussian, observat
     # Larger units for some of the rows.
     unit = jnp.where(jnp.arange(twice.size) % 3 == 0, 4.0, 1.0)[:, None]
     twice = twice.replace(weights=unit * twice.weights, values=unit * twice.values, sigma=unit * twice.sigma)
-    before = corrected(observation, "kalman_cg")
-    np.testing.assert_allclose(corrected(twice, "kalman_cg"), before, atol=2e-4)
+    for correction in ("kalman_cg", "kalman_jvp"):
+        before = corrected(observation, correction)
+        np.testing.assert_allclose(corrected(twice, correction), before, atol=2e-4)
     assert np.abs(corrected(twice, "mmps") - corrected(observation, "mmps")).max() > 0.01
 
 

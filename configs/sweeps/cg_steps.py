@@ -17,6 +17,7 @@ def get_config(arg: str = ""):
         # Every number of steps is a program of its own.
         for steps in (1, 2) if arg else (1, 2, 3):
             add(method="kalman_cg", cg_steps=steps)
+            add(method="kalman_jvp", cg_steps=steps)
         for steps in (1,) if arg else (1, 2, 3, 4):
             add(method="mmps", cg_steps=steps)
 

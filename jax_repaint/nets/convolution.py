@@ -5,6 +5,9 @@ convolution, with the kernel turned around and its channels exchanged, stays in 
 all samplers are: six times slower for a whole network (benchmarks/gradient.py). Here that form is written out.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import partial
 
 import jax
@@ -17,13 +20,31 @@ Pair = tuple[int, int]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+FORWARDS: ContextVar[bool] = ContextVar("forwards", default=False)
+
+
+@contextlib.contextmanager
+def forwards() -> Iterator[None]:
+    """Networks that are traced inside may be differentiated forwards (jax.jvp), which those with `convolve` are not."""
+    before = FORWARDS.set(True)
+    try:
+        yield
+    finally:
+        FORWARDS.reset(before)
+
+
 def convolve(x: Array, kernel: Array, stride: int = 1, pad: Pair = (0, 0), dilation: int = 1) -> Array:
     """The convolution of `x` (b, y, x, i), with `dilation` - 1 zeros between its cells, and `kernel` (k, k, i, o).
 
     Args:
       pad: zeros before and after, in y and in x.
     """
+    # JAX differentiates what has a gradient of its own in that direction alone.
+    return (_plain if FORWARDS.get() else _with_gradient)(x, kernel, stride, pad, dilation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _with_gradient(x: Array, kernel: Array, stride: int, pad: Pair, dilation: int) -> Array:
     return _plain(x, kernel, stride, pad, dilation)
 
 
@@ -34,7 +55,7 @@ def _plain(x: Array, kernel: Array, stride: int, pad: Pair, dilation: int) -> Ar
 
 
 def _forward(x: Array, kernel: Array, stride: int, pad: Pair, dilation: int) -> tuple[Array, tuple[Array, Array]]:
-    return convolve(x, kernel, stride, pad, dilation), (x, kernel)
+    return _with_gradient(x, kernel, stride, pad, dilation), (x, kernel)
 
 
 def _backward(stride: int, pad: Pair, dilation: int, kept: tuple[Array, Array], above: Array) -> tuple[Array, Array]:
@@ -59,7 +80,7 @@ def _backward(stride: int, pad: Pair, dilation: int, kept: tuple[Array, Array], 
     return to_field, to_kernel
 
 
-convolve.defvjp(_forward, _backward)
+_with_gradient.defvjp(_forward, _backward)
 
 
 def in_phases(x: Array, kernel: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_repaint.array_types import Array
-from jax_repaint.nets.convolution import Conv, ConvTranspose
+from jax_repaint.nets.convolution import FORWARDS, Conv, ConvTranspose
 
 
 class GroupNorm(nnx.Module):
@@ -111,11 +111,13 @@ class Attention(nnx.Module):
         b, ny, nx, c = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, ny * nx, 3, self.heads, c // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if self.implementation == "xla":
+        # That of cuDNN has a gradient of its own, and no derivative forwards.
+        implementation = "xla" if FORWARDS.get() else self.implementation
+        if implementation == "xla":
             # Of bfloat16 with float32 logits, the gradient would be products of mixed types, an error under strict
             # promotion.
             q, k, v = (z.astype(jnp.float32) for z in (q, k, v))
-        h = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        h = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
         return x + self.project(h.astype(qkv.dtype).reshape(b, ny, nx, c))
 
 
