@@ -497,7 +497,8 @@ def three(frames):
 
 
 @pytest.mark.parametrize(
-    "correction", ["paste", "kalman", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "dps", "given", "regimes"]
+    "correction",
+    ["paste", "kalman", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "kalman_jvp", "dps", "given", "regimes"],
 )
 def test_frames_do_not_depend_on_each_other(gaussian, three, correction):
     """Sampled together, whatever the chunk, each frame has the members that it has alone."""

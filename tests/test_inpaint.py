@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -122,7 +123,8 @@ def test_points_give_the_posterior_of_dense_algebra(gaussian_model):
     np.testing.assert_allclose(np.mean(spread[ocean] ** 2), np.mean(std[ocean] ** 2), rtol=0.05)
 
 
-@pytest.mark.parametrize(("method", "seed"), [("kalman", 2), ("kalman_cg", 4)])  # gains of a pattern are kept
+# Seeds of their own, as gains of a pattern are kept.
+@pytest.mark.parametrize(("method", "seed"), [("kalman", 2), ("kalman_cg", 4), ("kalman_jvp", 5)])
 def test_a_track_of_many_points_gives_the_posterior_of_dense_algebra(gaussian_model, monkeypatch, method, seed):
     """Three hundred points in a few squares of the grid, sampled with the gains of fewer rows."""
     points, made = table(300, seed=seed), []
@@ -1966,12 +1968,13 @@ def test_a_program_of_each_sampler_makes_the_members_of_inpaint(trained):
     names = ("cells", "weights", "values", "sigma", "valid")
     given = [np.asarray(getattr(frame.observation, name)) for name in names]
     made = {}
-    for method in ("kalman", "kalman_cg"):
+    for method in ("kalman", "kalman_cg", "kalman_jvp"):
         made[method] = np.asarray(jax.jit(export.program(trained, 4, method))(*given, np.int32(5))[0])
         expected = inpaint.estimate(trained, [frame], 4, 5, method)[0].members
         np.testing.assert_allclose(made[method], expected, atol=5e-5)
-    assert np.nanmax(np.abs(made["kalman"] - made["kalman_cg"])) > 0.01
-    with pytest.raises(InputError, match="'adaptive' cannot be exported; kalman, kalman_cg, given can"):
+    for one, other in itertools.combinations(made.values(), 2):
+        assert np.nanmax(np.abs(one - other)) > 0.01
+    with pytest.raises(InputError, match="'adaptive' cannot be exported; kalman, kalman_cg, kalman_jvp, given can"):
         export.program(trained, 4, "adaptive")
 
 
