@@ -167,7 +167,7 @@ def kalman_cg(
 
 
 def kalman_jvp(
-    denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, cg_steps: int = 2
+    denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, cg_steps: int = 3
 ) -> Field:
     """x0 + sigma^2 J A^T v, (sigma^2 A J A^T + R) v = y - A x0: `kalman_cg` with J in the place of J^T.
 
