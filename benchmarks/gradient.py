@@ -3,10 +3,12 @@
     python -m benchmarks.gradient --networks=tiny --batch=2 --out=gradient.json
 
 `outside` is one call; `loop` is a call of several noise levels in one `lax.scan`, with the convolutions' gradient
-written out (jax_repaint/nets/convolution.py); `library` is the same loop with the gradient that JAX derives.
+written out (jax_repaint/nets/convolution.py); `library` is the same loop with the gradient that JAX derives. `forwards`
+is the loop with a derivative along a field, J v, in the place of the gradient J^T v.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,11 @@ from flax import nnx
 from benchmarks import measure
 from jax_repaint import command
 from jax_repaint.array_types import Array
+from jax_repaint.nets import convolution
 from jax_repaint.nets.unet import NETWORKS
 
 GRID = (48, 96)
-FORMS = ("outside", "loop", "library")
+FORMS = ("outside", "loop", "library", "forwards")
 
 
 def calls(name: str, batch: int, levels: int) -> dict[str, Callable[[], Array]]:
@@ -29,23 +32,30 @@ def calls(name: str, batch: int, levels: int) -> dict[str, Callable[[], Array]]:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((batch, *GRID, config.inputs), np.float32))
     positions = jnp.linspace(10.0, 240.0, levels)
 
-    def gradient(params: dict, x: Array, position: Array, fixed: bool) -> Array:
+    def gradient(params: dict, x: Array, position: Array, fixed: bool = True) -> Array:
         network = nnx.merge(graphdef, params)
         network.set_attributes(fixed=fixed)
         out, pull = jax.vjp(lambda x: network(x, position[None]), x)
         return pull(out)[0]
 
-    def looped(params: dict, x: Array, fixed: bool) -> Array:
+    def derivative(params: dict, x: Array, position: Array) -> Array:
+        network = nnx.merge(graphdef, params)
+        with convolution.forwards():
+            out, push = jax.linearize(lambda x: network(x, position[None]), x)
+        return push(out)
+
+    def looped(params: dict, x: Array, derived: Callable[..., Array]) -> Array:
         # Each level starts from the last one's result, as samplers do.
         def step(x: Array, position: Array) -> tuple[Array, None]:
-            return x + 1e-3 * gradient(params, x, position, fixed), None
+            return x + 1e-3 * derived(params, x, position), None
 
         return jax.lax.scan(step, x, positions)[0]
 
     programs = {
-        "outside": lambda params, x: gradient(params, x, positions[0], True),
-        "loop": lambda params, x: looped(params, x, True),
-        "library": lambda params, x: looped(params, x, False),
+        "outside": lambda params, x: gradient(params, x, positions[0]),
+        "loop": lambda params, x: looped(params, x, gradient),
+        "library": lambda params, x: looped(params, x, partial(gradient, fixed=False)),
+        "forwards": lambda params, x: looped(params, x, derivative),
     }
     made = {form: measure.compiled(programs[form], params, x)[0] for form in FORMS}
     return {form: lambda run=run: run(params, x).block_until_ready() for form, run in made.items()}

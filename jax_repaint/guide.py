@@ -173,7 +173,7 @@ def kalman_jvp(
 
     A covariance is symmetric, and so is J of an exact denoiser. Of a network J v is smooth, as all that it makes, and
     what training asked of it: little, for v that is noise. J^T v is not, and dense observations, which tell small
-    scales apart, amplify that (docs/results.md, The length of a step).
+    scales apart, amplify that (docs/results.md, Forwards or backwards).
     """
     with convolution.forwards():
         x0, push = jax.linearize(denoise, x)

@@ -269,13 +269,13 @@ def _warn_of_times(frames: Sequence[Observed]) -> None:
 
 
 def _warn_of_many(frames: Sequence[Observed], grid: Grid) -> None:
-    """Where most is observed single fields of `kalman_cg` go astray (docs/results.md, The length of a step)."""
+    """Where most is observed single fields of `kalman_cg` go astray (docs/results.md, Forwards or backwards)."""
     observed = [int(frame.observation.on_grid(grid.ocean.shape)[0].sum()) for frame in frames]
     most = max(observed) / grid.ocean.sum()
     if most > MOST:
         logging.warning(
-            "kalman_cg is for few observations, and %.0f %% of the ocean cells are observed; kalman (--method=, "
-            "method=) is safer there", 100 * most,
+            "kalman_cg is for few observations, and %.0f %% of the ocean cells are observed; kalman_jvp (--method=, "
+            "method=) is better there", 100 * most,
         )  # fmt: skip
 
 
