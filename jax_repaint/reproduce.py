@@ -419,15 +419,18 @@ def _define_flags() -> None:
     flags.DEFINE_list("only", [], f"Parts among {', '.join(PARTS)}; all if empty.")
     flags.DEFINE_string("fields", "", "File, none of whose frames had a part in training, to inpaint those of instead.")
     flags.DEFINE_list("beside", [], "Folders of other models, whose errors by noise level are shown too.")
-    flags.DEFINE_string("out", "", "The page (.md); by default WORKDIR/reproduction.md. Its pictures lie beside it.")
+    page = "The page (.md), with pictures beside; by default WORKDIR/reproduction.md, of parts reproduction_PARTS.md."
+    flags.DEFINE_string("out", "", page)
     flags.mark_flag_as_required("workdir")
 
 
 def main(_) -> None:
     """Runs what is left, writes the page and prints the verdicts."""
     workdir = Path(FLAGS.workdir)
-    out = Path(FLAGS.out or workdir / "reproduction.md")
     names = check_names(FLAGS.only or PARTS)
+    # The page of all parts stays.
+    parts = names if set(names) < set(PARTS) else ()
+    out = Path(FLAGS.out or workdir / ("_".join(["reproduction", *parts]) + ".md"))
     files.check_writable(out, (".md",))
     for folder in FLAGS.beside:
         model.load(folder)

@@ -151,8 +151,9 @@ def check_config(config: ConfigDict) -> None:
             raise InputError(f"observed.{name} must be at least {value}, got {config.observed[name]}")
     if not 0 < config.observed.error < math.inf:
         raise InputError(f"observed.error must be positive and finite, got {config.observed.error}")
-    if m.rank < 1:
-        raise InputError(f"model.rank must be at least 1, got {m.rank}")
+    for name in ("rank", "gp_steps"):
+        if m[name] < 1:
+            raise InputError(f"model.{name} must be at least 1, got {m[name]}")
     for spec in observe.patterns_of(m.patterns):
         observe.read_pattern(spec)
     model.make_schedule(dict(n))

@@ -489,9 +489,15 @@ def test_the_command_says_how_long_continued_runs_were_before(tmp_path, monkeypa
     monkeypatch.setattr(reproduce, "run_sweeps", lambda *_, **__: None)
     monkeypatch.setattr(reproduce, "gather", lambda *_, **options: asked.update(options))
     monkeypatch.setattr(reproduce, "about", lambda _, __, line, *___: lines.append(line))
-    monkeypatch.setattr(reproduce.findings, "write", lambda *_: {})
+    monkeypatch.setattr(reproduce.findings, "write", lambda _, out, __: lines.append(out.name) or {})
     reproduce.main([])
     assert asked["length"] == resumption.Length(before=7)
+    # The page of all parts, which may be there, is another one.
+    assert lines.pop() == "reproduction_resume.md"
+    own(["reproduce", "--only="])
+    reproduce.main([])
+    assert lines.pop() == "reproduction.md"
+    assert lines.pop() == "python -m jax_repaint.reproduce --workdir=WORKDIR --resume_epochs=7"
     assert lines == ["python -m jax_repaint.reproduce --workdir=WORKDIR --resume_epochs=7 --only=resume"]
 
 

@@ -487,6 +487,7 @@ def test_held_out_noise_and_levels_have_nothing_to_do_with_each_other(noise_fram
         ("model.form", "v", "not one of"),
         ("model.dtype", "float64", "float32 or bfloat16"),
         ("model.rank", 0, "rank"),
+        ("model.gp_steps", 0, "gp_steps"),
         ("model.patterns", "line:4,gap:0.3", r"'gap:0\.3' is not one of line:ROW"),
         ("train.batch", 0, "at least 1"),
         ("train.score_every", 0, "at least 1"),
