@@ -4,16 +4,16 @@ x = x0 + sigma n in standardised units, one field. By Bayes' rule and Tweedie's 
 
     E[x0 | x, y] = x0 + sigma^2 grad_x log p(y | x),    p(y | x) ~= N(y; A x0, S),    S = A V A^T + R
 
-so that a correction is a choice of V ~= Cov[x0 | x], and of sigma^2 J^T, J = dx0/dx, or V itself in front of A^T:
+so that a correction is a choice of V ~= Cov[x0 | x], and of what is in front of A^T, with J = dx0/dx:
 
     paste      V = c I, R -> 0             observed cells take their values
     kalman     V = C_t                     x0 + C_t A^T S^-1 (y - A x0)              no gradient
     regimes    V = C_t of each regime of a mixture, weighted by p(regime | x, y)      no gradient
     cov_pigdm  V = C_t                     x0 + sigma^2 J^T A^T S^-1 (y - A x0)
     pigdm      V = sigma^2 / (1 + sigma^2) I, otherwise cov_pigdm
-    mmps       V = sigma^2 J               the same, S^-1 by conjugate gradients
-    kalman_cg  V = sigma^2 J               the same, preconditioned by S^-1 of kalman
-    kalman_jvp V = sigma^2 J               the same with J in the place of J^T
+    mmps       V = sigma^2 J^T             x0 + V A^T S^-1 (y - A x0), by conjugate gradients
+    kalman_cg  V = sigma^2 J^T             the same, preconditioned by S^-1 of kalman
+    kalman_jvp V = sigma^2 J               the same
     dps        a step proportional to the gradient of |y - A x0|
     given      none: the denoiser itself has been given y (conditional.py)
 
@@ -171,9 +171,9 @@ def kalman_jvp(
 ) -> Field:
     """x0 + sigma^2 J A^T v, (sigma^2 A J A^T + R) v = y - A x0: `kalman_cg` with J in the place of J^T.
 
-    A covariance is symmetric, and so is J of an exact denoiser. Of a network J v is smooth, as all that it makes, and
-    what training asked of it: little, for v that is noise. J^T v is not, and dense observations, which tell small
-    scales apart, amplify that (docs/results.md, Forwards or backwards).
+    A covariance is symmetric, and so is J of an exact denoiser. Of a network J v is smooth, and small for v that is
+    noise, as training asks. J^T v is neither, and dense observations, which tell small scales apart, amplify that
+    (docs/results.md, Forwards or backwards).
     """
     with convolution.forwards():
         x0, push = jax.linearize(denoise, x)

@@ -26,6 +26,7 @@ import pandas as pd
 import tqdm
 import xarray as xr
 from absl import flags, logging
+from scipy import ndimage
 
 import jax_repaint
 from jax_repaint import calibration as calibrations
@@ -47,7 +48,7 @@ METHODS = ("linear_samples", *methods.REPAINT, *methods.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE, IMPOSSIBLE = 20, 100  # standard deviations from the mean that are warned of, and refused
 DRAWN = 3  # fields in a picture
-MOST = 0.2  # of the ocean cells; kalman_cg was tried with a few per cent of them, and with 70
+DENSE = 0.05  # of the ocean cells; a swath of three cells has up to 0.03 inside of it, `gaps:0.8` 0.15
 MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
 LARGEST_ERROR = 1e6  # m/s
 UNLIKELY = 3  # standard errors between mean and observations; 0.1 to 1.6 for those made of the twin's held-out frames
@@ -150,7 +151,7 @@ def inpaint(
     _check_units(trained, frames)
     _warn_of_times(frames)
     if method == "kalman_cg":
-        _warn_of_many(frames, grid)
+        _warn_of_dense(frames, grid)
     calibration = None if raw else calibration_of(trained, method, members)
     made: dict[int, Estimate] = {}
     rows = [gains.rows_of(trained.gaussian, _observation(trained, frame, method)) for frame in frames]
@@ -268,14 +269,17 @@ def _warn_of_times(frames: Sequence[Observed]) -> None:
         )
 
 
-def _warn_of_many(frames: Sequence[Observed], grid: Grid) -> None:
-    """Where most is observed single fields of `kalman_cg` go astray (docs/results.md, Forwards or backwards)."""
-    observed = [int(frame.observation.on_grid(grid.ocean.shape)[0].sum()) for frame in frames]
-    most = max(observed) / grid.ocean.sum()
-    if most > MOST:
+def _warn_of_dense(frames: Sequence[Observed], grid: Grid) -> None:
+    """Where observations are dense single fields of `kalman_cg` go astray (docs/results.md, Forwards or backwards)."""
+    inside = 0
+    for frame in frames:
+        observed = np.asarray(frame.observation.on_grid(grid.ocean.shape)[0])
+        inside = max(inside, int((observed & ndimage.binary_erosion(observed | ~grid.ocean, border_value=1)).sum()))
+    share = inside / grid.ocean.sum()
+    if share > DENSE:
         logging.warning(
-            "kalman_cg is for few observations, and %.0f %% of the ocean cells are observed; kalman_jvp (--method=, "
-            "method=) is better there", 100 * most,
+            "kalman_cg is for few or scattered observations, and %.0f %% of the ocean cells are observed with all "
+            "their neighbours; kalman or kalman_jvp (--method=, method=) is better there", 100 * share,
         )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ fi
 
 # From Slurm 22.05 on, srun does not take the number of CPUs from sbatch.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-srun --kill-on-bad-exit="$kill" python -m "jax_repaint.$command" "$@" "${options[@]}"
+srun --kill-on-bad-exit="$kill" python -m "jax_repaint.$command" "$@" ${options[@]+"${options[@]}"}
 code=$?
 
 # SIGTERM comes before the time limit, and before a preemption. Training has saved its state; what a sweep has finished

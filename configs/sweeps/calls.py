@@ -3,7 +3,8 @@
     python -m jax_repaint.sweep --config=configs/sweeps/calls.py --workdir=sweeps/calls
 
 All start from the best linear estimate (a sample of it, where the sampler wants one) but plain. Calls through which a
-gradient is taken (guided, cov_pigdm, pigdm, mmps, dps) count as one and cost more. `:smoke` runs a few of the points.
+gradient is taken (guided, cov_pigdm, pigdm, mmps, dps) count as one and cost more; for `kalman_cg` and `kalman_jvp` see
+cg_steps.py. `:smoke` runs a few of the points.
 """
 
 from jax_repaint.points import default_config, smoke

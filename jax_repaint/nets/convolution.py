@@ -20,12 +20,13 @@ Pair = tuple[int, int]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
+# Seen while a network is traced; what jax.jit has traced before stays as it was.
 FORWARDS: ContextVar[bool] = ContextVar("forwards", default=False)
 
 
 @contextlib.contextmanager
 def forwards() -> Iterator[None]:
-    """Networks that are traced inside may be differentiated forwards (jax.jvp), which those with `convolve` are not."""
+    """Networks traced inside may be differentiated forwards (jax.jvp) and have JAX's own gradient; others may not."""
     before = FORWARDS.set(True)
     try:
         yield
