@@ -2,7 +2,8 @@
 
 On a CPU XLA brings convolutions into the form of its fast kernels in the outermost computation only. The gradient's
 convolution, with the kernel turned around and its channels exchanged, stays in a slow form inside of `lax.scan`, where
-all samplers are: six times slower for a whole network (benchmarks/gradient.py). Here that form is written out.
+all samplers are: three to seven times slower for a whole network (benchmarks/gradient.py). Here that form is written
+out.
 """
 
 import contextlib
