@@ -48,6 +48,7 @@ METHODS = ("linear_samples", *methods.REPAINT, *methods.POSTERIOR)
 EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE, IMPOSSIBLE = 20, 100  # standard deviations from the mean that are warned of, and refused
 DRAWN = 3  # fields in a picture
+OF_FEW = ("kalman_cg", "cov_pigdm")  # methods that are not for dense observations
 DENSE = 0.05  # of the ocean cells; a swath of three cells has up to 0.03 inside of it, `gaps:0.8` 0.15
 MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
 LARGEST_ERROR = 1e6  # m/s
@@ -150,8 +151,8 @@ def inpaint(
     frames = collect(observations, grid, columns=columns, sigma=sigma, time=time, step=step, leave_out=leave_out)
     _check_units(trained, frames)
     _warn_of_times(frames)
-    if method == "kalman_cg":
-        _warn_of_dense(frames, grid)
+    if method in OF_FEW:
+        _warn_of_dense(method, frames, grid)
     calibration = None if raw else calibration_of(trained, method, members)
     made: dict[int, Estimate] = {}
     rows = [gains.rows_of(trained.gaussian, _observation(trained, frame, method)) for frame in frames]
@@ -269,8 +270,8 @@ def _warn_of_times(frames: Sequence[Observed]) -> None:
         )
 
 
-def _warn_of_dense(frames: Sequence[Observed], grid: Grid) -> None:
-    """Where observations are dense single fields of `kalman_cg` go astray (docs/results.md, Forwards or backwards)."""
+def _warn_of_dense(method: str, frames: Sequence[Observed], grid: Grid) -> None:
+    """Where observations are dense single fields of OF_FEW go astray (docs/results.md, Forwards or backwards)."""
     inside = 0
     for frame in frames:
         observed = np.asarray(frame.observation.on_grid(grid.ocean.shape)[0])
@@ -278,8 +279,8 @@ def _warn_of_dense(frames: Sequence[Observed], grid: Grid) -> None:
     share = inside / grid.ocean.sum()
     if share > DENSE:
         logging.warning(
-            "kalman_cg is for few or scattered observations, and %.0f %% of the ocean cells are observed with all "
-            "their neighbours; kalman or kalman_jvp (--method=, method=) is better there", 100 * share,
+            "%s is for few or scattered observations, and %.0f %% of the ocean cells are observed with all their "
+            "neighbours; kalman or kalman_jvp (--method=, method=) is better there", method, 100 * share,
         )  # fmt: skip
 
 

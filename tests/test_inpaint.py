@@ -1676,15 +1676,18 @@ def test_observations_that_the_mean_overrules_are_warned_of(trained, caplog):
 
 @pytest.mark.parametrize(
     ("method", "pattern", "said"),
-    [("kalman_cg", "patch", 1), ("kalman_cg", "scattered", 0), ("kalman_cg", "row", 0), ("kalman_jvp", "patch", 0)],
-)
-def test_kalman_cg_is_warned_of_where_observations_are_dense(trained, caplog, method, pattern, said):
+    [
+        ("kalman_cg", "patch", 1), ("kalman_cg", "scattered", 0), ("kalman_cg", "row", 0), ("kalman_jvp", "patch", 0),
+        ("cov_pigdm", "patch", 1),
+    ],
+)  # fmt: skip
+def test_methods_of_few_observations_are_warned_of_where_observations_are_dense(trained, caplog, method, pattern, said):
     y, x = np.indices(GRID.ocean.shape)
     observed = {"patch": x < 6, "scattered": (x + y) % 2 == 0, "row": y == 3}[pattern] & GRID.ocean
     velocity = np.full((*GRID.ocean.shape, 2), np.nan)
     velocity[observed] = 0.05 + 0.01 * np.random.default_rng(0).normal(size=(observed.sum(), 2))
     inpaint.inpaint(trained, velocity, 4, method=method, progress=False)
-    assert caplog.text.count("kalman_cg is for few or scattered observations") == said
+    assert caplog.text.count(f"{method} is for few or scattered observations") == said
     # 28 of 64 cells, but for the six of the last column.
     assert caplog.text.count("34 % of the ocean cells") == said
 
