@@ -920,6 +920,14 @@ def test_dates_of_a_track_may_have_any_name(tmp_path):
         assert_same_frames(collect(source, GRID), collect(points, GRID))
 
 
+@pytest.mark.parametrize("name", ["time", "sampled"])
+def test_dates_of_a_track_may_be_of_cftime(name):
+    points, dataset = track()
+    dates = [cftime.DatetimeGregorian(*when.timetuple()[:6]) for when in points.time]
+    dataset = dataset.drop_vars("time").assign({name: ("obs", dates)})
+    assert_same_frames(collect(dataset, GRID), collect(points, GRID))
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_velocity_at_a_bad_place_or_time_is_bad(tmp_path, named):
     """Also where latitude and time name the flags that are theirs."""

@@ -50,6 +50,9 @@ def _from_track(
             if not units_of(dataset[names[key]]):
                 titles.check_unit(names[key], source.name)
         dataset = dataset.assign({names[key]: with_units(dataset[names[key]]) for key in ("u", "v")})
+        # As files hold them.
+        dates = {n: x.variable for n, x in dataset.items() if _of_cftime(x)}
+        dataset = dataset.assign({n: xr.conventions.encode_cf_variable(x, name=n) for n, x in dates.items()})
     if "sigma" in columns:
         names = {key: name for key, name in names.items() if key not in ("sigma_u", "sigma_v")}
     table = pd.DataFrame(read_points(dataset, names, source))
@@ -152,8 +155,11 @@ def _spread(variable: xr.Variable, along: Mapping[str, int]) -> xr.Variable:
 
 def dated(variable: xr.DataArray) -> bool:
     """Whether it holds dates: of NumPy, of cftime, or as numbers since one."""
-    of_cftime = variable.dtype.kind == "O" and variable.size > 0 and hasattr(variable.values.flat[0], "calendar")
-    return variable.dtype.kind == "M" or of_cftime or " since " in str(variable.attrs.get("units", ""))
+    return variable.dtype.kind == "M" or _of_cftime(variable) or " since " in str(variable.attrs.get("units", ""))
+
+
+def _of_cftime(variable: xr.DataArray) -> bool:
+    return variable.dtype.kind == "O" and variable.size > 0 and hasattr(variable.values.flat[0], "calendar")
 
 
 def units_of(variable: xr.DataArray) -> list[Any]:
