@@ -50,6 +50,12 @@ def alike(gaussian):
 
 
 @pytest.fixture(scope="module")
+def later(alike):
+    """Those without the first, as where one is held out: rows that pad come before and after."""
+    return alike.rows(jnp.arange(alike.size) > 0)
+
+
+@pytest.fixture(scope="module")
 def spaced(gaussian):
     """Points between cells of which no two have a corner in common, one of them at the coast."""
     y, x = np.meshgrid([0.4, 2.3, 4.6, 6.5], [0.7, 2.5, 4.4, 7.4, 9.3], indexing="ij")
@@ -88,7 +94,8 @@ def one_level(gain, number):
 
 
 @pytest.mark.parametrize(
-    ("kind", "correlation"), [("observation", 0.6), ("spaced", 0.6), ("alike", 0.0), ("alike", 0.6)]
+    ("kind", "correlation"),
+    [("observation", 0.6), ("spaced", 0.6), ("spaced", 0.0), ("alike", 0.0), ("later", 0.0), ("alike", 0.6)],
 )
 def test_gains_by_blocks_are_those_of_dense_algebra(gaussian, kind, correlation, request):
     observation = request.getfixturevalue(kind)
@@ -113,6 +120,15 @@ def test_gains_by_blocks_are_those_of_dense_algebra(gaussian, kind, correlation,
         left = np.trace(c - c @ a.T @ np.linalg.solve(s, a @ c)) / SEA.size
         found = jax.jit(gains.remaining_variance)(gaussian, observation, here, jnp.float32(sigma))
         assert float(found) == pytest.approx(left, rel=1e-4)
+
+
+def test_each_row_may_have_a_correlation_of_its_own(observation):
+    correlation = np.random.default_rng(6).uniform(-0.9, 0.9, observation.size)
+    noise = gains.noise_covariance(observation, correlation)
+    for found, (u, v), one in zip(noise, np.asarray(observation.sigma, float), correlation, strict=True):
+        np.testing.assert_allclose(found, [[u**2, one * u * v], [one * u * v, v**2]], rtol=1e-5)
+    with pytest.raises(InputError, match=rf"one number or one a row \({observation.size}\), got \(3,\)"):
+        gains.noise_covariance(observation, correlation[:3])
 
 
 @pytest.mark.parametrize("kind", ["observation", "spaced"])
@@ -226,6 +242,22 @@ def test_only_rows_that_see_cells_of_their_own_have_blocks(gaussian, observation
     few = observe.from_cells(observe.cells(OCEAN, 0.02, np.random.default_rng(0)), field_of(gaussian, 1), 0.1, OCEAN, 2)
     assert not by_blocks(few)
     assert isinstance(linear.analysis(gaussian, few), DenseAnalysis)
+
+
+def test_a_cell_in_two_corners_of_a_row_counts_once(gaussian):
+    """Rows of one cell, written in one corner or in two."""
+    cells, level = np.flatnonzero(OCEAN)[:40:2, None], 0.5
+    once, twice = (
+        observe.from_weights(np.repeat(cells, share.size, 1), np.tile(share, (20, 1)), np.zeros((20, 2)), 0.1)
+        for share in (np.ones(1), np.array([0.3, 0.7]))
+    )
+    found = []
+    for rows in (once, twice):
+        gain = one_level(gains.kalman_gains(gaussian, rows, np.array([level])), 0)
+        assert gain.by_blocks
+        left = jax.jit(gains.remaining_variance)(gaussian, rows, gain, jnp.float32(level))
+        found.append((gain.inverse, gain.along, gain.log_det, left))
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5), *found)
 
 
 def test_a_prior_without_directions_has_blocks_alone(observation):
