@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jax_repaint import guide, memory, observe
+from jax_repaint import gains, guide, memory, observe
 from jax_repaint.errors import InputError
 from jax_repaint.prior import linear
 
@@ -190,6 +190,23 @@ def test_estimate_is_the_mean_of_the_analysis(gaussian, found, observation):
     values = np.random.default_rng(0).normal(size=(5, observation.size, 2)).astype(np.float32)
     expected = jax.vmap(found.mean)(jnp.asarray(values))
     np.testing.assert_allclose(linear.estimate(gaussian, observation, values), expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_estimate_leaves_land_out_of_a_point_beside_it(gaussian, count):
+    """Rows of a cell of the ocean and one of land; by S^-1, and by blocks as they have more values than directions."""
+    wet, dry = np.flatnonzero(OCEAN)[:count], np.flatnonzero(~OCEAN)[:1]
+    values = np.random.default_rng(2).normal(size=(count, 2))
+    cells, weights = np.stack([wet, np.repeat(dry, count)], 1), np.full((count, 2), 0.5)
+    rows = observe.from_weights(cells, weights, values, ERROR, count)
+    assert gains.rows_of(gaussian, rows).by_blocks == (count == 16)
+    a, c = np.zeros((2 * count, SEA.size)), covariance_of(gaussian)
+    a[np.arange(len(a)), np.searchsorted(SEA, (2 * wet[:, None] + [0, 1]).ravel())] = 0.5
+    mean = on_sea(gaussian.mean)
+    gain = np.linalg.solve(a @ c @ a.T + ERROR**2 * np.eye(len(a)), a @ c).T
+    found = linear.estimate(gaussian, rows, np.asarray(rows.values)[None])[0]
+    np.testing.assert_allclose(on_sea(found), mean + gain @ (values.reshape(-1) - a @ mean), atol=5e-5)
+    np.testing.assert_array_equal(found[~OCEAN], np.asarray(gaussian.mean)[~OCEAN])
 
 
 def test_samples_have_the_posterior_mean_and_covariance(gaussian, found, observation, dense):
