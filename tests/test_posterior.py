@@ -313,6 +313,57 @@ def test_a_step_along_the_jacobian_is_that_of_dense_algebra(gaussian, observatio
     np.testing.assert_allclose(on_sea(found, dense), expected, atol=2e-3)
 
 
+@pytest.mark.parametrize("correction", ["mmps", "kalman_cg", "kalman_jvp"])
+def test_conjugate_gradients_see_correlated_errors(gaussian, observation, dense, correction):
+    """Of the exact denoiser what they come to is the conditional mean given x and y."""
+    sea, covariance, a, y = dense
+    sigma, correlation = 0.8, -0.7
+    errors = observation.replace(sigma=observation.sigma * jnp.array([[6.0, 9.0]]))
+    evidence = evidence_for(Posterior.create(sigma, 0.01, 2, correction=correction), gaussian.ocean, errors, gaussian,
+                            correlation)  # fmt: skip
+    if evidence.gain is not None:
+        evidence = evidence.replace(gain=jax.tree.map(lambda g: g[0], evidence.gain))
+    x = guide.prior_draw(gaussian, jax.random.key(1)) + sigma * jax.random.normal(jax.random.key(2), (*SHAPE, 2))
+    correct = guide.CORRECTIONS[correction]
+    steps = 60 if correction == "mmps" else 2
+    found = jax.jit(lambda x: correct(lambda x: gaussian(x, sigma), x, sigma, 0.0, evidence, cg_steps=steps))(x)
+    off = correlation * 54
+    noise = NOISE**2 * np.kron(np.eye(len(a) // 2), [[36, off], [off, 81]])
+    left = np.linalg.inv(np.linalg.inv(covariance) + np.eye(sea.size) / sigma**2)
+    x0 = on_sea(gaussian(x, sigma), dense)
+    exact = x0 + left @ a.T @ np.linalg.solve(a @ left @ a.T + noise, y - a @ x0)
+    np.testing.assert_allclose(on_sea(found, dense), exact, atol=3e-4)
+
+
+@pytest.mark.parametrize(
+    ("correction", "setting", "option"),
+    [
+        ("dps", {"dps_step": 0.05}, {"step": 0.05}), ("mmps", {"cg_steps": 3}, {"cg_steps": 3}),
+        ("kalman_cg", {"cg_steps": 1}, {"cg_steps": 1}), ("kalman_jvp", {"cg_steps": 1}, {"cg_steps": 1}),
+    ],
+)  # fmt: skip
+def test_a_correction_is_made_as_the_sampler_was_told(gaussian, observation, correction, setting, option):
+    """A sampler of one level is one correction of its start; of a network whose Jacobian is not symmetric."""
+    key, start = jax.random.key(5), gaussian.mean
+
+    def denoise(x, sigma):
+        return jnp.tanh(1.5 * gaussian(x, sigma)) * gaussian.ocean
+
+    def sampled(**options):
+        hyper = Posterior.create(1.0, 0.01, 2, correction=correction, stop_sigma=1.0, **options)
+        evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+        return posterior(key, denoise, evidence, hyper, start), evidence, hyper.sigma[0]
+
+    found, evidence, sigma = sampled(**setting)
+    x = start + sigma * jax.random.normal(jax.random.fold_in(key, 0), start.shape)
+    if evidence.gain is not None:
+        evidence = evidence.replace(gain=jax.tree.map(lambda g: g[0], evidence.gain))
+    correct = guide.CORRECTIONS[correction]
+    expected = correct(lambda x: denoise(x, sigma), x, sigma, jnp.float32(0.0), evidence, **option)
+    np.testing.assert_allclose(found, jnp.where(gaussian.ocean > 0, expected, start), atol=1e-4)
+    assert np.abs(found - sampled()[0]).max() > 0.01
+
+
 def test_conjugate_gradients_halt_where_the_operator_is_not_positive():
     matrix = jnp.asarray(np.diag([2.0, 1.0, 0.5]), jnp.float32)
     right = jnp.asarray([1.0, 2.0, 3.0])
@@ -583,6 +634,9 @@ def test_gains_of_a_pattern_are_made_once(gaussian, observation, monkeypatch):
     evidence_for(hyper, gaussian.ocean, observation.replace(sigma=2 * observation.sigma), gaussian)
     evidence_for(hyper.replace(sigma=2 * hyper.sigma), gaussian.ocean, observation, gaussian)
     assert len(made) == 3
+    # As by another model.
+    evidence_for(hyper, gaussian.ocean, observation, gaussian.replace(rest=2 * gaussian.rest))
+    assert len(made) == 4
 
 
 def test_kept_gains_are_of_the_same_correlation(gaussian, observation):
