@@ -343,6 +343,16 @@ def test_fit_repeats_and_follows_its_seed():
     assert fits[0][0].to_json() != fits[2][0].to_json()
 
 
+def test_the_first_step_of_a_fit_is_as_long_as_told():
+    """That of Adam, whatever the gradient: each logarithm moves by the learning rate."""
+    velocity, ocean = synthetic(kernel_of("rbf"), (4, 5), 6, 1e-3, seed=3), np.ones((4, 5), bool)
+    made = []
+    for rate in (0.05, 0.25):
+        fitted, _ = gp.fit("rbf", velocity, ocean, gp.pixels((4, 5)), np.zeros((4, 5, 2)), steps=1, learning_rate=rate)
+        made.append(np.log([fitted.lengthscale, fitted.variance, fitted.noise]))
+    np.testing.assert_allclose(np.abs(made[1] - made[0]), 0.2, rtol=1e-3)
+
+
 def test_backgrounds():
     ocean = np.array([[True, True, False], [True, True, True]])
     velocity = np.random.default_rng(9).normal(size=(4, 2, 3, 2))
