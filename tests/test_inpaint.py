@@ -928,6 +928,25 @@ def test_dates_of_a_track_may_be_of_cftime(name):
     assert_same_frames(collect(dataset, GRID), collect(points, GRID))
 
 
+def test_velocities_of_a_track_are_those_that_are_named_or_at_the_surface(tmp_path):
+    points, dataset = track()
+    other = dataset[["ewct", "nsct"]].drop_attrs() / 200
+    for name in ("ewct", "nsct"):
+        other[name].attrs["units"] = "m s-1"
+    beside = dataset.assign(detided_u=other.ewct, detided_v=other.nsct)
+    columns = {"u": "detided_u", "v": "detided_v"}
+    halved = points.assign(u=points.u / 2, v=points.v / 2)
+    for velocities, expected, named in ((beside, points, {}), (beside, halved, columns)):
+        velocities.to_netcdf(tmp_path / "track.nc", engine="h5netcdf")
+        for source in (velocities, tmp_path / "track.nc"):
+            assert_same_frames(collect(source, GRID, columns=named), collect(expected, GRID))
+    surface = dataset.rename(ewct="a", nsct="b", ewct_err="c", nsct_err="d")
+    for variable in surface.data_vars.values():
+        if "standard_name" in variable.attrs:
+            variable.attrs["standard_name"] = f"surface_{variable.attrs['standard_name']}"
+    assert_same_frames(collect(surface, GRID), collect(points, GRID))
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_velocity_at_a_bad_place_or_time_is_bad(tmp_path, named):
     """Also where latitude and time name the flags that are theirs."""
