@@ -729,7 +729,7 @@ def untidy():
     return points
 
 
-def test_rows_that_cannot_be_used_are_left_out_when_asked(caplog, tmp_path):
+def test_rows_that_cannot_be_used_are_left_out_when_asked(trained, caplog, tmp_path):
     (frame,) = collect(untidy(), GRID, leave_out=True)
     said = (
         "left out 2 observations on land, 1 outside the grid, 3 without values (rows 1, 2, 4, 5, 6 and 1 more, counted"
@@ -738,6 +738,7 @@ def test_rows_that_cannot_be_used_are_left_out_when_asked(caplog, tmp_path):
     (expected,) = collect(untidy().loc[[0, 3, 7]], GRID)
     assert frame.count == 3
     jax.tree.map(np.testing.assert_array_equal, frame.observation, expected.observation)
+    assert quietly(trained, untidy(), method="linear_samples", leave_out=True).attrs["observations"] == 3
     untidy().to_csv(tmp_path / "track.csv", index=False)
     (read,) = collect(tmp_path / "track.csv", GRID, leave_out=True)
     np.testing.assert_allclose(read.observation.values, expected.observation.values, rtol=1e-6)
@@ -1889,6 +1890,44 @@ def test_mistakes_of_the_command_write_nothing(trained, tmp_path, monkeypatch, c
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_command_hands_its_options_on(trained, tmp_path, monkeypatch):
+    """To the function, and to the export of a program."""
+    monkeypatch.chdir(tmp_path)
+    model.save(trained, "model")
+    at().to_csv("track.csv")
+    seen = []
+
+    def catching(function):
+        signature = inspect.signature(function)
+
+        def caught(*args, **options):
+            seen.append(signature.bind(*args, **options).arguments)
+            raise InputError("seen")
+
+        return caught
+
+    monkeypatch.setattr(inpaint, "inpaint", catching(inpaint.inpaint))
+    monkeypatch.setattr(export, "export", catching(export.export))
+    given = {
+        "members": 6, "seed": 5, "time": "2020-01-01", "step": "1h", "sigma": 0.03, "method": "mmps", "raw": True,
+        "chunk": 9, "leave_out": True,
+    }  # fmt: skip
+    names = {key: f"my {key}" for key in ("lat", "lon", "u", "v", "sigma", "time")}
+    for_a_vehicle = {"rows": 7, "members": 6, "method": "kalman_cg", "raw": True}
+    for changes in (
+        given | {f"{key}_name": name for key, name in names.items()},
+        for_a_vehicle | {"export": "vehicle", "observations": None, "out": None},
+    ):
+        monkeypatch.setattr(inpaint, "FLAGS", options(**changes))
+        with pytest.raises(InputError, match="seen"):
+            inpaint.main([])
+    assert {name: seen[0][name] for name in given} == given
+    assert seen[0]["columns"] == names
+    assert seen[0]["observations"] == "track.csv"
+    assert {name: seen[1][name] for name in for_a_vehicle} == for_a_vehicle
+    assert seen[1]["folder"] == Path("vehicle")
+
+
 @pytest.fixture
 def series(trained, tmp_path, monkeypatch):
     """The command on a table of five hours, and what of them it had to make; stops when told."""
@@ -2054,6 +2093,20 @@ def test_an_export_without_a_calibration_is_warned_of_once(trained, tmp_path, ca
     text = export.export(trained, tmp_path / "vehicle", rows=4, members=4, method="kalman", platforms=("cpu",))
     assert "4 raw members" in text
     assert caplog.text.count("the model has no calibration") == 1
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_an_export_is_calibrated_as_inpaint_is(trained, tmp_path, monkeypatch, raw):
+    ready, seen = calibrated_with(trained), []
+
+    def caught(_, members, method, calibration):
+        seen.append((members, method, calibration))
+        raise InputError("seen")
+
+    monkeypatch.setattr(export, "program", caught)
+    with pytest.raises(InputError, match="seen"):
+        export.export(ready, tmp_path, members=8, raw=raw)
+    assert seen == [(8, "kalman", None if raw else ready.calibrations[0])]
 
 
 def test_the_program_knows_the_variance_of_the_linear_estimate(trained):
