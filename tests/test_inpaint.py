@@ -277,6 +277,17 @@ def test_statistics_are_those_of_the_members(trained):
             assert np.isfinite(fields[name].values[..., ocean]).all(), name
 
 
+def test_statistics_of_members_without_partners(trained):
+    """Five draws of the linear posterior: Student's t of four degrees of freedom, for one more draw."""
+    fields = quietly(trained, table(6), members=5, method="linear_samples")
+    members = both(fields)
+    mean, std = members.mean(0, dtype=float), members.std(0, ddof=1, dtype=float)
+    np.testing.assert_allclose(both(fields, "_standard_deviation"), std, rtol=1e-4, atol=1e-6)
+    half = stats.t(df=4).ppf(0.95) * np.sqrt(1 + 1 / 5) * std
+    np.testing.assert_allclose(both(fields, "_low"), mean - half, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(both(fields, "_high"), mean + half, rtol=1e-4, atol=1e-5)
+
+
 def calibrated_with(trained, **changes):
     content = {
         "method": "kalman", "members": 8, "antithetic": True, "centres": (-10.0, -5.0), "weight": (0.5, 0.5),
@@ -308,6 +319,7 @@ def test_a_figure_shows_what_the_file_holds(trained, monkeypatch, tmp_path):
     assert [one.name for one in examples] == [f"2020-01-01 {hour:02d}:00" for hour in (0, 2, 4)]
     for one, i in zip(examples, (0, 2, 4), strict=True):
         np.testing.assert_array_equal(one.mean, both(fields, "_mean")[i])
+        np.testing.assert_array_equal(one.prior_mean, both(fields, "_prior_mean")[i])
         np.testing.assert_array_equal(one.member, both(fields)[0, i])
         np.testing.assert_array_equal(one.spread, both(fields, "_standard_deviation")[i])
         np.testing.assert_array_equal(one.values[one.observed], both(fields, "_observed")[i][one.observed])
@@ -1963,17 +1975,19 @@ def test_a_stopped_series_goes_on_where_it_was(series, tmp_path):
     assert series.batches == whole[:2]
     kept = sorted(path.name for path in tmp_path.glob("fields.nc_unfinished_*/*"))
     assert kept == ["kalman_0_2.npz", "kalman_1_2.npz"]
-    # Another seed, or other observations, have other members.
+    # Another seed, other observations or times have other members.
     before = pd.read_csv("track.csv")
-    for seed, more in ((1, 0.0), (0, 0.01)):
-        before.assign(u=before.u + more).to_csv("track.csv", index=False)
+    for seed, more, hours in ((1, 0.0, 0), (0, 0.01, 0), (0, 0.0, 5)):
+        time = pd.to_datetime(before.time) + pd.Timedelta(hours=hours)
+        before.assign(u=before.u + more, time=time).to_csv("track.csv", index=False)
         with pytest.raises(KeyboardInterrupt):
             series.run(stop_at=1, seed=seed)
-        assert series.batches == whole[:1]
+        assert len(series.batches) == 1
+        assert series.batches == whole[:1] or hours
     before.to_csv("track.csv", index=False)
     series.run()
     assert series.batches == whole[2:]
-    assert len(list(tmp_path.glob("*unfinished*"))) == 2
+    assert len(list(tmp_path.glob("*unfinished*"))) == 3
     with xr.open_dataset("fields.nc") as found, xr.open_dataset("whole.nc") as expected:
         xr.testing.assert_equal(found, expected)
 
