@@ -2074,6 +2074,8 @@ def test_an_exported_program_makes_the_same_members_without_this_package(trained
     calibrated = calibrated_with(trained, promised=False, **varied)
     text = export.export(calibrated, tmp_path / "vehicle", rows=10, members=4, platforms=("cpu",))
     assert "up to 10 observations, 4 calibrated members" in text
+    off = re.search(r"move members by (\S+) mm/s and the mean by (\S+) mm/s at most", text)
+    assert max(map(float, off.groups())) < 0.1
     description = json.loads((tmp_path / "vehicle" / export.DESCRIPTION).read_text())
     assert description["model_fingerprint"] == model.fingerprint(trained)
     assert description["inputs"]["cells"] == [[10, 4], "int32"]
@@ -2088,7 +2090,11 @@ def test_an_exported_program_makes_the_same_members_without_this_package(trained
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "vehicle" / export.GRID) as grid, np.load(tmp_path / "made.npz") as made:
-        np.testing.assert_array_equal(grid["ocean"], GRID.ocean)
+        for name in ("lat", "lon", "ocean"):
+            np.testing.assert_array_equal(grid[name], getattr(GRID, name))
+        assert {name: list(made[short].shape) for name, short in zip(description["outputs"], made, strict=True)} == (
+            description["outputs"]
+        )
         exact = inpaint.estimate(calibrated, [frame], 4, 5, "kalman", calibrated.calibrations[0])[0]
         raw = inpaint.estimate(calibrated, [frame], 4, 5, "kalman")[0]
         assert np.nanmax(np.abs(exact.members - raw.members)) > 0.01
