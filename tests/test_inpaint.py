@@ -1604,6 +1604,10 @@ def test_an_error_that_is_named_goes_before_those_that_are_found():
         (observed,) = collect(points, GRID, columns=columns)
         valid = np.asarray(observed.observation.valid)
         np.testing.assert_allclose(np.asarray(observed.observation.sigma)[valid], expected)
+    rows, dataset = track()
+    dataset["mine"] = ("obs", np.full(9, 1.0), {"units": "cm s-1"})
+    named = rows.drop(columns=["sigma_u", "sigma_v"]).assign(sigma=0.01)
+    assert_same_frames(collect(dataset, GRID, columns={"sigma": "mine"}), collect(named, GRID))
 
 
 def test_values_unlike_any_current_of_the_training_are_warned_of(trained, caplog):
