@@ -1,6 +1,7 @@
-"""Numbers that a user sets, checked where they come in, before a formula meets what is none."""
+"""What a user sets, checked where it comes in, before a formula meets numbers that are none."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,29 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if not countable or int(value) != value or value < least:
         raise InputError(f"{name} must be a whole number, at least {least}, got {value!r}")
     return int(value)
+
+
+def check_complete(given: Mapping[str, Any], usual: Mapping[str, Any], what: str) -> None:
+    """Whether a configuration is one of `what`, with all settings of `usual`; another command has others.
+
+    Raises:
+      InputError: a setting is missing.
+    """
+
+    def names(settings: Mapping[str, Any], within: str = "") -> list[str]:
+        return [
+            full
+            for name, value in settings.items()
+            for full in (names(value, f"{within}{name}.") if isinstance(value, Mapping) else [f"{within}{name}"])
+        ]
+
+    missing = [name for name in names(usual) if name not in names(given)]
+    if missing:
+        more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise InputError(
+            f"the configuration is not one of a {what}: it has no {missing[0]}{more}; those of trainings are in "
+            "configs/, of sweeps in configs/sweeps/"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -10,11 +10,18 @@ from pathlib import Path
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
 from jax_repaint import distributed
 from jax_repaint.errors import InputError
 
 HELP = ("h", "help", "helpshort", "helpfull", "helpxml", "?")
+# What Python and absl say of a value of another type, and what a person would.
+TYPES = {
+    r"invalid literal for int\(\) with base 10: (.*)": r"\1 is no whole number",
+    r"could not convert string to float: (.*)": r"\1 is no number",
+    r"\('Non-boolean argument to boolean flag', (.*)\)": r"\1 is neither true nor false",
+}
 
 
 def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
@@ -44,10 +51,11 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
         try:
             rest = flags.FLAGS(["--help" if one == "-h" else one for one in argv])
             if "config" in flags.FLAGS:
-                # A file that could not be loaded says so only when it is used.
-                flags.FLAGS.config.items()
+                _check_kind(flags.FLAGS.config)
             return rest
-        except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+        except (
+            flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError,
+        ) as e:  # fmt: skip
             print(f"error: {_one_line(e)}", file=sys.stderr)
             sys.exit(2)
         except SystemExit:
@@ -74,10 +82,25 @@ def keep_programs(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _check_kind(config: ConfigDict) -> None:
+    # A file that could not be loaded says so only when it is used.
+    getattr(config, "items", None)
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise InputError(f"--config: get_config of the file must return a ConfigDict, not {kind}")
+
+
 def _one_line(e: Exception) -> str:
     text = str(e).strip()
+    if isinstance(e, SyntaxError):
+        return f"{e.filename}, line {e.lineno}, is not Python ({e.msg}); give a file such as configs/small.py"
+    if isinstance(e, flags.Error):
+        for theirs, ours in TYPES.items():
+            text = re.sub(theirs, ours, text)
     if isinstance(e, AttributeError | KeyError):
-        words = text.strip("\"'")
+        if getattr(e, "name", None) == "get_config":
+            return "--config: the file has no get_config, as those in configs/ have"
+        words = text.strip("\"'") if text[:1] == text[-1:] else text
         return f"the configuration cannot be overridden: {words if ' ' in words else f'no setting {words!r}'}"
     if isinstance(e, OSError) or "Traceback" in text:
         # The configuration flag wraps what went wrong in whole tracebacks.

@@ -6,6 +6,7 @@ import math
 from ml_collections import ConfigDict
 
 from jax_repaint import model, observe
+from jax_repaint.checks import check_complete
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
 
@@ -104,7 +105,8 @@ def smoke(config: ConfigDict, arg: str) -> ConfigDict:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises InputError at a value that cannot work."""
+    """Raises InputError at a value that cannot work, or where `config` is of something else than a training."""
+    check_complete(config.to_dict(), default_config().to_dict(), "training")
     t, m, n = config.train, config.model, config.noise
     check_split(config.data)
     if m.network not in unet.NETWORKS:

@@ -30,10 +30,11 @@ from jax_repaint.cases import (
     observed_cells,
     pick,
 )
+from jax_repaint.checks import check_complete
 from jax_repaint.data.fields import Fields, Split, pad
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
-from jax_repaint.points import FREE, Point, Program, describe, make_program, read_points
+from jax_repaint.points import FREE, Point, Program, default_config, describe, make_program, read_points
 from jax_repaint.sample import Known
 
 # What a picture can show beside settings of the points.
@@ -197,6 +198,9 @@ def open_study(config: ConfigDict) -> Study:
 
 
 def _check(config: ConfigDict) -> None:
+    usual = default_config(lambda add: None).to_dict()
+    del usual["points"]
+    check_complete(config.to_dict(), usual, "sweep")
     for name in ("frames", "members", "stretches"):
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, got {config[name]}")

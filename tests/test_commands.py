@@ -1,6 +1,7 @@
 """Commands as a user types them: a mistake is one line that begins with `error:`, exit code 2, and nothing written."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ from jax_repaint.errors import InputError
 # Importing JAX takes seconds: one process imports everything and forks for every command, before JAX has threads.
 FORKS = """
 import contextlib, json, os, runpy, sys, traceback, warnings
-import jax_repaint.calibrate, jax_repaint.demo, jax_repaint.evaluate, jax_repaint.report, jax_repaint.train
+import jax_repaint.calibrate, jax_repaint.demo, jax_repaint.evaluate, jax_repaint.report, jax_repaint.sweep
+import jax_repaint.train
 warnings.simplefilter("ignore")
 for number, command in enumerate(json.load(open("commands.json"))):
     child = os.fork()
@@ -42,8 +44,10 @@ OWN = ["demo", "--fields=tiny.nc", "--out=new"]
 MISTAKES = {
     "unknown setting": ([*SMOKE, "--config.train.nonsense=1"], "no setting 'nonsense'"),
     "misspelt setting": ([*SMOKE, "--config.train.epoch=1"], "epochs"),
-    "wrong type": ([*SMOKE, "--config.train.epochs=many"], "many"),
-    "fraction for a whole number": ([*SMOKE, "--config.train.epochs=1.5"], "1.5"),
+    "wrong type": ([*SMOKE, "--config.train.epochs=many"], "'many' is no whole number"),
+    "fraction for a whole number": ([*SMOKE, "--config.train.epochs=1.5"], "'1.5' is no whole number"),
+    "word for a number": ([*SMOKE, "--config.train.ema=much"], "'much' is no number"),
+    "word for a choice": ([*SMOKE, "--config.train.flips=perhaps"], "'perhaps' is neither true nor false"),
     "no number": ([*SMOKE, "--config.data.fields=tiny.nc", "--config.data.train=nan"], "must be positive and add up"),
     "impossible value": ([*SMOKE, "--config.train.batch=0"], "train.batch must be at least 1"),
     "unknown network": ([*SMOKE, "--config.model.network=unet"], "standard_attn"),
@@ -51,6 +55,19 @@ MISTAKES = {
     "no configuration": (["train", "--workdir=new"], "config"),
     "no workdir": (SMOKE[:2], "workdir"),
     "missing configuration": (["train", "--config=nowhere.py", "--workdir=new"], "No such file or directory: 'nowh"),
+    "training from the configuration of a sweep": (
+        ["train", "--config=gamma.py", "--workdir=new"], "not one of a training: it has no data.allow_short_gap and "
+    ),
+    "sweep from the configuration of a training": (
+        ["sweep", "--config=CONFIG:smoke", "--workdir=new"], "not one of a sweep: it has no batch and "
+    ),
+    "configuration that is text": (
+        ["train", "--config=text.py", "--workdir=new"], "text.py, line 2, is not Python (invalid syntax)"
+    ),
+    "configuration without its function": (["train", "--config=empty.py", "--workdir=new"], "has no get_config"),
+    "configuration that is a dictionary": (
+        ["train", "--config=dict.py", "--workdir=new"], "must return a ConfigDict, not dict"
+    ),
     "unknown kind of configuration": (["train", "--config=CONFIG:tiny", "--workdir=new"], "error: the argument of"),
     "missing fields": ([*SMOKE, "--config.data.fields=nowhere.nc"], "nowhere.nc"),
     "too few frames": ([*SMOKE, "--config.data.fields=tiny.nc", "--config.train.batch=64"], "fewer than a batch"),
@@ -157,6 +174,10 @@ def outcomes(folder, request):
     """(exit code, stdout, stderr, new entries of the folder) of every mistake."""
     config = request.config.rootpath / "configs" / "small.py"
     commands = [[part.replace("CONFIG", str(config)) for part in command] for command, _ in MISTAKES.values()]
+    shutil.copy(request.config.rootpath / "configs" / "sweeps" / "gamma.py", folder)
+    (folder / "text.py").write_text("\nconfigurations of trainings\n")
+    (folder / "empty.py").write_text("")
+    (folder / "dict.py").write_text("def get_config(arg=''):\n    return {'train': {'epochs': 3}}\n")
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text('{"config": {"train": {"epochs": 7}}, "data": {}}')
     (folder / "commands.json").write_text(json.dumps(commands))
