@@ -9,29 +9,39 @@ A network is trained by Adam at a constant rate. Branches start from the state i
     decayed     Adam with its moments, the rate falling to 0 as a cosine
 
 Each also has an average of its weights with a decay of .9999 a step from the start of the branch, without warm-up.
+
+Stopped or killed, it goes on from the last epoch of each:
+
+    FOLDER/unfinished/NAME.npz    the state of a branch, the average of its weights, the losses of its epochs so far
+    FOLDER/lock, lock.0           held while it trains (locks.py)
 """
 
 import copy
 import dataclasses
 import json
 import math
+import shutil
 import tempfile
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
+from absl import logging
 from ml_collections import ConfigDict
 
 from jax_repaint.cases import block_length
-from jax_repaint.checkpoint import claim, holds_run
+from jax_repaint.checkpoint import claim, holds_run, pack, unpack
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
 from jax_repaint.files import whole_file
+from jax_repaint.locks import locked
 from jax_repaint.model import Model
 from jax_repaint.nets import unet
 from jax_repaint.optimise import Plan, State, make_loss, make_steps
@@ -42,7 +52,7 @@ MIRRORED = 2  # epochs of the branch of that name that are mirrored
 BRANCHES = ("continued", "loaded", "mirrored", "weights", "decayed")
 AVERAGED = "loaded, averaged weights"
 FIRST = "before, frames in a row"  # the same weights on the first part of the held-out frames
-SETTINGS, CURVES, LOSSES = "settings.json", "curves.csv", "losses.csv"
+SETTINGS, CURVES, LOSSES, UNFINISHED = "settings.json", "curves.csv", "losses.csv", "unfinished"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +130,7 @@ def refusal(config: ConfigDict) -> str:
 def run(
     trained: Model, fields: Fields, split: Split, config: ConfigDict, folder: Path, length: Length | None = None
 ) -> Resumption:
-    """Trains before and after, or reads what an earlier call wrote into `folder`.
+    """Trains before and after what an earlier call has not, or reads what it wrote into `folder`.
 
     Args:
       trained: gives the standardiser and the linear prior; its weights are not used.
@@ -128,7 +138,7 @@ def run(
       config: of the training; network, batch and learning rate are taken.
 
     Raises:
-      InputError: `folder` holds another experiment.
+      InputError: `folder` holds another experiment, another one is running there, or it cannot be written.
     """
     length = _within(length or Length(), split.train.size // config.train.batch)
     settings = {"config": config.to_dict(), "length": dataclasses.asdict(length), "fields": fields.hash()}
@@ -136,17 +146,18 @@ def run(
     held_out = min(length.held_out, split.validation.size)
     block = block_length(dataclasses.replace(split, test=split.validation), held_out)
     path = folder / SETTINGS
-    if path.exists():
-        if json.loads(path.read_text()) != settings:
-            raise InputError(f"{folder} holds another experiment; choose another workdir")
-        curves, losses = (pd.read_csv(folder / name) for name in (CURVES, LOSSES))
-    else:
-        curves, losses = _train(trained, fields, split, config, length)
-        for name, table in ((CURVES, curves), (LOSSES, losses)):
-            with whole_file(folder / name) as temporary:
-                table.to_csv(temporary, index=False)
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+    with locked(folder, run="training"):
+        if path.exists():
+            _check_same(path, settings)
+            curves, losses = (pd.read_csv(folder / name) for name in (CURVES, LOSSES))
+        else:
+            kept = _Kept(folder / UNFINISHED, settings)
+            curves, losses = _train(trained, fields, split, config, kept, length)
+            for name, table in ((CURVES, curves), (LOSSES, losses)):
+                with whole_file(folder / name) as temporary:
+                    table.to_csv(temporary, index=False)
+            _write(path, settings)
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     return Resumption(curves, losses, length, block, refusal(config))
 
 
@@ -158,16 +169,69 @@ def _within(length: Length, batches: int) -> Length:
     return dataclasses.replace(length, epoch=epoch)
 
 
+def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
+    if json.loads(path.read_text()) != settings:
+        folder = path.parent.parent if path.parent.name == UNFINISHED else path.parent
+        raise InputError(f"{folder} holds another experiment; choose another workdir")
+
+
+def _write(path: Path, settings: Mapping[str, Any]) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+class _Kept:
+    """The last epoch of each branch in a folder, for a call that goes on.
+
+    Raises:
+      InputError: the folder is of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        self.folder = folder
+        path = folder / SETTINGS
+        if path.exists():
+            _check_same(path, settings)
+        else:
+            _write(path, settings)
+
+    def get(self, branch: str, start: Any) -> tuple[Any, list[tuple[float, float]]]:
+        """What was put last, with the structure of `start`; that and no losses if there is nothing."""
+        path = self.folder / f"{branch}.npz"
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
+                losses = [tuple(pair) for pair in held["losses"].tolist()]
+                found = unpack(start, {name: held[name] for name in held.files if name != "losses"})
+        except FileNotFoundError:
+            return start, []
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            logging.warning("%s cannot be read; its epochs are trained again", path)
+            return start, []
+        logging.info("%s goes on after %d epochs", branch, len(losses))
+        return jax.tree.map(jnp.asarray, found), losses
+
+    def put(self, branch: str, state: Any, losses: list[tuple[float, float]]) -> None:
+        """Keeps a state and the losses of the epochs up to it.
+
+        Raises:
+          InputError: the folder cannot be written, or the disk is full; what was put before stays.
+        """
+        with whole_file(self.folder / f"{branch}.npz") as temporary:
+            np.savez(temporary, losses=np.asarray(losses, np.float64), **pack(state))
+
+
 class _Run:
     """Steps and held-out losses under a rate that is set from outside."""
 
-    def __init__(self, trained: Model, fields: Fields, split: Split, config: ConfigDict, length: Length):
+    def __init__(
+        self, trained: Model, fields: Fields, split: Split, config: ConfigDict, kept: _Kept, length: Length
+    ):  # fmt: skip
         config = copy.deepcopy(config)
         config.train.accumulate, config.train.dispatch = 1, length.dispatch
         network = network_config(config)
         graphdef, self.params = unet.create(network, config.train.seed)
         self.loss = make_loss(config, trained.gaussian, graphdef)
-        self.length, self.peak = length, config.train.learning_rate
+        self.kept, self.length, self.peak = kept, length, config.train.learning_rate
         plan = Plan(length.epoch, length.dispatch, length.epoch * (length.before + length.after))
         self.optimiser = optax.chain(
             optax.clip_by_global_norm(config.train.clip),
@@ -206,12 +270,15 @@ class _Run:
         return State(params, params, moments, jnp.int32(0), jnp.zeros(2), jnp.float32(jnp.inf))
 
     def go(
-        self, state: State, epochs: int, rate: Callable[[float], float], decay: float, mirrored: int = 0
+        self, branch: str, state: State, epochs: int, rate: Callable[[float], float], decay: float, mirrored: int = 0
     ) -> tuple[State, list[tuple[float, float]]]:
-        """State after `epochs`, with the average of its weights, and the two held-out losses after each."""
-        state, average = jax.tree.map(jnp.copy, (state, state.params))
-        moved, losses = 1 - EMA**self.length.dispatch, []
-        for epoch in range(epochs):
+        """State after `epochs`, with the average of its weights, and the two held-out losses after each.
+
+        A branch that an earlier call has begun goes on from its last epoch.
+        """
+        moved = 1 - EMA**self.length.dispatch
+        (state, average), losses = self.kept.get(branch, jax.tree.map(jnp.copy, (state, state.params)))
+        for epoch in range(len(losses), epochs):
             for step in range(0, self.length.epoch, self.length.dispatch):
                 clip, moments = state.optimiser
                 numbers = {"learning_rate": rate(epoch + step / self.length.epoch), "weight_decay": decay}
@@ -220,20 +287,21 @@ class _Run:
                 state, _ = self.steps[epoch < mirrored](state._replace(optimiser=(clip, moments)), self.data)
                 average = optax.incremental_update(state.params, average, moved)
             losses.append(tuple(float(self.judge(p, self.held_out).mean()) for p in (state.params, average)))
+            self.kept.put(branch, (state, average), losses)
         return state._replace(ema=average), losses
 
 
 def _train(
-    trained: Model, fields: Fields, split: Split, config: ConfigDict, length: Length
+    trained: Model, fields: Fields, split: Split, config: ConfigDict, kept: _Kept, length: Length
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    run = _Run(trained, fields, split, config, length)
-    before, losses = run.go(run.start(run.params), length.before, lambda epoch: run.peak, 0.0)
+    run = _Run(trained, fields, split, config, kept, length)
+    before, losses = run.go("before", run.start(run.params), length.before, lambda epoch: run.peak, 0.0)
     rows = [("before", epoch + 1, *pair) for epoch, pair in enumerate(losses)]
     ends = {"before": run.judge(before.params, run.held_out), FIRST: run.judge(before.params, run.row)}
     for name, rate in rates(run.peak, length).items():
         start = run.start(before.params)._replace(step=before.step) if name == "weights" else before
         decay = DECAY if name in ("loaded", "mirrored", "weights") else 0.0
-        state, losses = run.go(start, length.after, rate, decay, MIRRORED if name == "mirrored" else 0)
+        state, losses = run.go(name, start, length.after, rate, decay, MIRRORED if name == "mirrored" else 0)
         rows += [(name, length.before + epoch + 1, *pair) for epoch, pair in enumerate(losses)]
         ends[name] = run.judge(state.params, run.held_out)
         if name == "loaded":

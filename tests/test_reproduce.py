@@ -17,6 +17,7 @@ from jax_repaint import (
     ensemble,
     findings,
     levels,
+    locks,
     model,
     points,
     reproduce,
@@ -614,6 +615,16 @@ def test_an_epoch_of_continued_runs_has_no_more_steps_than_batches(tmp_path, mon
         steps(State(*(jnp.zeros(()) for _ in State._fields))._replace(step=jnp.int32(0)), jnp.zeros((41, 8, 12, 2)))
 
 
+def test_continued_runs_in_one_folder_exclude_each_other(tmp_path, monkeypatch):
+    made = make_resumption()
+    monkeypatch.setattr(resumption, "_train", lambda *_: (made.curves, made.losses))
+    split = Split(np.arange(800), np.arange(820, 867), np.arange(900, 950), decorrelation=12)
+    arguments = tiny.model(), tiny.fields(), split, tiny.config(), tmp_path
+    with locks.locked(tmp_path), pytest.raises(InputError, match=r"another training is running in .* \(process "):
+        resumption.run(*arguments)
+    resumption.run(*arguments)
+
+
 @pytest.mark.slow
 def test_continued_runs_are_trained_once(folder, tmp_path, monkeypatch):
     tiny.register(monkeypatch)
@@ -631,6 +642,33 @@ def test_continued_runs_are_trained_once(folder, tmp_path, monkeypatch):
     # From the same moments AdamW goes where Adam goes, but for a decay of 1e-4.
     assert last["loaded"] == pytest.approx(last["continued"], rel=0.05)
     assert "train.weight_decay: 0.0001 there, 0.001 here" in found.refusal
+    # Stopped in the second epoch of `loaded`, it goes on after the first; a file that is damaged is made again.
+    stopped, steps, put = tmp_path / "stopped", [], resumption._Kept.put
+
+    def stopping(kept, branch, state, losses):
+        if (branch, len(losses)) == ("loaded", 2):
+            raise KeyboardInterrupt
+        put(kept, branch, state, losses)
+
+    def counting(*given, **options):
+        dispatch = make_steps(*given, **options)
+        return lambda *now: steps.append(now) or dispatch(*now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resumption._Kept, "put", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            resumption.run(*arguments, stopped, length)
+    with pytest.raises(InputError, match=rf"{stopped} holds another experiment"):
+        resumption.run(*arguments, stopped, dataclasses.replace(length, after=3))
+    (stopped / "unfinished" / "continued.npz").write_bytes(b"no states")
+    monkeypatch.setattr(resumption, "make_steps", counting)
+    resumed = resumption.run(*arguments, stopped, length)
+    assert len(steps) == 2 * (2 + 1 + 3 * 2)
+    pd.testing.assert_frame_equal(resumed.curves, found.curves, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.losses, found.losses, check_exact=True)
+    assert sorted(path.name for path in stopped.iterdir()) == [
+        "curves.csv", "lock", "lock.0", "losses.csv", "settings.json"
+    ]  # fmt: skip
     monkeypatch.setattr(resumption, "_train", None)
     again = resumption.run(*arguments, tmp_path, length)
     pd.testing.assert_frame_equal(again.curves, found.curves)
