@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -251,6 +252,19 @@ def any_of(*values: bool) -> tuple[bool, ...]:
     if jax.process_count() == 1:
         return values
     return tuple(multihost_utils.process_allgather(np.array(values, np.int32)).any(axis=0).tolist())
+
+
+def end_if_alone(e: Exception) -> None:
+    """Ends this process with code 1 and one line if `e` says that another one, with which it computes, is gone."""
+    if jax.process_count() == 1 or not re.search("Gloo|NCCL", str(e)):
+        return
+    print(
+        f"error: another process of the {jax.process_count()} is gone ({str(e).splitlines()[0]}); the same commands "
+        "continue from the last state that was saved",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    # The usual end would wait for that process first.
+    os._exit(1)
 
 
 def check_same(text: str, what: str) -> None:

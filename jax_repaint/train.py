@@ -392,6 +392,9 @@ def main(_) -> None:
     except Diverged as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
+    except (RuntimeError, ValueError) as e:
+        distributed.end_if_alone(e)
+        raise
     if trained is None:
         if jax.process_index() == 0:
             print(f"stopped; the same command continues from {FLAGS.workdir}")

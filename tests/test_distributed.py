@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jax_repaint import distributed, model, results
+from jax_repaint import distributed, model, results, train
 from jax_repaint.errors import InputError
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -85,6 +85,31 @@ def test_a_batch_is_a_multiple_of_the_devices(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: list(range(6)))
     with pytest.raises(InputError, match="multiple of the number of devices, 6, got 16"):
         distributed.over_all_devices(16)
+
+
+def test_who_loses_another_process_says_so_and_ends(monkeypatch, capsys, tmp_path):
+    reset = "UNKNOWN: Gloo all-reduce failed: [pair.cc:538] Read error: Connection reset by peer\nand a stack"
+    ended, processes, errors = [], [2], [ValueError(reset), ValueError("not of the network"), ValueError(reset)]
+
+    def lose(*_):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(train, "FLAGS", SimpleNamespace(config=None, workdir=tmp_path))
+    monkeypatch.setattr(train, "train", lose)
+    monkeypatch.setattr(jax, "process_count", lambda: processes[0])
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or sys.exit(code))
+    with pytest.raises(SystemExit):
+        train.main([])
+    assert ended == [1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: another process of the 2 is gone (UNKNOWN: Gloo all-reduce failed")
+    assert line.endswith("Connection reset by peer); the same commands continue from the last state that was saved")
+    with pytest.raises(ValueError, match="not of the network"):
+        train.main([])
+    processes[0] = 1
+    with pytest.raises(ValueError, match="Gloo"):
+        train.main([])
+    assert ended == [1]
 
 
 CORES = """
