@@ -82,8 +82,9 @@ def _try(file: io.TextIOWrapper, kind: int) -> bool:
 
 def _sign(file: io.TextIOWrapper, count: int) -> None:
     file.truncate(0)
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "processes": count}, file)
-    file.flush()
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "processes": count})
+    # What a full disk does not take must not be left in a buffer, as closing the file would fail on it again.
+    os.write(file.fileno(), text.encode())
 
 
 def _signature(file: io.TextIOWrapper) -> dict[str, Any]:
