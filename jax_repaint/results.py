@@ -177,6 +177,8 @@ def is_claimed(workdir: Path, sweep: Mapping[str, Any]) -> bool:
     except (OSError, ValueError, AttributeError) as e:
         raise InputError(f"{path} cannot be read ({e})") from e
     ours = flatten(json.loads(json.dumps(sweep)))
+    if ROWS_VERSION in ours and ROWS_VERSION not in theirs:
+        raise InputError(f"{workdir} holds something else, such as a training, and no sweep; choose another workdir")
     names = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
     if names:
         shown = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:8])

@@ -145,6 +145,11 @@ def test_folders_of_something_else_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         results.claim(tmp_path, {})
+    training = '{"config": {"train": {"epochs": 3}}, "data": {}}'
+    (tmp_path / "config.json").write_text(training)
+    with pytest.raises(InputError, match="holds something else, such as a training, and no sweep"):
+        results.claim(tmp_path, {"config": {"frames": 4}, results.ROWS_VERSION: results.VERSION})
+    assert (tmp_path / "config.json").read_text() == training
 
 
 def test_digests_do_not_depend_on_order():
