@@ -335,6 +335,8 @@ def samplers(toy: Toy, cases: Sequence[Case], members: int, seed: int = 0, short
         "kalman 31": guided("kalman", 31),
         "kalman 16": guided("kalman", 16),
         "kalman 8": guided("kalman", 8),
+        "kalman_cg 16": guided("kalman_cg", 16),
+        "kalman_jvp 16": guided("kalman_jvp", 16),
     }
 
 
