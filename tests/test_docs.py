@@ -51,6 +51,8 @@ SMALLER = (
     (r"(jax_repaint\.levels .*)", r"\1 --frames=2 --levels=2"),
     # On the grid of the model in the package its network would take its time.
     (r"jax_repaint\.demo$", "jax_repaint.demo --methods=linear,linear_samples --members=2 --patterns=line:22"),
+    # The demo of one file stands for that of another.
+    (r"--train_range=\S+ --test_range=\S+(.*) --out=\S+", r"--train_range=0:250 --test_range=275:365\1"),
     (r"(jax_repaint\.demo .*--fields.*)", r"\1 --frames=2 --steps=2 --methods=linear,kalman --members=4"),
     (r"(jax_repaint\.inpaint (?!.*--(model|export)).*)", r"\1 --method=linear_samples"),
     (r'(inpaint\("track.csv", .*members=4)\)', r'\1, method="linear_samples")'),
@@ -83,7 +85,7 @@ NOT_RUN = (
     (r"python -m jax_repaint\.checkpoint ", "needs a checkpoint of PyTorch; tests/test_torch_import.py runs it"),
 )
 # What needs nothing of its own page, and leaves nothing there that is needed.
-ONCE = r"jax_repaint\.(demo|data\.twin|inpaint --obs)|^(?!.*--export).*--model=model"
+ONCE = r"jax_repaint\.(demo|data\.twin|inpaint --obs|train .*--workdir=runs/tiny )|^(?!.*--export).*--model=model"
 SHELL, PYTHON = ("sh", "bash", "shell", "console"), ("python", "py")
 COMMAND = re.compile(r"(\w+=\S* )*(python3?|pip|uv|git|gcloud|sbatch|srun|bash|cd|export|ruff|wait|launch/\S+)( |$)")
 PROGRAM = re.compile(r"import \w+|from [\w.]+ import ")

@@ -126,6 +126,7 @@ def test_uniform_noise_has_the_mean_of_the_adaptive(cases):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_ranking_of_samplers():
     """Kalman before S6 before one pass of RePaint, by fair CRPS; only the first has the right spread."""
     names = ["plain, 1 resample", "plain", "adaptive S6", "kalman 16"]
