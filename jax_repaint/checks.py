@@ -41,9 +41,10 @@ def check_complete(given: Mapping[str, Any], usual: Mapping[str, Any], what: str
             for full in (names(value, f"{within}{name}.") if isinstance(value, Mapping) else [f"{within}{name}"])
         ]
 
-    missing = [name for name in names(usual) if name not in names(given)]
+    found = names(given)
+    missing = [name for name in names(usual) if name not in found]
     if missing:
-        more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
             f"the configuration is not one of a {what}: it has no {missing[0]}{more}; those of trainings are in "
             "configs/, of sweeps in configs/sweeps/"
