@@ -240,16 +240,15 @@ def options_of(path: Path) -> list[str]:
 
 
 def all_runs() -> list[tuple[Path, str]]:
-    """What is run of all pages; what ONCE names, on the first page that has it."""
+    """What is run of all pages; of what ONCE names, the first of those that have the same options."""
     runs, ran = [], set()
     for page in PAGES:
-        runs += [(page, text) for text in to_run(page) if not (re.search(ONCE, text) and key(text) in ran)]
-        ran |= {key(text) for _, text in runs}
+        for text in to_run(page):
+            options = frozenset(part.split("=")[0] for part in text.split())
+            if not (re.search(ONCE, text) and options in ran):
+                runs.append((page, text))
+            ran.add(options)
     return runs
-
-
-def key(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 RUNS = all_runs()
