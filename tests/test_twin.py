@@ -366,6 +366,22 @@ def test_a_series_may_begin_later(calls):
     np.testing.assert_array_equal(later.time, whole.time[first:])
 
 
+def test_what_takes_minutes_is_announced_once(calls, tmp_path, caplog):
+    hours = 3 * twin.WINDOW
+    with caplog.at_level("INFO"):
+        frames(twin.WINDOW)
+        assert not caplog.messages
+        frames(hours)
+        frames(hours)
+        twin.select(np.arange(0, hours, 7), SMALL)
+        kept = tmp_path / "twin" / SMALL.key()
+        assert caplog.messages == [f"simulating {2 * twin.WINDOW} hours of the twin, which are kept in {kept}"]
+        # Up to these frames of three windows, and to those of one.
+        twin.select(np.array([99, 2 * twin.WINDOW - 1, 2 * twin.WINDOW]), SMALL, cache=False)
+        twin.select(np.array([twin.WINDOW - 1]), SMALL, cache=False)
+    assert caplog.messages[1:] == [f"simulating {100 + twin.WINDOW + 1} hours of the twin"]
+
+
 def test_bad_input_is_refused():
     with pytest.raises(InputError, match="at least one frame"):
         twin.generate(0)

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse.linalg
 import tqdm
-from absl import flags
+from absl import flags, logging
 from scipy import ndimage, sparse
 
 from jax_repaint import command, distributed
@@ -535,6 +535,13 @@ def _window(twin: Twin, window: int, hours: int, folder: Path | None) -> np.ndar
     return velocity
 
 
+def _announce(hours: dict[int, int], folder: Path | None) -> None:
+    """Says what is simulated for minutes, which in a log no bar shows."""
+    new = sum(count for window, count in hours.items() if not (folder and (folder / f"{window:04d}.npy").exists()))
+    if new > WINDOW:
+        logging.info("simulating %d hours of the twin%s", new, f", which are kept in {folder}" if folder else "")
+
+
 def windows(
     twin: Twin, frames: int, cache: bool = True, workers: int | None = None, first: int = 0
 ) -> Iterator[np.ndarray]:
@@ -547,6 +554,7 @@ def windows(
     counts = {
         i: min(WINDOW, first + frames - i * WINDOW) for i in range(first // WINDOW, -(-(first + frames) // WINDOW))
     }
+    _announce(counts, folder)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(_window, twin, i, count, folder) for i, count in counts.items()]
         try:
@@ -564,6 +572,7 @@ def select(index: np.ndarray, twin: Twin | None = None, cache: bool = True) -> F
     ocean, lat, lon = grid()
     folder = cache_folder("twin", twin.key()) if cache else None
     hours = {int(w): int((index[index // WINDOW == w] % WINDOW).max()) + 1 for w in np.unique(index // WINDOW)}
+    _announce(hours, folder)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         jobs = {w: pool.submit(_window, twin, w, count, folder) for w, count in hours.items()}
         velocity = np.stack([jobs[int(i) // WINDOW].result()[int(i) % WINDOW] for i in index])
