@@ -18,7 +18,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import tqdm
 from absl import flags, logging
 
 from jax_repaint import SHIPPED, calibration, command, device, files, gains, methods, metrics, model, observe
@@ -113,19 +112,23 @@ def learn(
     chunk = chunk or device.usual_batch()
     rows = [gains.rows_of(trained.gaussian, case.observation) for case in cases]
     batches = frame_batches(rows, members, chunk, trained.gaussian, methods.LEVELS)
-    for batch in tqdm.tqdm(batches, unit="batch", disable=None):
-        mine = [cases[i] for i in batch]
-        ensembles = methods.run_method(name, trained, fields, mine, members, seed, chunk).members
-        # A batch that is filled up has its last case more than once.
-        found = list(zip(mine, ensembles, strict=True))[: len(set(batch))]
-        for case, ensemble in found:
-            if len(ensemble) < members:
-                logging.warning("frame %d with %s is left out, as members of it failed", case.frame, case.pattern)
-        kept = [(case, ensemble) for case, ensemble in found if len(ensemble) == members]
-        whole += [case for case, _ in kept]
-        made += [ensemble for _, ensemble in kept]
-        if gate and kept:
-            evidence += methods.gate_evidence(name, trained, fields, [case for case, _ in kept], members, seed, chunk)
+    with command.bar(len(cases), name, "field") as bar:
+        for batch in batches:
+            mine = [cases[i] for i in batch]
+            ensembles = methods.run_method(name, trained, fields, mine, members, seed, chunk).members
+            # A batch that is filled up has its last case more than once.
+            found = list(zip(mine, ensembles, strict=True))[: len(set(batch))]
+            for case, ensemble in found:
+                if len(ensemble) < members:
+                    logging.warning("frame %d with %s is left out, as members of it failed", case.frame, case.pattern)
+            kept = [(case, ensemble) for case, ensemble in found if len(ensemble) == members]
+            whole += [case for case, _ in kept]
+            made += [ensemble for _, ensemble in kept]
+            if gate and kept:
+                evidence += methods.gate_evidence(
+                    name, trained, fields, [case for case, _ in kept], members, seed, chunk
+                )
+            bar.update(len(found))
     if len({case.frame // block for case in whole}) < 2:
         raise InputError(f"members of {name} failed in all fields but those of one block of time; two are needed")
     priors = [prior_of(trained, case) for case in whole]

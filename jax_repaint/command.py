@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import tqdm
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ from jax_repaint import distributed
 from jax_repaint.errors import InputError
 
 HELP = ("h", "help", "helpshort", "helpfull", "helpxml", "?")
+SECONDS_A_LINE = 120.0
 # What Python and absl say of a value of another type, and what a person would.
 TYPES = {
     r"invalid literal for int\(\) with base 10: (.*)": r"\1 is no whole number",
@@ -64,6 +66,27 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
 
     # `python -m jax_repaint.train` loads the file as __main__; absl then shows its module flags in --help.
     app.run(guarded, flags_parser=parse)
+
+
+class _Lines:
+    """Stderr, for what writes over its own line there."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def bar(total: int, desc: str, unit: str, shown: bool = True, **options) -> tqdm.tqdm:
+    """A bar on a terminal; in a log, of what takes minutes, a line now and then."""
+    if not shown or sys.stderr.isatty():
+        return tqdm.tqdm(total=total, desc=desc, unit=unit, disable=not shown, **options)
+    return tqdm.tqdm(
+        total=total, desc=desc, unit=unit, file=_Lines(), miniters=1, mininterval=SECONDS_A_LINE, delay=SECONDS_A_LINE,
+        bar_format="{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}", **options
+    )  # fmt: skip
 
 
 def keep_programs(folder: str) -> None:

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import h5netcdf
 import numpy as np
-import tqdm
 import xarray as xr
 from absl import flags, logging
 
@@ -443,7 +442,7 @@ def _run_in_parts(
     if name in REPAINT or name in POSTERIOR:
         size = max(PART, -(-(chunk or device.usual_batch()) // members))
     parts = []
-    with tqdm.tqdm(total=len(cases), desc=name, unit="field", disable=None) as bar:
+    with command.bar(len(cases), name, "field") as bar:
         for first in range(0, len(cases), size):
             some = cases[first : first + size]
             make = partial(run_method, name, trained, fields, some, members, seed, chunk)

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-import tqdm
 import xarray as xr
 from absl import flags, logging
 from scipy import ndimage
@@ -165,8 +164,7 @@ def inpaint(
             "seed": seed,
         }
         unfinished.begin(trained, asked)
-    hidden = None if progress and len(frames) > 1 else True
-    with tqdm.tqdm(total=len(frames), unit="field", disable=hidden) as bar:
+    with command.bar(len(frames), method, "field", progress and len(frames) > 1) as bar:
         for number, batch in enumerate(batches):
             if progress:
                 _announce(trained, rows[batch[0]], len(batch), members, method)

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import tqdm
 import xarray as xr
 from absl import flags, logging
 from matplotlib.colors import Colormap, to_hex
@@ -458,13 +457,15 @@ def evaluation_body(workdir: Path, frames: int, members: int) -> list[str]:
                 "Reliability is that of Student intervals, from which calibrated ones, in the table, differ a little."
             )
             body.append(note(words))
-        for index, pattern in enumerate(tqdm.tqdm(made[0].patterns, unit="pattern", disable=None)):
-            figures = "".join(_pattern_figures(made, index))
-            state = " open" if index == 0 else ""
-            body.append(
-                f"<details{state}><summary>{html.escape(pattern)}</summary>"
-                f'<div class="figures">{figures}</div></details>'
-            )
+        with command.bar(len(made[0].patterns), "curves", "pattern") as bar:
+            for index, pattern in enumerate(made[0].patterns):
+                figures = "".join(_pattern_figures(made, index))
+                state = " open" if index == 0 else ""
+                body.append(
+                    f"<details{state}><summary>{html.escape(pattern)}</summary>"
+                    f'<div class="figures">{figures}</div></details>'
+                )
+                bar.update()
     return body
 
 

@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-import tqdm
 from absl import flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
@@ -126,8 +125,8 @@ def run(
         groups = make_groups(study)
         mine = [(point, where) for group in groups for point in group.points for where in group.cases[index::count]]
         before = sum(_weight(study, point) for point, where in mine if study.task(study.points[point], where) in done)
-        total, hidden = sum(_weight(study, point) for point, _ in mine), None if progress else True
-        with tqdm.tqdm(total=total, initial=before, unit="call", unit_scale=True, desc="sweep", disable=hidden) as bar:
+        total = sum(_weight(study, point) for point, _ in mine)
+        with command.bar(total, "sweep", "call", progress, initial=before, unit_scale=True) as bar:
             for number, group in enumerate(groups, start=1):
                 bar.set_postfix_str(f"group {number} of {len(groups)}")
                 for rows in run_group(study, group, done, index, count):

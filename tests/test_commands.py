@@ -1,6 +1,8 @@
 """Commands as a user types them: a mistake is one line that begins with `error:`, exit code 2, and nothing written."""
 
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jax_repaint import methods, model
+from jax_repaint import command, methods, model
 from jax_repaint.data import readers
 from jax_repaint.errors import InputError
 
@@ -249,6 +251,30 @@ command.run(main)
 def test_an_interrupted_command_says_so_in_a_word():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_log_gets_lines_and_of_what_is_quick_none(monkeypatch, capsys):
+    with command.bar(4, "kalman", "field") as bar:
+        bar.update(4)
+    monkeypatch.setattr(command, "SECONDS_A_LINE", 0.0)
+    for shown in (False, True):
+        with command.bar(4, "kalman", "field", shown, initial=1) as bar:
+            bar.set_postfix_str("group 1 of 2")
+            bar.update(2)
+    out, err = capsys.readouterr()
+    lines = [re.sub(r"after [\d:]+, [\d:?]+ left", "so far", line) for line in err.splitlines()]
+    assert (out, lines[0]) == ("", "kalman: 1 of 4 fields so far")
+    assert lines[-1] == "kalman: 3 of 4 fields so far, group 1 of 2"
+    assert "\r" not in err
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with command.bar(4, "kalman", "field") as bar:
+        bar.update(4)
+    assert "\rkalman: 100%|" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("names", [[], ["magic"], ["linear", "kalman"]])

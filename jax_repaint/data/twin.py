@@ -37,7 +37,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse.linalg
-import tqdm
 from absl import flags, logging
 from scipy import ndimage, sparse
 
@@ -606,7 +605,7 @@ def generate(
     ocean, lat, lon = grid()
     velocity = np.empty((frames, *ocean.shape, 2), np.float32)
     done = 0
-    with tqdm.tqdm(total=frames, unit="frame", desc="twin", disable=None if progress else True) as bar:
+    with command.bar(frames, "twin", "frame", progress) as bar:
         for part in windows(twin, frames, cache, first=first):
             velocity[done : done + len(part)] = part
             done += len(part)
