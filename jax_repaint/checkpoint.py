@@ -1,6 +1,6 @@
 """Training state on disk: plain arrays through orbax, and what they belong to.
 
-WORKDIR/config.json         resolved configuration and fingerprint of the data; a run with others is refused
+WORKDIR/config.json         resolved configuration and fingerprint of the data; with a state there, others are refused
 WORKDIR/environment.json    versions, revision and devices of every start (provenance.py)
 WORKDIR/checkpoints/last    the latest states, to continue from
 WORKDIR/lock, lock.0        held by the training that writes there (locks.py)
@@ -64,26 +64,39 @@ def holds_run(
     path = workdir / CONFIG
     if path.exists():
         try:
-            theirs = flatten(json.loads(path.read_text()))
+            text = json.loads(path.read_text())
+            theirs = flatten(text)
         except (OSError, ValueError, AttributeError) as e:
             raise InputError(f"{path} cannot be read ({e})") from e
+        if not {"config", "data"} <= text.keys():
+            raise InputError(f"{workdir} holds something else, such as a sweep, and no run; choose another workdir")
         # As JSON, because a float that JSON wrote is equal to itself when read.
         ours = flatten(json.loads(json.dumps({"config": config, "data": data})))
         theirs = flatten(json.loads(json.dumps({"config": usual or {}}))) | theirs
         names = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n) and n not in FREE)
-        if names:
+        # A run that was killed before its first checkpoint has nothing to continue from, or to lose.
+        if names and not _is_unused(workdir):
             lines = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names)
             raise InputError(
                 f"{workdir} holds a run of another kind ({lines}); choose another workdir, or start one from its "
                 "weights with --config.init_from="
             )
-        # A run that was killed before its first checkpoint has nothing to continue from.
-        return any(state.name.isdigit() for state in workdir.glob("checkpoints/last/*"))
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"{workdir} is a file; choose another workdir")
-    if workdir.exists() and any(not path.name.startswith(LOCK) for path in workdir.iterdir()):
+        return _has_state(workdir)
+    # A killed start may leave the beginning of config.json, under a name with a dot.
+    if workdir.exists() and any(not path.name.startswith((LOCK, ".")) for path in workdir.iterdir()):
         raise InputError(f"{workdir} is not empty and holds no run; choose another workdir")
     return False
+
+
+def _has_state(workdir: Path) -> bool:
+    return any(state.name.isdigit() for state in workdir.glob("checkpoints/last/*"))
+
+
+def _is_unused(workdir: Path) -> bool:
+    """Whether there is no more than a run makes before its first state, log and model."""
+    made = {CONFIG, ENVIRONMENT, "checkpoints", "tensorboard"}
+    others = [path for path in workdir.iterdir() if path.name not in made and not path.name.startswith((LOCK, "."))]
+    return not others and not _has_state(workdir)
 
 
 def began_from(workdir: Path) -> str:

@@ -13,7 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from jax_repaint import distributed
+from jax_repaint import distributed, files
 from jax_repaint.errors import InputError
 
 HELP = ("h", "help", "helpshort", "helpfull", "helpxml", "?")
@@ -95,12 +95,7 @@ def keep_programs(folder: str) -> None:
     Raises:
       InputError: it cannot be that folder, which JAX would only warn of.
     """
-    path = Path(folder)
-    there = next(one for one in (path, *path.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise InputError(f"--cache={folder}: {there} is a file; compiled programs are kept in a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--cache={folder}: {there} cannot be written to; give a folder of your own")
+    files.check_makeable(Path(folder), f"--cache={folder}")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -108,7 +108,20 @@ def check_writable(
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror or e}") from e
+        raise InputError(f"cannot write {path}: {reason(e)}") from e
+
+
+def check_makeable(folder: Path, what: str) -> None:
+    """Before long work: whether files can be written into a folder that may not be there yet; makes nothing.
+
+    Raises:
+      InputError: a file or missing rights are in the way; `what` begins the sentence.
+    """
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise InputError(f"{what}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{what}: {there} cannot be written to; give a folder of your own")
 
 
 def cache_folder(*parts: str) -> Path:

@@ -1,6 +1,6 @@
 """What a sweep keeps on disk: rows in Parquet parts that are written whole and checked by their names.
 
-    WORKDIR/config.json                     what the sweep is; a changed one is refused
+    WORKDIR/config.json                     what the sweep is; with a part there, a changed one is refused
     WORKDIR/lock, lock.K                    see locks.py
     WORKDIR/environment.json                and one for each further process, see provenance.py
     WORKDIR/parts/UNIT-CHECKSUM.parquet     rows of finished tasks
@@ -25,6 +25,7 @@ from jax_repaint import files, locks
 from jax_repaint.checkpoint import flatten
 from jax_repaint.errors import InputError
 from jax_repaint.methods import DETERMINISTIC
+from jax_repaint.provenance import ENVIRONMENT
 
 CONFIG, PARTS, ROWS_VERSION = "config.json", "parts", "rows_version"
 # Raised with every change of the code that makes other rows of the same settings; a workdir of older rows is refused.
@@ -139,16 +140,17 @@ def remove_unfinished(workdir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def claim(workdir: Path, sweep: Mapping[str, Any]) -> None:
+def claim(workdir: Path, sweep: Mapping[str, Any], alone: bool = False) -> None:
     """Makes `workdir` this sweep's, or sees that it is.
 
     Args:
       sweep: what it is, as JSON can hold it.
+      alone: whether no other process can be at work there: a sweep that has finished nothing then gives way.
 
     Raises:
       InputError: the folder belongs to another sweep, with what differs; or to something else; or cannot be written.
     """
-    if not is_claimed(workdir, sweep):
+    if not is_claimed(workdir, sweep, alone):
         with files.whole_file(Path(workdir) / CONFIG) as temporary:
             temporary.write_text(json.dumps(sweep, indent=1, sort_keys=True) + "\n")
 
@@ -163,7 +165,7 @@ def is_sweep(workdir: Path) -> bool:
         return False
 
 
-def is_claimed(workdir: Path, sweep: Mapping[str, Any]) -> bool:
+def is_claimed(workdir: Path, sweep: Mapping[str, Any], alone: bool = False) -> bool:
     """Whether `workdir` is this sweep's, and not free yet; raises as `claim` does, and writes nothing."""
     path = Path(workdir) / CONFIG
     # Processes of one sweep that start together make this file, and the first parts, at the same time.
@@ -180,8 +182,17 @@ def is_claimed(workdir: Path, sweep: Mapping[str, Any]) -> bool:
     if ROWS_VERSION in ours and ROWS_VERSION not in theirs:
         raise InputError(f"{workdir} holds something else, such as a training, and no sweep; choose another workdir")
     names = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
+    if names and alone and _is_unused(path.parent):
+        return False
     if names:
         shown = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:8])
         more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
         raise InputError(f"{workdir} holds another sweep ({shown}{more}); choose another workdir")
     return True
+
+
+def _is_unused(workdir: Path) -> bool:
+    """Whether there is no more than a sweep makes before its first part."""
+    made = (CONFIG, ENVIRONMENT.removesuffix("json"), locks.LOCK, ".")
+    others = [path for path in workdir.iterdir() if not path.name.startswith(made)]
+    return all(path.name == PARTS and not any(path.glob("[!.]*")) for path in others)

@@ -120,6 +120,8 @@ def refusal(config: ConfigDict) -> str:
     changed.train.weight_decay, changed.train.warmup_epochs = 10 * DECAY, config.train.warmup_epochs / 2
     with tempfile.TemporaryDirectory() as folder:
         claim(folder, config.to_dict(), {})
+        # Before its first state a run gives way to any other.
+        (Path(folder) / "checkpoints" / "last" / "1").mkdir(parents=True)
         try:
             holds_run(folder, changed.to_dict(), {})
         except InputError as e:

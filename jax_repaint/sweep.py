@@ -114,11 +114,14 @@ def run(
       InputError: the workdir is another's, is in use, or cannot be written.
     """
     _check_process(index, count)
-    workdir = Path(workdir)
+    workdir, alone = Path(workdir), count == 1
+    if workdir.is_dir():
+        # A folder of something else is not given a lock, and may have a file of that name.
+        results.is_claimed(workdir, study.identity, alone)
     with locks.locked(workdir, index, count):
-        results.claim(workdir, study.identity)
+        results.claim(workdir, study.identity, alone)
         provenance.note_start(workdir, index)
-        if count == 1:
+        if alone:
             results.remove_unfinished(workdir)
         done = set(results.read_parts(workdir, remove_damaged=True)["task"])
         done |= adopt(study, workdir, done, others)
@@ -267,7 +270,7 @@ def describe(study: Study, workdir: Path | None = None, index: int = 0, count: i
     """
     _check_process(index, count)
     done: set[str] = set()
-    if workdir is not None and Path(workdir).is_dir() and results.is_claimed(workdir, study.identity):
+    if workdir is not None and Path(workdir).is_dir() and results.is_claimed(workdir, study.identity, count == 1):
         done = set(results.read_parts(workdir)["task"])
     groups, lines, seconds, compiled, tasks, whole = make_groups(study), [], 0.0, 0, 0, 0
     for number, group in enumerate(groups, start=1):

@@ -213,6 +213,7 @@ def train(config: ConfigDict, workdir: Path, fields: Fields | None = None, progr
     """
     workdir = Path(workdir)
     check_config(config)
+    distributed.at_first(lambda: files.check_makeable(workdir, f"workdir {workdir}"))
     mesh = distributed.over_all_devices(config.train.batch, config.model.form)
     if fields is None:
         settings = config.data.fields, config.data.frames, config.data.twin_seed

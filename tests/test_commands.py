@@ -179,8 +179,9 @@ def outcomes(folder, request):
     shutil.copy(request.config.rootpath / "configs" / "sweeps" / "gamma.py", folder)
     (folder / "text.py").write_text("\nconfigurations of trainings\n")
     (folder / "empty.py").write_text("")
+    (folder / "fails.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
     (folder / "dict.py").write_text("def get_config(arg=''):\n    return {'train': {'epochs': 3}}\n")
-    (folder / "other").mkdir()
+    (folder / "other" / "checkpoints" / "last" / "9").mkdir(parents=True)
     (folder / "other" / "config.json").write_text('{"config": {"train": {"epochs": 7}}, "data": {}}')
     (folder / "commands.json").write_text(json.dumps(commands))
     before = {str(path) for path in folder.rglob("*")}

@@ -1880,7 +1880,7 @@ def options(**changes):
         ({"out": "link.nc", "observations": "tr*.csv"}, r"link.nc is a file that this command reads"),
         ({"out": "training.nc"}, r"training.nc is a file that this command reads, and would be lost"),
         ({"out": "mine.zarr"}, r"cannot write mine\.zarr: it exists and is not a Zarr store"),
-        ({"cache": "track.csv"}, r"--cache=track\.csv: track\.csv is a file; compiled programs are kept in a folder"),
+        ({"cache": "track.csv"}, r"--cache=track\.csv: track\.csv is a file, not a folder"),
         ({"cache": "track.csv/cache"}, r"--cache=track\.csv/cache: .*track\.csv is a file"),
         ({"export": "vehicle"}, "takes no --observations, --out$"),
         (

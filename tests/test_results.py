@@ -121,6 +121,26 @@ def test_a_changed_sweep_is_refused_with_what_differs(tmp_path):
         results.claim(tmp_path, changed)
 
 
+def test_a_sweep_that_has_finished_nothing_gives_way_to_the_corrected_one(tmp_path):
+    first, second = {"config": {"frames": 4}}, {"config": {"frames": 5}}
+    results.claim(tmp_path, first)
+    (tmp_path / "environment.1.json").write_text("[]")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / ".b-0.xyz.parquet").write_bytes(b"PAR1")
+    # Another of several processes may be about to finish something.
+    with pytest.raises(InputError, match="frames: 4 there, 5 here"):
+        results.claim(tmp_path, second)
+    results.claim(tmp_path, second, alone=True)
+    assert json.loads((tmp_path / "config.json").read_text()) == second
+    (tmp_path / "table.csv").write_text("of parts that were removed")
+    with pytest.raises(InputError, match="frames: 5 there, 4 here"):
+        results.claim(tmp_path, first, alone=True)
+    (tmp_path / "table.csv").unlink()
+    results.write_part(tmp_path, [row("a")])
+    with pytest.raises(InputError, match="frames: 5 there, 4 here"):
+        results.claim(tmp_path, first, alone=True)
+
+
 def test_processes_that_start_together_share_a_folder(tmp_path):
     """One of them makes config.json while another looks into the folder."""
     sweep = {"config": {"frames": 4}}

@@ -539,6 +539,14 @@ def test_tasks_of_another_sweep_are_taken_over(folder, first, tmp_path, monkeypa
     assert sweep.adopt(open_study(config), tmp_path / "other", (), [first[0]]) == set()
 
 
+def test_a_folder_of_something_else_stays_as_it_is(study, tmp_path):
+    for name in ("lock", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="not empty and holds no sweep"):
+        sweep.run(study, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"lock": "mine", "notes.txt": "mine"}
+
+
 def test_damaged_parts_are_computed_again(folder, first, tmp_path, caplog):
     shutil.copytree(first[0], tmp_path / "copy")
     parts = sorted((tmp_path / "copy" / "parts").iterdir())

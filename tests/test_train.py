@@ -820,11 +820,19 @@ def test_a_workdir_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no run"):
         run(tmp_path)
-    with pytest.raises(InputError, match="is a file"):
-        run(tmp_path / "notes.txt")
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match="cannot be read"):
-        run(tmp_path)
+    # Before the data, whose simulation may take minutes.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_fields", None)
+        for name in ("notes.txt", "notes.txt/run"):
+            with pytest.raises(InputError, match=rf"workdir .*{name}: .*notes.txt is a file, not a folder"):
+                train.train(tiny.config(), tmp_path / name)
+    for text, message in (
+        ("[]", "cannot be read"),
+        ('{"config": {}, "rows_version": 3}', "such as a sweep, and no run"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            run(tmp_path)
 
 
 def test_a_refused_run_leaves_its_workdir_to_the_corrected_one(tmp_path):
@@ -838,6 +846,22 @@ def test_a_refused_run_leaves_its_workdir_to_the_corrected_one(tmp_path):
         with pytest.raises(InputError, match="no such pattern"):
             train.train(config, tmp_path / "run", tiny.fields(), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_state_gives_way_to_the_corrected_one(finished, tmp_path):
+    """Killed while it made its configuration, or before its first checkpoint."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / ".config.12ab.json").write_text("{")
+    with pytest.MonkeyPatch.context() as patch:
+        first_state(tiny.config(learning_rate=1.0), workdir, patch)
+    assert json.loads((workdir / "config.json").read_text())["config"]["train"]["learning_rate"] == 1
+    run(workdir)
+    assert_same_run(workdir, finished)
+    # What it may have been trained to is nothing to give away.
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(InputError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
+        run(workdir, learning_rate=2e-3)
 
 
 def init_from(config, folder):
