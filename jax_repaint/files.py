@@ -3,10 +3,19 @@
 import contextlib
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jax_repaint.errors import InputError
+
+# What NumPy raises where an .npz file is damaged.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
+
+
+def reason(e: OSError) -> str:
+    """What the system says; more plainly where a file is in the place of a folder."""
+    return f"{e.filename} is a file, not a folder" if isinstance(e, FileExistsError) else e.strerror or str(e)
 
 
 @contextlib.contextmanager
@@ -26,7 +35,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror or e}") from e
+        raise InputError(f"cannot write {path}: {reason(e)}") from e
     os.close(handle)
     temporary = Path(name)
     try:
@@ -103,6 +112,11 @@ def check_writable(
     check_store(path)
     _check_regular(path)
     check_kept(path, inputs)
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Raises InputError if the folder that `path` is to lie in takes no files; creates it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -22,7 +22,6 @@ import json
 import math
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from jax_repaint.checkpoint import claim, holds_run, pack, unpack
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
-from jax_repaint.files import whole_file
+from jax_repaint.files import DAMAGED, whole_file
 from jax_repaint.locks import locked
 from jax_repaint.model import Model
 from jax_repaint.nets import unet
@@ -206,7 +205,7 @@ class _Kept:
                 found = unpack(start, {name: held[name] for name in held.files if name != "losses"})
         except FileNotFoundError:
             return start, []
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except DAMAGED:
             logging.warning("%s cannot be read; its epochs are trained again", path)
             return start, []
         logging.info("%s goes on after %d epochs", branch, len(losses))

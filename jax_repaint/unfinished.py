@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ class Unfinished:
                 return Result(members, float(held["seconds"]), int(held["calls"]), bool(held["antithetic"]))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except files.DAMAGED:
             logging.warning("%s cannot be read and is made again", path)
             return None
 

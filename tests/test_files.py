@@ -1,6 +1,7 @@
 """Files are whole or absent, and a user's mistake is one line and exit code 2."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import xarray as xr
 from jax_repaint import command, model
 from jax_repaint.data import readers
 from jax_repaint.errors import InputError
-from jax_repaint.files import cache_folder, check_writable, replace_folder, whole_file
+from jax_repaint.files import DAMAGED, cache_folder, check_writable, replace_folder, whole_file
 
 
 def test_a_file_appears_whole_with_the_rights_of_the_user(tmp_path):
@@ -66,6 +67,21 @@ def test_an_interrupted_file_leaves_the_old_one(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_bit_that_turned_is_damage_and_no_mistake_of_the_program():
+    content, rng = io.BytesIO(), np.random.default_rng(0)
+    np.savez(content, x=rng.standard_normal(20), y=1.0)
+    found = set()
+    for _ in range(3000):
+        harmed = bytearray(content.getvalue())
+        harmed[rng.integers(len(harmed))] ^= 1 << rng.integers(8)
+        try:
+            with np.load(io.BytesIO(harmed), allow_pickle=False) as held:
+                held["x"], float(held["y"])
+        except DAMAGED as e:
+            found.add(type(e))
+    assert len(found) > 3
+
+
 def test_a_full_disk_is_the_users_to_mend(tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*result\.npz: No space left"):
         write(tmp_path / "result.npz", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -76,7 +92,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("not a folder")
     for refuse in (check_writable, write):
-        with pytest.raises(InputError, match=r"cannot write .*file/result\.nc: "):
+        with pytest.raises(InputError, match=r"cannot write .*file/result\.nc: .*file is a file, not a folder"):
             refuse(file / "result.nc")
     (tmp_path / "result.nc").mkdir()
     with pytest.raises(InputError, match="cannot write"):
