@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags, logging
 
-from jax_repaint import SHIPPED, calibration, command, device, files, gains, methods, metrics, model, observe
+from jax_repaint import SHIPPED, calibration, command, device, files, gains, locks, methods, metrics, model, observe
 from jax_repaint.calibration import Calibration
 from jax_repaint.cases import data_of, make_cases, observation_of, prior_of
 from jax_repaint.data.fields import Fields, Split
@@ -235,13 +235,19 @@ def main(_) -> None:
     if FLAGS.gate and learnt.gate is None:
         logging.warning("the gate does not lower the error of blocks that it was not learnt from, and is not kept")
     print(learnt.describe())
-    # Another command may have put one there since.
-    old = calibration.find(model.load(FLAGS.model).calibrations, name, FLAGS.members)
-    if not FLAGS.replace:
-        check_replaced(old, learnt.blocks)
-    if old is not None:
-        logging.warning("replaces the calibration for %s by one for %s", words_of(old), words_of(learnt))
-    model.store_calibration(FLAGS.model, learnt, FLAGS.default)
+    with locks.in_turn(FLAGS.model):
+        # Another command may have put one there since, and a training that goes on another model.
+        now = model.load(FLAGS.model)
+        if model.fingerprint(now) != model.fingerprint(trained):
+            raise InputError(
+                f"{FLAGS.model} holds another model than when this began; calibrate it when its training is over"
+            )
+        old = calibration.find(now.calibrations, name, FLAGS.members)
+        if not FLAGS.replace:
+            check_replaced(old, learnt.blocks)
+        if old is not None:
+            logging.warning("replaces the calibration for %s by one for %s", words_of(old), words_of(learnt))
+        model.store_calibration(FLAGS.model, learnt, FLAGS.default)
     print(f"\nstored in {FLAGS.model}")
     default = model.load(FLAGS.model).calibrations[0].method
     if default != name:

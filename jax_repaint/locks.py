@@ -1,4 +1,4 @@
-"""A workdir is for one run at a time.
+"""A workdir is for one run at a time, and a folder that is read and written anew for one process.
 
 WORKDIR/lock, lock.K    held while process K of a run writes there, free as soon as it is gone
 """
@@ -18,6 +18,7 @@ from typing import Any
 from absl import logging
 
 from jax_repaint.errors import InputError
+from jax_repaint.files import reason
 
 LOCK = "lock"
 
@@ -41,8 +42,22 @@ def locked(workdir: str | os.PathLike, index: int = 0, count: int = 1, run: str 
             _take(own, workdir, run)
         except OSError as e:
             if e.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL):
-                raise InputError(f"cannot write {workdir}: {e.strerror or e}") from e
+                raise InputError(f"cannot write {workdir}: {reason(e)}") from e
             logging.warning("%s has no locks (%s): see to it that no other %s runs there", workdir, e.strerror, run)
+        yield
+
+
+@contextlib.contextmanager
+def in_turn(folder: str | os.PathLike) -> Iterator[None]:
+    """Holds a folder, without a file in it, for what takes a moment; waits until others are done.
+
+    Where the file system has no locks of folders nothing is held.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 

@@ -1,8 +1,10 @@
 """Calibration where the best weight, spread and interval follow from the Gaussians that fields are drawn from."""
 
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -1012,6 +1014,17 @@ def test_the_command_replaces_a_better_calibration_only_when_told(learnt, tmp_pa
             run()
     assert "3 fields in 3 blocks of time" in capsys.readouterr().out
     assert model.load(tmp_path / "model").calibrations == (better,)
+    # Nobody else reads, or writes, what is there while one is put beside it.
+    store = model.store_calibration
+
+    def alone(folder, *what):
+        handle = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        store(folder, *what)
+
+    monkeypatch.setattr(model, "store_calibration", alone)
     # Without a method it is that of the first calibration.
     (made,) = run(replace=True, method=None)
     assert made.method == "linear_samples"
@@ -1024,6 +1037,17 @@ def test_the_command_replaces_a_better_calibration_only_when_told(learnt, tmp_pa
     ]  # fmt: skip
     assert "by default" not in capsys.readouterr().out
     assert "replaces" not in caplog.text
+
+    def train_on(*args, **options):
+        one = model.load(tmp_path / "model")
+        later = jax.tree.map(lambda leaf: leaf + 1, one.params)
+        model.save(dataclasses.replace(one, params=later, calibrations=()), tmp_path / "model")
+        return learn(*args, **options)
+
+    monkeypatch.setattr(calibrate, "learn", train_on)
+    with pytest.raises(InputError, match="holds another model than when this began"):
+        run()
+    assert not model.load(tmp_path / "model").calibrations
 
 
 def test_the_command_calibrates(tmp_path):

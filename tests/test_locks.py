@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -14,6 +15,10 @@ from jax_repaint import locks
 from jax_repaint.errors import InputError
 
 HOLD = "import sys, time; from jax_repaint import locks\nwith locks.locked(sys.argv[1]): print('in'); time.sleep(60)"
+
+
+def without_locks(file, kind):
+    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
 
 def test_unwritable_folders_are_refused(tmp_path):
@@ -58,11 +63,29 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
             pass
 
 
-def test_file_systems_without_locks_are_named(tmp_path, monkeypatch, caplog):
-    def none(file, kind):
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+def test_what_takes_a_moment_is_done_in_turn(tmp_path, monkeypatch):
+    done = []
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    def second():
+        with locks.in_turn(tmp_path):
+            done.append("second")
+
+    with locks.in_turn(tmp_path):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.1)
+        done.append("first")
+    waiting.join(10)
+    assert done == ["first", "second"]
+    assert not list(tmp_path.iterdir())
+    # As the file system of a network may not have them.
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with locks.in_turn(tmp_path):
+        pass
+
+
+def test_file_systems_without_locks_are_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fcntl, "flock", without_locks)
     with locks.locked(tmp_path):
         (tmp_path / "part").write_text("")
     assert "has no locks" in caplog.text
