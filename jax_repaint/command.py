@@ -1,9 +1,9 @@
 """What every command shares: one line for a user's mistake, exit code 2, never a traceback."""
 
 import logging
-import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,7 +27,7 @@ TYPES = {
 
 
 def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
-    """Runs `main(argv)` under absl; an `InputError` becomes `error: ...` on stderr and exit code 2, Ctrl-C 130.
+    """Runs `main(argv)` under absl; `InputError` and `OSError` become `error: ...` and exit code 2, Ctrl-C 130.
 
     Args:
       positional: most arguments that are not options.
@@ -45,6 +45,11 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)
             sys.exit(2)
+        except OSError as e:
+            # A full disk, missing rights, a name that is too long: the system says all that there is to say.
+            place = f"cannot use {e.filename}: " if e.filename else ""
+            print(f"error: {place}{e.strerror or e}", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -55,9 +60,8 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
             if "config" in flags.FLAGS:
                 _check_kind(flags.FLAGS.config)
             return rest
-        except (
-            flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError,
-        ) as e:  # fmt: skip
+        except Exception as e:
+            # Configurations are programs of the user's, which raise anything.
             print(f"error: {_one_line(e)}", file=sys.stderr)
             sys.exit(2)
         except SystemExit:
@@ -120,8 +124,15 @@ def _one_line(e: Exception) -> str:
             return "--config: the file has no get_config, as those in configs/ have"
         words = text.strip("\"'") if text[:1] == text[-1:] else text
         return f"the configuration cannot be overridden: {words if ' ' in words else f'no setting {words!r}'}"
-    if isinstance(e, OSError) or "Traceback" in text:
-        # The configuration flag wraps what went wrong in whole tracebacks.
+    if isinstance(e, OSError):
+        # The flag says why it could not load a file when its configuration is used.
+        reason = re.sub(r"^.*(\[Errno \d+\]|failure to load:) ", "", text.splitlines()[-1]).rstrip(".")
+        return f"--config: {reason}; give a file such as configs/small.py"
+    if not isinstance(e, flags.Error | ValueError | TypeError | ImportError):
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        return f"{at.filename}, line {at.lineno}: {' '.join(text.split()) or type(e).__name__}"
+    if "Traceback" in text:
+        # The flag wraps what went wrong in whole tracebacks.
         text = re.sub(r"^[\w.]+(Error|Exception): ", "", text.splitlines()[-1].strip())
     return " ".join(text.split())
 

@@ -57,6 +57,8 @@ MISTAKES = {
     "no configuration": (["train", "--workdir=new"], "config"),
     "no workdir": (SMOKE[:2], "workdir"),
     "missing configuration": (["train", "--config=nowhere.py", "--workdir=new"], "No such file or directory: 'nowh"),
+    "folder for a configuration": (["train", "--config=model", "--workdir=new"], "error: --config: Is a directory: 'm"),
+    "configuration that fails": (["train", "--config=fails.py", "--workdir=new"], "fails.py, line 2: division by zero"),
     "training from the configuration of a sweep": (
         ["train", "--config=gamma.py", "--workdir=new"], "not one of a training: it has no data.allow_short_gap and "
     ),

@@ -197,6 +197,17 @@ def test_a_mistake_is_one_line_and_code_2(outcome):
     assert text.count("\n") == 1
 
 
+def test_what_the_system_refuses_is_one_line(outcome, tmp_path):
+    """Whatever it is in the middle of."""
+    name = tmp_path / ("long" * 100)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert outcome(lambda _: check_writable(name)) == (2, f"error: cannot use {name}: File name too long\n")
+    assert outcome(full) == (2, "error: No space left on device\n")
+
+
 def test_a_mistake_of_the_program_stays_visible(outcome):
     def fail(_):
         raise ZeroDivisionError
