@@ -350,6 +350,21 @@ def test_windows_are_cached(calls, tmp_path):
     assert calls[2:] == [(0, 4), (0, 4)]
 
 
+def test_a_cache_that_fails_costs_only_time(calls, tmp_path, monkeypatch, caplog):
+    frames(3)
+    (path,) = tmp_path.rglob("*.npy")
+    for content in (path.read_bytes()[:1000], b""):
+        path.write_bytes(content)
+        frames(3)
+        assert "0000.npy cannot be read; its window is simulated again" in caplog.text
+        caplog.clear()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAX_REPAINT_CACHE", str(tmp_path / "file"))
+    frames(twin.WINDOW + 1)
+    assert caplog.text.count("simulated windows are not kept, JAX_REPAINT_CACHE names another folder") == 1
+    assert calls[1:] == [(0, 3), (0, 3), (0, twin.WINDOW), (1, 1)]
+
+
 def test_windows_come_in_order_and_the_last_is_cut(calls):
     frames(2 * twin.WINDOW + 3)
     assert sorted(calls) == [(0, twin.WINDOW), (1, twin.WINDOW), (2, 3)]

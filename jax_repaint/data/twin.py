@@ -521,16 +521,25 @@ _parsing = threading.Lock()
 def _window(twin: Twin, window: int, hours: int, folder: Path | None) -> np.ndarray:
     """A window from the cache, or simulated and put there."""
     path = folder and folder / f"{window:04d}.npy"
-    if path and path.exists():
-        # NumPy parses the header as Python; in CPython 3.11 two threads that do so at once raise SystemError.
-        with _parsing:
-            kept = np.load(path, allow_pickle=False, mmap_mode="r")
-        if len(kept) >= hours:
-            return kept[:hours]
+    try:
+        if path and path.exists():
+            # NumPy parses the header as Python; in CPython 3.11 two threads that do so at once raise SystemError.
+            with _parsing:
+                kept = np.load(path, allow_pickle=False, mmap_mode="r")
+            if len(kept) >= hours:
+                return kept[:hours]
+    except (OSError, ValueError, EOFError):
+        logging.warning("%s cannot be read; its window is simulated again", path)
     velocity = simulate(twin, window, hours)
-    if path:
-        with whole_file(path) as temporary:
-            np.save(temporary, velocity)
+    try:
+        if path:
+            with whole_file(path) as temporary:
+                np.save(temporary, velocity)
+    except InputError as e:
+        # Only time is lost. It is said once, not for each of many windows.
+        logging.log_first_n(
+            logging.WARNING, "%s; simulated windows are not kept, JAX_REPAINT_CACHE names another folder", 1, e
+        )
     return velocity
 
 
