@@ -939,6 +939,10 @@ def test_dates_of_a_track_may_be_of_cftime(name):
     dates = [cftime.DatetimeGregorian(*when.timetuple()[:6]) for when in points.time]
     dataset = dataset.drop_vars("time").assign({name: ("obs", dates)})
     assert_same_frames(collect(dataset, GRID), collect(points, GRID))
+    for missing in (None, np.nan):
+        dates[0] = missing
+        late = dataset.assign({name: ("obs", np.array(dates, object))})
+        assert_same_frames(collect(late, GRID, leave_out=True), collect(points[1:], GRID))
 
 
 def test_velocities_of_a_track_are_those_that_are_named_or_at_the_surface(tmp_path):

@@ -50,9 +50,7 @@ def _from_track(
             if not units_of(dataset[names[key]]):
                 titles.check_unit(names[key], source.name)
         dataset = dataset.assign({names[key]: with_units(dataset[names[key]]) for key in ("u", "v")})
-        # As files hold them.
-        dates = {n: x.variable for n, x in dataset.items() if _of_cftime(x)}
-        dataset = dataset.assign({n: xr.conventions.encode_cf_variable(x, name=n) for n, x in dates.items()})
+        dataset = dataset.assign({n: _encoded(x.variable) for n, x in dataset.items() if _of_cftime(x)})
     if "sigma" in columns:
         names = {key: name for key, name in names.items() if key not in ("sigma_u", "sigma_v")}
     table = pd.DataFrame(read_points(dataset, names, source))
@@ -159,7 +157,20 @@ def dated(variable: xr.DataArray) -> bool:
 
 
 def _of_cftime(variable: xr.DataArray) -> bool:
-    return variable.dtype.kind == "O" and variable.size > 0 and hasattr(variable.values.flat[0], "calendar")
+    return variable.dtype.kind == "O" and bool(_known_dates(variable).any())
+
+
+def _known_dates(variable: xr.DataArray | xr.Variable) -> np.ndarray:
+    """Which of the values are dates of cftime; the first ones may be missing."""
+    return np.array([hasattr(value, "calendar") for value in variable.values.flat])
+
+
+def _encoded(variable: xr.Variable) -> xr.Variable:
+    """Dates of cftime along one dimension as files hold them, not a number where one is missing."""
+    known = _known_dates(variable)
+    made = xr.conventions.encode_cf_variable(variable[known])
+    values = pd.Series(made.values, index=np.flatnonzero(known)).reindex(range(known.size))
+    return xr.Variable(variable.dims, values.to_numpy(), made.attrs)
 
 
 def units_of(variable: xr.DataArray) -> list[Any]:
