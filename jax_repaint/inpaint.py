@@ -718,9 +718,9 @@ def main(_) -> None:
         leave_out=FLAGS.leave_out, unfinished=unfinished,
     )  # fmt: skip
     readers.write_dataset(fields, FLAGS.out)
-    unfinished.remove()
     if FLAGS.figure:
         figure(fields, FLAGS.figure)
+    unfinished.remove()
     count = fields.sizes["time"]
     print(
         f"wrote {FLAGS.out}: {count} field{'s' * (count > 1)} of {FLAGS.members} members from "

@@ -2004,13 +2004,15 @@ def test_what_cannot_be_written_is_kept(series, tmp_path, monkeypatch):
     def full(*_):
         raise InputError("no space left")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(readers, "write_dataset", full)
-        with pytest.raises(InputError, match="no space left"):
-            series.run()
-    assert len(list(tmp_path.glob("fields.nc_unfinished_*/*"))) == 3
+    for place, writer in ((readers, "write_dataset"), (inpaint, "figure")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, writer, full)
+            with pytest.raises(InputError, match="no space left"):
+                series.run(figure="fields.png")
+        assert len(list(tmp_path.glob("fields.nc_unfinished_*/*"))) == 3
     series.run()
     assert not series.batches
+    assert not list(tmp_path.glob("*unfinished*"))
 
 
 def test_the_method_of_a_model_has_the_options_of_the_function(trained, monkeypatch):
