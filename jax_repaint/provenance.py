@@ -70,6 +70,8 @@ def note_start(workdir: Path, index: int = 0) -> None:
             starts = json.loads(path.read_text())
         except (OSError, ValueError) as e:
             raise InputError(f"{path} cannot be read ({e}); move it away") from e
+        if not isinstance(starts, list):
+            raise InputError(f"{path} holds no list of starts; move it away")
     devices = jax.local_devices()
     starts += [
         {

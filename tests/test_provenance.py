@@ -76,7 +76,8 @@ def test_every_start_is_noted(tmp_path):
 
 def test_a_list_that_is_none_is_not_replaced(tmp_path):
     path = tmp_path / "environment.json"
-    path.write_text("mine")
-    with pytest.raises(InputError, match="cannot be read"):
-        provenance.note_start(tmp_path)
-    assert path.read_text() == "mine"
+    for text, message in (("mine", "cannot be read"), ("{}", "holds no list of starts")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            provenance.note_start(tmp_path)
+        assert path.read_text() == text
