@@ -228,6 +228,8 @@ def main(_: Sequence[str]) -> None:
     for name in ("train", "validation", "test"):
         config.data[name] = getattr(FLAGS, name)
     settings.check_split(config.data)
+    # Before the currents are read and fitted.
+    model.check_free(Path(FLAGS.out))
     made = torch_import.import_model(FLAGS.torch, config)
     model.save(made, FLAGS.out)
     print(f"wrote {FLAGS.out}: {FLAGS.network}, {made.training['split']}")

@@ -32,7 +32,7 @@ from jax_repaint.conditional import ConditionalDenoiser
 from jax_repaint.data.fields import Fields, Standardiser, check_grid, crop, padded_shape
 from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDenoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
-from jax_repaint.files import publish, replace_folder, whole_file
+from jax_repaint.files import check_parent, publish, replace_folder, whole_file
 from jax_repaint.nets import unet
 from jax_repaint.observe import extent
 from jax_repaint.prior.gp import Kernel
@@ -273,6 +273,15 @@ def make_denoiser(form: str, graphdef: Any, params: dict, gaussian: PrincipalGau
     return built_on_linear[form](params, gaussian, graphdef)
 
 
+def check_free(folder: Path) -> None:
+    """Raises InputError if a folder holds something else than a model, or is none, or cannot be made."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"cannot write a model to {folder}: it is a file")
+    if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
+        raise InputError(f"cannot write a model to {folder}: it is not empty and holds no model")
+    check_parent(folder)
+
+
 def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> None:
     """Writes a model, whole or not at all; an older model in `folder` is replaced.
 
@@ -287,10 +296,7 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
         raise InputError(f"weights are kept as {' or '.join(DTYPES)}, not as {dtype!r}")
     if model.anchor is not None:
         raise InputError("a model with another linear prior than that of its network cannot be stored")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"cannot write a model to {folder}: it is a file")
-    if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
-        raise InputError(f"cannot write a model to {folder}: it is not empty and holds no model")
+    check_free(folder)
     kept = DTYPES[dtype]
     tensors = {
         "/".join(("params", *name)): np.asarray(leaf, kept)

@@ -497,6 +497,18 @@ def test_the_command_imports_a_file(file, tmp_path, monkeypatch, capsys):
     assert (len(fields), split.test.tolist()) == (60, list(range(52, 60)))
 
 
+@pytest.mark.parametrize(("out", "message"), [(".", "not empty and holds no model"), ("mine", "it is a file")])
+def test_a_place_that_is_taken_is_refused_before_the_work(file, tmp_path, monkeypatch, out, message):
+    (tmp_path / "mine").write_text("")
+    chosen = {"torch": str(file), "network": "unet", "fields": "", "frames": 16, "rank": 4, "train": "0.7",
+              "patterns": "", "out": str(tmp_path / out), "validation": "0.15", "test": "0.15",
+              "allow_short_gap": False, "block_split": False}  # fmt: skip
+    monkeypatch.setattr(checkpoint_command, "FLAGS", SimpleNamespace(**chosen))
+    monkeypatch.setattr(torch_import, "import_model", None)
+    with pytest.raises(InputError, match=message):
+        checkpoint_command.main([])
+
+
 @pytest.mark.parametrize("by_blocks", [False, True])
 def test_the_command_splits_as_it_is_told(file, monkeypatch, by_blocks):
     def stop(path, config):
