@@ -43,8 +43,8 @@ from jax_repaint.prepare import Frames, Prepared, load_fields, missing, prepare,
 from jax_repaint.settings import check_config, default_config, network_config, sigma_range
 
 
-class Diverged(Exception):
-    """The loss is not finite."""
+class Diverged(InputError):
+    """The loss is not finite, which another learning rate or better data mend."""
 
 
 class Stop:
