@@ -7,6 +7,7 @@ an `X` beside it that writes the figure to a file.
 """
 
 import dataclasses
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,8 +110,11 @@ def save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"cannot write {path}: figures end in {', '.join(FORMATS)}")
+    # Where a disk is full the writer of .pdf fails over its own cleaning up.
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], bbox_inches="tight", pad_inches=0.08)
     with whole_file(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight", pad_inches=0.08)
+        temporary.write_bytes(content.getbuffer())
 
 
 def _new_figure(width: float, height: float) -> Figure:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -527,3 +528,16 @@ def test_every_figure_has_a_function_that_writes_it(tmp_path):
         # Nothing is cut off: the outermost pixels are blank.
         for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
             assert (edge[..., :3] == 1).all(), name
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_a_disk_that_fills_up_leaves_no_picture(tmp_path, suffix):
+    figure = plots.draw_reliability(np.linspace(0, 1, 9), {"kalman": np.linspace(0, 1, 9)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*: File too large"):
+            plots.save(figure, tmp_path / f"figure{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
