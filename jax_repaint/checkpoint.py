@@ -31,6 +31,7 @@ from jax_repaint.locks import LOCK
 from jax_repaint.provenance import ENVIRONMENT
 
 CONFIG = "config.json"
+BESIDE = 1 << 20  # bytes at most that a state takes beside its numbers
 # What a continued run may change: where things lie, and what it keeps. The data are told by their fingerprint.
 FREE = frozenset(
     f"config.{name}" for name in ("data.fields", "init_from", "tensorboard", "train.keep", "train.save_minutes")
@@ -155,11 +156,22 @@ class Checkpoints:
         """
         if step in self.last.all_steps():
             return
+        content, folder = pack(state), self.last.directory
         try:
-            self.last.save(step, args=ocp.args.StandardSave(pack(state)))
+            # Threads of orbax that find no room say so in pages of their own.
+            needed, free = sum(leaf.nbytes for leaf in content.values()) + BESIDE, shutil.disk_usage(folder).free
+            if free < needed:
+                raise InputError(
+                    f"cannot write the checkpoint of step {step}: {folder} has room for {free / 1e6:.1f} MB, and it "
+                    f"takes {needed / 1e6:.1f} MB"
+                )
+            self.last.save(step, args=ocp.args.StandardSave(content))
         except (OSError, ValueError) as e:
-            # orbax reports a full disk as ValueError from its storage layer.
-            raise InputError(f"cannot write the checkpoint of step {step}: {e}") from e
+            if isinstance(e, InputError):
+                raise
+            # orbax reports a full disk as ValueError from its storage layer, with settings behind the reason.
+            why = str(e).partition(" [")[0].rpartition(": ")[2]
+            raise InputError(f"cannot write the checkpoint of step {step} to {folder}: {why}") from e
 
     def restore(self, like: Any) -> Any | None:
         """The latest state, or None before the first; `like` gives structure, shapes and types.

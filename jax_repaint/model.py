@@ -335,8 +335,8 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
             replace_folder(new, folder, private / "old")
         finally:
             shutil.rmtree(private, ignore_errors=True)
-    except OSError as e:
-        raise InputError(f"cannot write the model to {folder}: {e.strerror or e}") from e
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"cannot write the model to {folder}: {getattr(e, 'strerror', None) or e}") from e
 
 
 def store_calibration(folder: str | os.PathLike, learnt: Calibration, default: bool = False) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jax_repaint import model
@@ -90,10 +91,11 @@ def test_an_older_model_is_replaced_whole(trained, folder):
     assert (model.load(folder).kernel, model.load(folder).training) == (None, {"step": 7})
 
 
-def test_a_model_that_cannot_be_written_leaves_the_older_one(trained, folder, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left (os error)")])
+def test_a_model_that_cannot_be_written_leaves_the_older_one(trained, folder, monkeypatch, error):
     def full(tensors, path):
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(model, "save_file", full)
     with pytest.raises(InputError, match="No space left"):

@@ -20,6 +20,7 @@ import tiny
 from scipy import stats
 
 from jax_repaint import model, observe, prepare, train
+from jax_repaint.checkpoint import Checkpoints
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
@@ -943,6 +944,17 @@ def test_best_is_kept(finished, tmp_path, monkeypatch):
             run(workdir)
     lowest = pd.read_csv(workdir / "log.csv").ema_held_out_loss[0]
     np.testing.assert_allclose(first_state(config, workdir, monkeypatch).best, lowest, rtol=1e-5)
+
+
+def test_a_checkpoint_without_room_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    state, usage = {"x": np.zeros(10**6, np.float32)}, shutil.disk_usage
+    checkpoints = Checkpoints.open(tmp_path, keep=2)
+    checkpoints.save(1, state)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(folder)._replace(free=4 * 10**6))
+    with pytest.raises(InputError, match=r"checkpoint of step 2: .*last has room for 4\.0 MB, and it takes 5\.0 MB"):
+        checkpoints.save(2, state)
+    assert [path.name for path in (tmp_path / "checkpoints" / "last").iterdir()] == ["1"]
+    np.testing.assert_array_equal(checkpoints.restore(state)["x"], state["x"])
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
