@@ -723,6 +723,14 @@ def test_models_are_trained_once(folder, tmp_path, monkeypatch):
     with pytest.raises(reproduce.Interrupted):
         reproduce.trained_model(path, tmp_path / "stopped")
 
+    def diverge(*_):
+        raise train.Diverged("the loss is not finite")
+
+    # Which commands say in one line.
+    monkeypatch.setattr(train, "train", diverge)
+    with pytest.raises(InputError, match="the loss is not finite"):
+        reproduce.trained_model(path, tmp_path / "diverged")
+
 
 def test_fields_that_do_not_go_with_a_training_are_refused_before_it(folder, tmp_path, monkeypatch):
     tiny.register(monkeypatch)
