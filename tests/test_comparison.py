@@ -60,6 +60,13 @@ def test_lines_are_in_the_order_of_points(table):
     assert table["best"].tolist() == ["seed_gp"] * 4 + ["linear"] * 4
 
 
+def test_the_best_baseline_is_that_of_all_frames_together(rows):
+    """Not of the first frame, nor of most of them."""
+    lucky = rows.query("point == 0").copy()
+    lucky.loc[lucky["frame"] < 40, "mse_climatology"] = 1e-3
+    assert comparison.compare(lucky)["best"].tolist() == ["seed_gp"] * 2 + ["linear"] * 2
+
+
 def test_ratios_are_those_of_the_frames(rows, table):
     for line in table.to_dict("records"):
         mine = rows[(rows["point"] == line["point"]) & (rows["pattern"] == line["pattern"])]

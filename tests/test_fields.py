@@ -216,8 +216,10 @@ class TestGrid:
 
     def test_what_a_masked_array_hides_is_missing(self):
         velocity = noise()
-        hidden = velocity > 1
-        fields = make(np.ma.masked_array(velocity, hidden))
+        hidden = velocity > 0.2
+        assert hidden.any()
+        place = {"lat": np.arange(3.0), "lon": np.arange(4.0), "time": hours(6)}
+        fields = Fields.create(np.ma.masked_array(velocity, hidden), **place)
         np.testing.assert_array_equal(fields.present, ~hidden.any(-1))
 
 

@@ -510,6 +510,32 @@ def test_derivatives_of_rotation_and_strain_are_exact():
     assert interior.sum() > 300
 
 
+def test_derivatives_on_a_stretched_grid_are_exact():
+    """Each cell by its own size: a rotation and a strain on rows and columns that lie ever further apart."""
+    y, x = np.meshgrid(40 * np.arange(SHAPE[0]) ** 1.3, 30 * np.arange(SHAPE[1]) ** 1.2, indexing="ij")
+    dy, dx = np.gradient(y, axis=0), np.gradient(x, axis=1)
+    flow = np.stack([2e-4 * x - 3e-4 * y, 1e-4 * y + 4e-4 * x], -1)
+    divergence, vorticity, interior = structures.divergence_vorticity(flow, coast(), dx, dy)
+    np.testing.assert_allclose(divergence[interior], 3e-4, rtol=1e-10)
+    np.testing.assert_allclose(vorticity[interior], 7e-4, rtol=1e-10)
+
+
+def test_ocean_without_a_truth_is_as_land():
+    """Differences and transforms across a gap of the truth would be NaN, with which no eddy is seen anywhere."""
+    ocean, truth, gap = coast(), vortex(5, 11), np.zeros(SHAPE, bool)
+    gap[6, 3:6] = True
+    known, members = ocean & ~gap, np.stack([truth, vortex(6, 11)])
+    gappy = np.where(gap[..., None], np.nan, truth)
+    assert gap.sum() == (gap & ocean).sum()
+    for score in (structures.derivative_scores, structures.eddy_scores):
+        found = score(gappy, members, known, ocean, 50.0, 50.0)
+        assert found == score(truth, members, known, known, 50.0, 50.0)
+        assert all(np.isfinite(list(found.values())))
+    found, expected = (structures.spectrum(t, members, o, 50.0, 50.0) for t, o in ((gappy, ocean), (truth, known)))
+    np.testing.assert_array_equal(found.ratio, expected.ratio)
+    assert np.isfinite(found.ratio).all()
+
+
 def test_derivative_scores_of_a_rotation_too_fast():
     ocean = coast()
     y, x = np.mgrid[: SHAPE[0], : SHAPE[1]] * 50.0
@@ -520,6 +546,11 @@ def test_derivative_scores_of_a_rotation_too_fast():
     assert row["vorticity_rmse"] == pytest.approx(1e-4)
     assert row["vorticity_ratio"] == pytest.approx(math.sqrt(1.25))
     assert row["divergence_rmse"] == pytest.approx(0, abs=1e-15)
+    # Squares are averaged over frames, not their roots.
+    still = dict.fromkeys(frame, 0.0) | {"vorticity_truth": 3 * frame["vorticity_truth"]}
+    row = structures.derivative_summary([frame, still])
+    assert row["vorticity_rmse"] == pytest.approx(1e-4 / math.sqrt(2))
+    assert row["vorticity_ratio"] == pytest.approx(math.sqrt(1.25 / 4))
     lonely = np.zeros(SHAPE, bool)
     lonely[0, 0] = True
     with pytest.raises(InputError, match="four ocean neighbours"):
@@ -755,6 +786,15 @@ def test_bootstrap_interval_covers_the_ratio_of_correlated_frames():
     assert sum(one.lo <= truth <= one.hi for one in alone) / 250 < 0.75
 
 
+def test_blocks_are_a_quarter_of_the_frames_at_most(monkeypatch):
+    """However long errors last: of fewer than four blocks an interval says little."""
+    slow = np.linspace(1, 2, 40) ** 3
+    assert scoring._block(slow - slow.mean()) > 20
+    found = scoring.ratio_of_means(slow, np.ones(40), 1, 0)
+    monkeypatch.setattr(scoring, "_block", lambda x: 1)
+    assert found == scoring.ratio_of_means(slow, np.ones(40), 10, 0)
+
+
 def test_blocks_are_no_longer_where_nothing_is_remembered():
     """Frames whose errors are independent keep the block that is asked for, in nearly every draw."""
     rng = np.random.default_rng(0)
@@ -769,13 +809,14 @@ def test_blocks_are_no_longer_where_nothing_is_remembered():
     )
 
 
-def test_interval_of_few_frames_is_as_wide_as_that_of_student():
+@pytest.mark.parametrize("level", [0.68, 0.95])
+def test_interval_of_few_frames_is_as_wide_as_that_of_student(level):
     """Against a baseline that is always 1 the ratio is a mean, of ten numbers that a normal distribution might give."""
     # In an order of their own, as sorted they would remember each other.
     order = np.random.default_rng(0).permutation(10)
     method = 1 + 0.1 * stats.norm.ppf((order + 0.5) / 10)
-    found = scoring.ratio_of_means(method, np.ones(10), 1, 0, resamples=200_000)
-    half = stats.t.ppf(0.975, 9) * method.std(ddof=1) / math.sqrt(10)
+    found = scoring.ratio_of_means(method, np.ones(10), 1, 0, level, resamples=200_000)
+    half = stats.t.ppf((1 + level) / 2, 9) * method.std(ddof=1) / math.sqrt(10)
     np.testing.assert_allclose((found.lo - 1, found.hi - 1), (-half, half), rtol=0.025)
 
 
@@ -881,6 +922,26 @@ def test_small_scales_of_members_and_truth_are_those_of_the_same_cells():
     member = np.nan_to_num(truth, nan=5.0)
     found = scoring.score(truth, member[None], scored, ocean)
     assert found.energy_member == found.energy_truth
+
+
+def test_scores_of_pairs_are_those_of_pairs():
+    """Exchangeable with the truth, of one variance; taken for independent, pairs flatter all of these."""
+    frames = [scoring.score(*antithetic_case(2, seed), np.ones((60, 60), bool), antithetic=True) for seed in range(4)]
+    row = scoring.summary("pairs", frames, 1, 1.0)
+    assert row["crps"] == pytest.approx(1 / math.sqrt(math.pi), abs=0.02)
+    assert row["spread_skill"] == pytest.approx(1, abs=0.03)
+    assert row["coverage90"] == np.mean([metrics.coverage(*antithetic_case(2, s), antithetic=True) for s in range(4)])
+
+
+def test_summary_averages_before_it_divides():
+    def frames(*numbers):
+        return [scoring.FrameScores(4, False, 10, 9.0, mean, 1.0, 1.0, 0.9, *energies) for mean, *energies in numbers]
+
+    ours, theirs = frames((1.0, 3.0, 4.0), (4.0, 5.0, 1.0)), frames((2.0, 1.0, 1.0), (6.0, 1.0, 1.0))
+    row = scoring.summary("ours", ours, 1, 1.0, baseline=("theirs", theirs))
+    assert row["small_scale"] == 8 / 5
+    # The mean of the baseline's members, not one of them.
+    assert row["ratio"] == 5 / 8
 
 
 def test_summary_of_a_single_field(rows):
