@@ -165,6 +165,12 @@ class TestGrid:
         np.testing.assert_allclose(off, 0, atol=1e-3)
         assert np.abs(seen).max() > 0.1
 
+    def test_places_are_counted_in_neighbours_to_the_north(self):
+        """Of cells that are twice as long as wide; fitted kernels have their lengths in this unit."""
+        places = make(noise(), lon=10 + 0.2 * np.arange(4)).places()
+        np.testing.assert_allclose(np.diff(places[..., 0], axis=0), 1, rtol=1e-4)
+        np.testing.assert_allclose(np.diff(places[..., 1], axis=1), 2, rtol=1e-4)
+
     def test_two_dimensional_coordinates_give_the_same_metres(self):
         regular = make(noise())
         lat, lon = np.meshgrid(regular.lat, regular.lon, indexing="ij")
@@ -260,6 +266,14 @@ class TestDecorrelation:
         # Recurrences come every half period; the sampled one may fall on the neighbouring side of the threshold.
         assert measured == pytest.approx(expected, abs=7)
 
+    def test_fields_that_turn_round_are_alike(self):
+        """Half a period of 12 frames later r is -0.55, and 0.3 after a whole one."""
+        damping = 0.55 ** (1 / 6)
+        velocity, law = red_noise([2 * damping * math.cos(2 * math.pi / 12), -(damping**2)], 4_000)
+        expected = np.flatnonzero(np.abs(law) >= math.exp(-1))[-1]
+        assert law[expected] < 0
+        assert data.decorrelation_time(make(velocity)) == pytest.approx(expected + 0.5, abs=1)
+
     def test_an_undamped_tide_lasts_to_the_longest_lag_and_a_weak_one_not(self):
         red, _ = red_noise([math.exp(-1 / 5)], 4_000)
         red /= red.std()
@@ -343,6 +357,15 @@ class TestSplit:
         assert parts.test[-1] == 1999
         first, last = (range(*map(int, part.split(":"))) for part in data.carve(fields, "1000:2000"))
         assert time[last[0]] - time[first[-1]] >= (parts.decorrelation + 1) * 3 * HOUR
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_times_that_were_written_as_fractions_are_as_regular_as_others(self, seed):
+        """A tide lasts to the longest lag, a hundred frames, as the gaps do but for a microsecond."""
+        tide = np.stack([np.cos(2 * np.pi * np.arange(400) / 10), np.sin(2 * np.pi * np.arange(400) / 10)], -1)
+        off = np.random.default_rng(seed).integers(-1000, 1000, 400) * np.timedelta64(1, "ns")
+        parts = data.split(make(np.broadcast_to(tide[:, None, None], (400, 2, 2, 2)), hours(400) + off))
+        assert parts.decorrelation == 100
+        assert parts.validation[0] - parts.train[-1] == parts.test[0] - parts.validation[-1] == 101
 
     def test_ranges_of_frames_and_of_dates_name_the_same_frames(self, fields):
         frames = data.split(fields, "0:240", "264:312", "336:")
@@ -429,9 +452,13 @@ class TestSplit:
         with pytest.warns(UserWarning, match="decorrelate in") as warned:
             parts = data.block_split(fields)
         assert f"decorrelate in {3 * parts.decorrelation:.3g} h" in str(warned[-1].message)
+        hour = 3 * np.arange(400) % 130
+        for name, low, high in (("train", 0, 70), ("validation", 80, 95), ("test", 105, 120)):
+            np.testing.assert_array_equal(getattr(parts, name), np.flatnonzero((low <= hour) & (hour < high)))
 
     def test_a_frame_with_just_a_tenth_of_its_values_is_kept(self):
-        velocity = noise(300, 2, 10)
+        velocity = noise(300, 3, 10)
+        velocity[:, 2] = np.nan  # land
         velocity[3, :, 1:] = np.nan
         velocity[4, :, 1:] = velocity[4, 0] = np.nan
         fields = make(velocity)
@@ -482,6 +509,15 @@ class TestStandardiser:
         np.testing.assert_allclose(still.restore(padded)[:, ~ocean], 0, atol=1e-6)
         inside = data.crop(padded, fields.ocean.shape)
         np.testing.assert_array_equal(inside, still.standardise(fields.velocity, fields.ocean))
+
+    def test_gaps_hold_the_mean_and_not_what_land_holds(self, fields):
+        still = Standardiser.create([0.1, -0.2], [0.2, 0.3], [-0.5, 2 / 3])
+        velocity = fields.velocity.copy()
+        velocity[3, 1, 1] = np.nan
+        x, ocean, present = data.prepare_with_gaps(make(velocity), still, 4)
+        assert not present[3, 1, 1]
+        np.testing.assert_array_equal(x[3, 1, 1], 0)
+        np.testing.assert_array_equal(x[:, ~ocean], np.broadcast_to(still.land_value, x[:, ~ocean].shape))
 
     def test_variances_scale_with_the_square(self, fields):
         z = Standardiser.from_fields(fields)
