@@ -281,6 +281,16 @@ def test_swath_is_a_band_of_its_width(width):
         assert observed[[0, -1]].any() or observed[:, [0, -1]].any()
 
 
+def test_swaths_run_in_every_direction():
+    """Counted by the main axis of their cells, in eighths of a turn."""
+    counts = np.zeros(4, int)
+    for seed in range(80):
+        y, x = np.nonzero(observe.swath(np.ones((60, 60), bool), 1, np.random.default_rng(seed)))
+        angle = np.angle(np.sum(((x - x.mean()) + 1j * (y - y.mean())) ** 2)) / 2 % np.pi
+        counts[int(angle / np.pi * 4) % 4] += 1
+    assert counts.min() > 8
+
+
 def test_swath_is_on_the_ocean(ocean):
     observed = observe.parse("swath:3", ocean, np.random.default_rng(1))
     assert observed.any()
