@@ -180,7 +180,7 @@ def test_patterns_are_of_all_kinds_on_the_ocean():
     table, counts = observe.pattern_table(ocean, 600, 12, seed=1)
     assert table.shape == (600, 12)
     assert np.mean(counts == 0) == pytest.approx(1 / 6, abs=0.05)
-    lines = walks = 0
+    lines, walks = np.zeros(2, int), 0
     for cells, count in zip(table, counts, strict=True):
         cells = cells[:count]
         assert ocean.reshape(-1)[cells].all()
@@ -188,17 +188,29 @@ def test_patterns_are_of_all_kinds_on_the_ocean():
         assert count == 0 or 4 <= count <= 12
         y, x = np.divmod(cells, 14)
         straight = count > 0 and (len(set(y)) == 1 or len(set(x)) == 1)
-        lines += straight
+        lines += straight * np.array([len(set(y)) == 1, len(set(x)) == 1])
         steps = np.abs(y[:, None] - y) + np.abs(x[:, None] - x)
         walks += count > 0 and not straight and bool(((steps == 1).sum(1) > 0).all())
-    assert lines > 120
+    assert lines.sum() > 120
+    # Nine rows and fourteen columns.
+    assert lines.min() > 40
     assert walks > 90
     again = observe.pattern_table(ocean, 600, 12, seed=1)
     np.testing.assert_array_equal(table, again[0])
+    assert (table != observe.pattern_table(ocean, 600, 12, seed=2)[0]).any(1).mean() > 0.5
     with pytest.raises(InputError, match="4 rows"):
         observe.pattern_table(ocean, 3, 2)
     # No pattern has more cells than the ocean.
     assert observe.pattern_table(ocean, 3, 10**9)[0].shape == (3, ocean.sum())
+
+
+def test_few_cells_are_as_frequent_as_many():
+    """As many patterns from 4 to 20 cells as from 20 to 100; lines have 40."""
+    counts = observe.pattern_table(np.ones((40, 40), bool), 600, 100, seed=1)[1]
+    sizes = counts[(counts > 0) & (counts != 40)]
+    assert np.mean(sizes < 20) == pytest.approx(0.5, abs=0.1)
+    assert sizes.min() == 4
+    assert sizes.max() > 90
 
 
 def test_lines_begin_anywhere():
