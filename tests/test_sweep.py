@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 import jax_repaint
 from jax_repaint import (
+    batches,
     comparison,
     ensemble,
     methods,
@@ -261,6 +262,24 @@ def test_rows_do_not_depend_on_the_batch(folder, first, tmp_path, batch):
 def test_batches_keep_to_the_memory(folder, first, tmp_path, caplog):
     check_same(go(make_config(folder, 2, batch=16, memory_gb=2e-4), tmp_path)[1], first[1], 2)
     assert "members a call need" in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_seconds_are_those_of_one_ensemble(study, monkeypatch, number):
+    """Of two points and three cases for the RePaint family, where one point of two cases fills the batch up."""
+    point, clock = study.points[number], itertools.count(0, 12)
+    where = study.cases[False][:2]
+    sampler = batches.Sampler(study, batches.Group([number], where), study.models[point.model], shape=(2, 3))
+    shape = sampler.trained.gaussian.mean.shape
+    outcome = sample.Outcome(np.zeros((2, 3, point.members, 1, *shape)), np.full((2, 3, point.members, 1), -1))
+    monkeypatch.setattr(batches, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(ensemble, "repaint_sweep", lambda *_, **__: outcome)
+    monkeypatch.setattr(ensemble, "posterior_ensemble", lambda *_, **__: outcome.x[0, :, :, 0])
+    estimates = study.maker(point).make(where)
+    made = sampler.run(batches.Batch([number], where), estimates, {number: [None] * 2})
+    assert {key: one.seconds for key, one in made.items()} == dict.fromkeys(
+        [(number, 0), (number, 1)], 12 / (6 if point.repaint else 3)
+    )
 
 
 def test_one_program_a_group(folder, tmp_path, caplog):
