@@ -157,6 +157,27 @@ def test_a_loss_uses_no_key_twice(standardised, gaussian, monkeypatch, form):
     assert len(used) == len(set(used)) == (5 if form == "conditional" else 2)
 
 
+@pytest.mark.parametrize("form", ["eps", "edm", "anchored", "conditional"])
+def test_a_network_drops_units_in_training_alone_by_a_key_of_its_own(standardised, gaussian, monkeypatch, form):
+    given, drawn, normal = [], [], jax.random.normal
+
+    def network(graphdef, params, x, position, dropout):
+        given.append(dropout)
+        return jnp.zeros((*x.shape[:-1], 2))
+
+    config = tiny.config(form)
+    config.observed.patterns, config.observed.rows = 8, 4
+    loss = make_loss(config, gaussian, object())
+    monkeypatch.setattr(unet, "apply", network)
+    monkeypatch.setattr(jax.random, "normal", lambda key, *rest: drawn.append(key) or normal(key, *rest))
+    for training in (True, False):
+        loss({}, jnp.asarray(standardised[0][0]), jax.random.key(0), jnp.float32(0.5), training)
+    dropped, scored = given
+    assert scored is None
+    assert drawn
+    assert not any((jax.random.key_data(dropped) == jax.random.key_data(key)).all() for key in drawn)
+
+
 def test_a_prior_says_how_much_of_it_is_from_training_frames():
     """Where six frames are all there is, a blend with the fitted kernel is best."""
     data = tiny.fields(40)
