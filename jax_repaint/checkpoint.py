@@ -158,11 +158,11 @@ class Checkpoints:
             return
         content, folder = pack(state), self.last.directory
         try:
-            # Threads of orbax that find no room say so in pages of their own.
-            needed, free = sum(leaf.nbytes for leaf in content.values()) + BESIDE, shutil.disk_usage(folder).free
-            if free < needed:
+            # Threads of orbax that find no room say so in pages of their own. Some file systems do not know their size.
+            needed, disk = sum(leaf.nbytes for leaf in content.values()) + BESIDE, shutil.disk_usage(folder)
+            if disk.total and disk.free < needed:
                 raise InputError(
-                    f"cannot write the checkpoint of step {step}: {folder} has room for {free / 1e6:.1f} MB, and it "
+                    f"cannot write the checkpoint of step {step}: {folder} has room for {disk.free / 1e6:.1f} MB, and it "
                     f"takes {needed / 1e6:.1f} MB"
                 )
             self.last.save(step, args=ocp.args.StandardSave(content))
