@@ -162,8 +162,8 @@ class Checkpoints:
             needed, disk = sum(leaf.nbytes for leaf in content.values()) + BESIDE, shutil.disk_usage(folder)
             if disk.total and disk.free < needed:
                 raise InputError(
-                    f"cannot write the checkpoint of step {step}: {folder} has room for {disk.free / 1e6:.1f} MB, and it "
-                    f"takes {needed / 1e6:.1f} MB"
+                    f"cannot write the checkpoint of step {step}: {folder} has room for {disk.free / 1e6:.1f} MB, and "
+                    f"it takes {needed / 1e6:.1f} MB"
                 )
             self.last.save(step, args=ocp.args.StandardSave(content))
         except (OSError, ValueError) as e:
