@@ -11,11 +11,14 @@ later should not be of that file.
 
 `evaluate` and `inpaint` use a calibration for ensembles of the same method and size, unless they are told --raw. A
 model has one for each method and size: a new one replaces it, but one from more blocks of time only with --replace. The
-method of the first is the default of `inpaint`, until --default names another.
+method of the first is the default of `inpaint`, until --default names another. Stopped, the same command goes on with
+what MODEL/unfinished_* holds.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from absl import flags, logging
@@ -27,6 +30,7 @@ from jax_repaint.data.fields import Fields, Split
 from jax_repaint.ensemble import frame_batches
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
+from jax_repaint.unfinished import Unfinished
 
 METHODS = tuple(name for name in methods.METHODS if name not in ("climatology", "seed_gp", "gp", "linear"))
 RECORD = 1024  # frames at most whose linear estimate is made, to see how long its errors last
@@ -85,6 +89,7 @@ def learn(
     seed: int = 0,
     chunk: int | None = None,
     gate: bool = False,
+    unfinished: Unfinished | None = None,
 ) -> Calibration:
     """Inpaints and learns.
 
@@ -93,6 +98,7 @@ def learn(
       name: of the method, one of METHODS.
       block: frames of the series in a block of time.
       gate: also learns a weight for single frames, which takes a second run without a tenth of the observations.
+      unfinished: keeps the members of a batch until it is told to remove them.
 
     Raises:
       InputError: a method without an ensemble, members without a spread, patterns or fields that cannot be used,
@@ -111,11 +117,17 @@ def learn(
     whole, made, evidence = [], [], []
     chunk = chunk or device.usual_batch()
     rows = [gains.rows_of(trained.gaussian, case.observation) for case in cases]
-    batches = frame_batches(rows, members, chunk, trained.gaussian, methods.LEVELS)
+    batches = list(frame_batches(rows, members, chunk, trained.gaussian, methods.LEVELS))
+    if unfinished:
+        unfinished.begin(trained, {
+            "fields": fields.hash(), "numbers": list(map(int, numbers)), "patterns": list(patterns),
+            "members": members, "seed": int(seed), "batches": [list(map(int, batch)) for batch in batches],
+        })  # fmt: skip
     with command.bar(len(cases), name, "field") as bar:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             mine = [cases[i] for i in batch]
-            ensembles = methods.run_method(name, trained, fields, mine, members, seed, chunk).members
+            make = partial(methods.run_method, name, trained, fields, mine, members, seed, chunk)
+            ensembles = (unfinished.made(name, number, len(mine), make) if unfinished else make()).members
             # A batch that is filled up has its last case more than once.
             found = list(zip(mine, ensembles, strict=True))[: len(set(batch))]
             for case, ensemble in found:
@@ -125,9 +137,9 @@ def learn(
             whole += [case for case, _ in kept]
             made += [ensemble for _, ensemble in kept]
             if gate and kept:
-                evidence += methods.gate_evidence(
-                    name, trained, fields, [case for case, _ in kept], members, seed, chunk
-                )
+                some = [case for case, _ in kept]
+                keep = partial(unfinished.made, f"{name}_held_out", number) if unfinished else None
+                evidence += methods.gate_evidence(name, trained, fields, some, members, seed, chunk, keep)
             bar.update(len(found))
     if len({case.frame // block for case in whole}) < 2:
         raise InputError(f"members of {name} failed in all fields but those of one block of time; two are needed")
@@ -228,9 +240,11 @@ def main(_) -> None:
     logging.info("%d frames in blocks of %d frames", numbers.size, block)
     if not FLAGS.replace:
         check_replaced(calibration.find(trained.calibrations, name, FLAGS.members), blocks_of(numbers, block))
+    unfinished = Unfinished(Path(FLAGS.model) / "unfinished")
     learnt = learn(
         trained, fields.select(numbers), numbers, patterns, name,
         block=block, members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, gate=FLAGS.gate,
+        unfinished=unfinished,
     )  # fmt: skip
     if FLAGS.gate and learnt.gate is None:
         logging.warning("the gate does not lower the error of blocks that it was not learnt from, and is not kept")
@@ -248,6 +262,7 @@ def main(_) -> None:
         if old is not None:
             logging.warning("replaces the calibration for %s by one for %s", words_of(old), words_of(learnt))
         model.store_calibration(FLAGS.model, learnt, FLAGS.default)
+    unfinished.remove()
     print(f"\nstored in {FLAGS.model}")
     default = model.load(FLAGS.model).calibrations[0].method
     if default != name:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -230,14 +231,20 @@ def gate_evidence(
     members: int,
     seed: int = 0,
     chunk: int | None = None,
+    keep: Callable[[int, Callable[[], Result]], Result] | None = None,
 ) -> list[np.ndarray]:
-    """`Gate.evidence` of each case, from a second run without a tenth of its observations; NO_EVIDENCE of one."""
+    """`Gate.evidence` of each case, from a second run without a tenth of its observations; NO_EVIDENCE of one.
+
+    Args:
+      keep: takes the number of cases and what runs them, and gives their result, which it may have kept.
+    """
     evidence = [NO_EVIDENCE] * len(cases)
     some = [i for i, case in enumerate(cases) if case.observed.sum() > 1]
     if not some:
         return evidence
     less, held = zip(*(hold_out(trained, cases[i], seed) for i in some), strict=True)
-    result = run_method(name, trained, fields, less, members, seed, chunk)
+    make = partial(run_method, name, trained, fields, less, members, seed, chunk)
+    result = keep(len(less), make) if keep else make()
     for i, case, cells, made in zip(some, less, held, result.members, strict=True):
         mean, variance = (part[cells] for part in prior_of(trained, case))
         values = case.truth[cells]

@@ -17,7 +17,7 @@ import tiny
 import xarray as xr
 from scipy import optimize, signal, special, stats
 
-from jax_repaint import calibrate, calibration, evaluate, guide, inpaint, methods, metrics, model, report
+from jax_repaint import calibrate, calibration, evaluate, guide, inpaint, methods, metrics, model, report, unfinished
 from jax_repaint.calibration import NO_EVIDENCE, Calibration, Gate
 from jax_repaint.cases import OBSERVATION_ERROR, hold_out, hold_out_of, make_cases, prior_of
 from jax_repaint.data import readers
@@ -832,6 +832,43 @@ def test_fields_whose_members_failed_are_left_out(trained, data, monkeypatch, ca
     assert "frame 50 with line:4 is left out" in caplog.text
     with pytest.raises(InputError, match="failed in all fields but those of one block"):
         learn(30, 50)
+
+
+def test_a_stopped_calibration_goes_on_where_it_was(trained, data, tmp_path, monkeypatch):
+    numbers, runs = [3, 30], []
+
+    def learn(left=99, kept=True, seed=0):
+        """`left` runs of the method before it is stopped."""
+        runs.clear()
+
+        def counted(*arguments):
+            if len(runs) == left:
+                raise KeyboardInterrupt
+            runs.append(arguments[3])
+            return run_method(*arguments)
+
+        monkeypatch.setattr(methods, "run_method", counted)
+        keeper = unfinished.Unfinished(tmp_path / "unfinished") if kept else None
+        found = calibrate.learn(
+            trained, data.select(numbers), numbers, ["cells:0.3"], "linear_samples", block=9, members=3, seed=seed,
+            chunk=3, gate=True, unfinished=keeper,
+        )  # fmt: skip
+        return found, keeper
+
+    monkeypatch.setattr(unfinished, "WORTH", 0)
+    expected, _ = learn(kept=False)
+    # Of each of two batches, all observations and nine tenths of them.
+    assert len(runs) == 4
+    with pytest.raises(KeyboardInterrupt):
+        learn(3)
+    assert len(list(tmp_path.rglob("*.npz"))) == 3
+    found, keeper = learn()
+    assert found == expected
+    assert len(runs) == 1
+    assert learn(seed=1)[0] != expected
+    assert len(runs) == 4
+    keeper.remove()
+    assert len(list(tmp_path.rglob("*.npz"))) == 4
 
 
 def test_pairs_are_calibrated_as_pairs(trained, data):
