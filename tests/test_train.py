@@ -468,6 +468,42 @@ def test_no_two_frames_parts_or_steps_share_a_draw(noise_frames):
     assert np.std(drawn) * 6 == pytest.approx(1, abs=0.5)
 
 
+@pytest.mark.parametrize(("form", "even"), [("edm", True), ("eps", False)])
+def test_a_batch_has_a_level_in_each_part_of_the_range_unless_levels_are_steps(noise_frames, form, even):
+    def loss(params, x0, key, place, training):
+        return -params[(4 * place).astype(jnp.int32)]
+
+    config = tiny.config(form, batch=4, dispatch=9)
+    (state, _), *_ = run_steps(config, loss, jnp.zeros(4), noise_frames, optax.sgd(1.0), 1)
+    assert (state.params == 9 / 4).all() == even
+
+
+def test_another_seed_is_another_order_and_other_noise(noise_frames):
+    def order(params, x0, key, place, training):
+        return jnp.sum(params * x0)
+
+    for loss in (order, lambda params, x0, key, place, training: jnp.sum(params * jax.random.normal(key, x0.shape))):
+        made = [
+            run_steps(tiny.config(seed=seed, dispatch=1), loss, 0 * noise_frames[0], noise_frames, optax.sgd(1.0), 1)
+            for seed in (0, 1)
+        ]
+        assert np.abs(made[0][0][0].params - made[1][0][0].params).max() > 0.1
+
+
+def test_an_epoch_adds_up_losses_and_lengths_of_gradients(noise_frames):
+    def slope(params, x0, key, place, training):
+        return 3 * params[0] + 4 * params[1]
+
+    states = run_steps(tiny.config(dispatch=3), slope, jnp.ones(2), noise_frames, optax.sgd(0.0), 3)
+    np.testing.assert_allclose(states[-1][0].sums, (9 * 7, 9 * 5), rtol=1e-6)
+
+
+def test_a_few_held_out_frames_are_from_all_of_them(noise_frames):
+    frames = jnp.broadcast_to(jnp.arange(11.0)[:, None, None, None], noise_frames[:11].shape)
+    held_out = make_held_out(tiny.config(held_out=3), lambda params, x0, *_: params + x0[0, 0, 0], frames)
+    assert float(held_out(jnp.float32(0))) == (0 + 5 + 10) / 3
+
+
 def test_a_gradient_that_is_not_finite_shows_in_the_loss_of_its_own_step(noise_frames):
     """The root of zero is a number, its slope is none."""
     config = tiny.config(batch=3, dispatch=2)
