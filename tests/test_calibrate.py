@@ -357,6 +357,17 @@ def test_a_map_has_no_seams(made):
         np.testing.assert_allclose(result[:, end, 0, 1], expected, atol=1e-6)
 
 
+def test_the_interval_of_pairs_is_as_wide_as_strangers_lie_apart(made):
+    """At the centre of a bin, whose own scale holds there: q times the root of half their mean square distance."""
+    half = np.random.default_rng(0).normal(size=(4, 1, 1, 2))
+    members = np.stack([half, -half], 1).reshape(8, 1, 1, 2)
+    pairs = dataclasses.replace(made, antithetic=True, scale=tuple(np.linspace(1, 2, 6)))
+    low, high = pairs.interval(np.full((1, 1, 2), math.exp(made.centres[2])), members)
+    strangers = [(a - b) ** 2 / 2 for i, a in enumerate(members) for j, b in enumerate(members) if i // 2 != j // 2]
+    np.testing.assert_allclose((high - low) / 2, 1.4 * np.sqrt(np.mean(strangers, 0)), rtol=1e-6)
+    np.testing.assert_allclose(low + high, 0, atol=1e-12)
+
+
 def test_land_stays_land_and_the_mean_is_the_fused_one(made, fields):
     prior, members = fields.prior_mean[0], fields.members[0]
     result = made.apply(prior, np.where(SCORED[..., None], VARIANCE, 0), members)
