@@ -321,6 +321,18 @@ def test_a_bin_that_few_blocks_reach_has_the_scale_of_all():
     assert scale[0] == scale[1]
 
 
+def test_scales_hold_their_level_where_they_are_interpolated_too():
+    """Between two bins of scores that are a hundredfold of each other; what is promised is what maps are made with."""
+    rng = np.random.default_rng(0)
+    block, share = np.repeat(np.arange(60), 10), rng.random(600)
+    none, bins = np.zeros(600), (share > 0.5).astype(int)
+    values = calibration._Values(none, none, none + 1, bins, block, block, np.arange(2.0), none.astype(int), share)
+    score = np.abs(rng.normal(size=600)) * np.where(bins, 100, 1)
+    scale = calibration._scales(values, score, none + 1)
+    assert scale[1] > 20 * scale[0]
+    assert calibration.conformal(score / np.interp(share, [0, 1], scale), block) == pytest.approx(1)
+
+
 def test_too_few_blocks_promise_nothing():
     made = fit(draw(18, members=6))
     assert not made.promised
