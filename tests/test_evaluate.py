@@ -22,6 +22,7 @@ from jax_repaint.cases import (
     known_of,
     make_cases,
     pick,
+    prior_of,
     with_directions,
 )
 from jax_repaint.data import readers
@@ -192,6 +193,15 @@ def test_what_repaint_knows(cases, trained):
         assert not np.asarray(known.missing)[:, SHAPE[1] :].any()
         assert not np.asarray(known.prior_mean)[:, SHAPE[1] :].any()
         np.testing.assert_array_equal(known.prior_variance, case.analysis.variance)
+
+
+def test_the_linear_estimate_and_its_error_are_in_metres_a_second(cases, trained):
+    for case in cases[::6]:
+        mean, variance = prior_of(trained, case)
+        standardised = np.asarray(case.analysis.mean(case.observation.values))[:, : SHAPE[1]]
+        np.testing.assert_allclose(mean[OCEAN], (standardised * SPREAD + OFFSET)[OCEAN], rtol=1e-5)
+        exact = np.asarray(case.analysis.variance)[:, : SHAPE[1]] * SPREAD**2
+        np.testing.assert_allclose(variance[OCEAN], exact[OCEAN], rtol=1e-5)
 
 
 def test_other_grids_are_refused_and_gaps_are_not_observed(trained, fields):

@@ -282,6 +282,24 @@ def test_seconds_are_those_of_one_ensemble(study, monkeypatch, number):
     )
 
 
+def test_frames_of_one_pattern_share_its_gains_and_not_their_values(study):
+    where, trained = study.cases[False][:2], study.models[study.points[2].model]
+    sampler = batches.Sampler(study, batches.Group([2], where), trained)
+    estimates = study.maker(study.points[2]).make(where)
+    first, second = sampler.evidence_of([2], estimates)[2]
+    assert first.gain is second.gain
+    for made, one in zip((first, second), estimates, strict=True):
+        np.testing.assert_array_equal(made.observation.values, one.case.observation.values)
+    assert (first.observation.values != second.observation.values).any()
+
+
+def test_a_batch_is_of_one_seed(study):
+    """Members are drawn with the seed of the first case of their batch."""
+    cases = [dataclasses.replace(where, seed=seed) for seed in (3, 4) for where in study.cases[False][:3]]
+    made = batches.make_batches({where: [0, 1] for where in cases}, (2, 2))
+    assert [[where.seed for where in batch.cases] for batch in made] == [[3, 3], [3], [4, 4], [4]]
+
+
 def test_one_program_a_group(folder, tmp_path, caplog):
     with jax.log_compiles():
         # No other test has chunks of this size.
