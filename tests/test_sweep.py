@@ -177,8 +177,9 @@ def test_baselines_are_those_of_evaluate(folder, study, first):
 
 
 def test_the_prior_is_what_the_point_says(study):
-    where = study.cases[False][:1]
-    (linear,), (seed_gp,) = (Cases(study, study.models[p.model], p.prior).make(where) for p in study.points[2:4])
+    # The second frame of a pattern, whose values are its own.
+    where = study.cases[False][:2]
+    linear, seed_gp = (Cases(study, study.models[p.model], p.prior).make(where)[1] for p in study.points[2:4])
     ocean = study.fields.ocean
     trained = study.models[study.points[0].model]
     start = trained.to_velocity(seed_gp.known.prior_mean)
