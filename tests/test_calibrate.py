@@ -808,6 +808,7 @@ def test_observations_are_held_out_of_the_second_run(trained, data):
     assert misfit[0] < 3 * OBSERVATION_ERROR < misfit[1]
     (evidence,) = gate_evidence("linear_samples", trained, data, [case], 6)
     variance = prior_of(trained, less)[1][held]
+    assert (variance > 2 * prior_of(trained, case)[1][held]).all()
     error = (estimates[1] - case.truth[held]) ** 2
     assert evidence[2] == pytest.approx(np.log(np.mean(error / (variance + OBSERVATION_ERROR**2))), rel=1e-4)
     with pytest.raises(InputError, match="too few to hold some out"):
