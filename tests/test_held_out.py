@@ -132,6 +132,13 @@ def test_who_names_other_fields_is_told_of_the_whole_of_them(folder, trained, ca
     assert "the part all takes every one" in caplog.text
 
 
+def test_frames_of_the_twin_are_of_the_part_that_is_asked_for(trained):
+    """Of which no more than these are simulated: a calibration is not learnt from the test frames."""
+    for part in ("train", "validation", "test"):
+        _, split = cases.held_out(trained, part=part)
+        np.testing.assert_array_equal(split.test, np.arange(*trained.training["parts"][part]))
+
+
 def test_a_twin_of_another_rounding_is_the_twin(trained, monkeypatch, caplog):
     """Machines round differently; a file that differs is another file."""
     made = tiny.fields()
