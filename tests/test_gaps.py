@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from jax_repaint import calibrate, calibration, evaluate, guide, levels, model, observe, report, train
-from jax_repaint.cases import make_cases, prior_of
+from jax_repaint.cases import make_cases, prior_of, with_directions
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, Standardiser
@@ -270,6 +270,14 @@ def test_frames_with_next_to_nothing_are_left_out(caplog):
     assert "1 train frames have values in less than 10 % of the ocean cells" in caplog.text
     with pytest.raises(InputError, match=r"all .* test frames have values in less than 10 %"):
         split_fields(gappy(sparse=whole.test), config.data)
+
+
+def test_another_number_of_directions_is_of_gaps_that_are_filled():
+    """Gaps at the mean would take their share off the variance of the flow."""
+    trained = tiny.model("anchored")
+    parts = fields_lib.Split(np.arange(41), np.arange(42, 50), np.arange(51, 60))
+    few, whole = (with_directions(trained, data, parts, 3).gaussian.variance.sum() for data in (gappy(), tiny.fields()))
+    assert float(few / whole) == pytest.approx(1, abs=0.1)
 
 
 def test_positions_without_a_value_only_pad():
