@@ -167,6 +167,15 @@ class TestNetcdf:
         dataset = cf().expand_dims(depth=[0.5], axis=1).transpose("lon", "depth", "time", "lat")
         assert_equal(readers.read(saved(tmp_path, dataset)), fields())
 
+    def test_a_mask_may_have_its_axes_in_another_order(self, tmp_path):
+        ocean = np.ones((Y, X), bool)
+        ocean[2, 3] = ocean[1, 0] = False
+        mask = ocean.T.astype(np.int8), {"standard_name": "sea_binary_mask"}
+        got = readers.read(
+            saved(tmp_path, cf(*np.moveaxis(velocity(land=False), -1, 0)).assign(m=(("lon", "lat"), *mask)))
+        )
+        np.testing.assert_array_equal(got.ocean, ocean)
+
     def test_a_single_frame_may_have_a_scalar_time(self, tmp_path):
         got = readers.read(saved(tmp_path, cf().isel(time=0)))
         np.testing.assert_array_equal(got.velocity, velocity()[:1])
@@ -425,6 +434,16 @@ class TestChoices:
     def test_the_nearest_level_or_the_surface(self, tmp_path, depth, attributes, asked, factor):
         got = readers.read(saved(tmp_path, self.deep(depth, **attributes)), depth=asked)
         np.testing.assert_allclose(got.velocity, factor * velocity(), rtol=1e-6)
+
+    def test_flags_are_those_of_the_level_that_is_taken(self, tmp_path):
+        dataset, flag = self.deep(), np.zeros((FRAMES, 3, Y, X), np.int8)
+        flag[1, 1, 2, 2] = 4
+        meanings = {"flag_values": np.array([1, 4], np.int8), "flag_meanings": "good bad"}
+        dataset["uo_qc"] = (("time", "depth", "lat", "lon"), flag, meanings)
+        dataset["uo"].attrs["ancillary_variables"] = "uo_qc"
+        path = saved(tmp_path, dataset)
+        for level, lost in ((0, False), (1, True), (2, False)):
+            assert np.isnan(readers.read(path, level=level).u[1, 2, 2]) == lost
 
     def test_the_surface_is_taken_with_a_notice(self, tmp_path, caplog):
         readers.read(saved(tmp_path, self.deep()))
