@@ -261,6 +261,67 @@ def test_the_doubt_is_relative_to_missing_cells_alone(known):
     np.testing.assert_array_equal(run(other, stages).x, run(known, stages).x)
 
 
+def by_the_formulas(key, mixing, known, stage, t_start, passes, from_noise):
+    """The head of sample.py in NumPy, for D(x; sigma) = mixing x / (1 + sigma^2) and its gradient by hand."""
+    y, missing, prior, variance = (np.asarray(part, bool if part.dtype == bool else float) for part in known)
+    beta = np.linspace(1e-3, 0.2, 20)
+    alpha_bar = np.cumprod(1 - beta)
+    low, high = (end(variance[missing[..., 0]]) for end in (np.min, np.max))
+    unsure = np.clip((variance - low) / (high - low), 0, 1)
+    trust = np.where(missing, (1 - stage["confidence_floor"]) * (1 - unsure), 0)
+
+    def noise(number, purpose):
+        made = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, number), purpose), y.shape)
+        return np.asarray(made, float)
+
+    def weight(t):
+        floor = stage["noise_floor"] + (1 - stage["noise_floor"]) * (1 - t / t_start)
+        return np.where(missing, floor + (1 - floor) * unsure ** stage["gamma"], 1)
+
+    steps = [t for t in range(t_start, 0, -1) for _ in range(passes)] + [0]
+    x = noise(len(steps), 3)
+    if not from_noise:
+        scale = np.sqrt(alpha_bar[t_start]), np.sqrt(1 - alpha_bar[t_start])
+        x = scale[0] * np.where(missing, prior, y) + scale[1] * weight(t_start) * x
+    for number, t in enumerate(steps):
+        at, before = alpha_bar[t], alpha_bar[t - 1] if t else 1.0
+        gain = mixing / (1 + (1 - at) / at) / np.sqrt(at)
+        x0 = (gain @ x.ravel()).reshape(y.shape)
+        slope = 2 * (gain.T @ (trust**2 * (x0 - prior)).ravel()).reshape(y.shape)
+        x0 = x0 + stage["blend"] * trust * (prior - x0)
+        # Of the product of N(x; sqrt(alpha) x_s, beta) and N(x_s; sqrt(before) x0, 1 - before).
+        spread = 1 / ((1 - beta[t]) / beta[t] + 1 / (1 - before)) if t else 0.0
+        mean = spread * (np.sqrt(1 - beta[t]) / beta[t] * x + np.sqrt(before) / (1 - before) * x0) if t else x0
+        mean = mean - stage["guidance_scale"] * slope * (t > 0)
+        below = np.where(
+            missing,
+            mean + weight(t) * np.sqrt(spread) * noise(number, 0),
+            np.sqrt(before) * y + np.sqrt(1 - before) * noise(number, 1),
+        )
+        back = np.sqrt(1 - beta[t]) * below + np.sqrt(beta[t]) * weight(t) * noise(number, 2)
+        x = back if t and steps[number + 1] == t else below
+    return x
+
+
+@pytest.mark.parametrize("start", ["prior", "noise"])
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.3])
+def test_the_loop_is_the_formulas(known, start, guidance_scale):
+    cells = 2 * SHAPE[0] * SHAPE[1]
+    mixing = np.eye(cells) + 0.3 * np.random.default_rng(1).normal(size=(cells, cells)) / np.sqrt(cells)
+    numbers = {
+        "noise_floor": 0.3, "gamma": 2.0, "blend": 0.4, "guidance_scale": guidance_scale, "confidence_floor": 0.1,
+    }  # fmt: skip
+
+    def denoiser(x, sigma):
+        return (jnp.asarray(mixing, jnp.float32) @ x.ravel()).reshape(x.shape) / (1 + sigma**2)
+
+    stage, key = Repaint.create(12, anneal=True, resample_steps=3, start=start, **numbers), jax.random.key(5)
+    found = jax.jit(repaint, static_argnums=1)(key, denoiser, known, SCHEDULE, stage)
+    expected = by_the_formulas(key, mixing, known, numbers, 12, 3, start == "noise")
+    np.testing.assert_allclose(found.x, expected, atol=1e-4)
+    assert np.abs(expected).max() < 10
+
+
 def test_annealing_ends_at_full_noise(known):
     """With floor 0 and no doubt the first steps have no noise at all, the last ones nearly all."""
     (stage,) = method("anneal", 20, t_start=10, noise_floor=0.0, normalise="flat", resample_steps=1)
