@@ -26,7 +26,7 @@ from absl import flags, logging
 
 from jax_repaint import command
 from jax_repaint.errors import InputError
-from jax_repaint.files import whole_file
+from jax_repaint.files import reason, whole_file
 from jax_repaint.locks import LOCK
 from jax_repaint.provenance import ENVIRONMENT
 
@@ -146,7 +146,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             return cls(ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, **options)))
         except OSError as e:
-            raise InputError(f"cannot write checkpoints to {folder}: {e.strerror or e}") from e
+            raise InputError(f"cannot write checkpoints to {folder}: {reason(e)}") from e
 
     def save(self, step: int, state: Any) -> None:
         """Writes the state whole.

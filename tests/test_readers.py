@@ -1081,7 +1081,7 @@ class TestWriting:
     @pytest.mark.parametrize("suffix", [".nc", ".zarr", ".npz"])
     def test_a_folder_that_cannot_be(self, tmp_path, suffix):
         (tmp_path / "file").touch()
-        with pytest.raises(InputError, match=r"cannot write .*: (Not a directory|.*file is a file, not a folder)"):
+        with pytest.raises(InputError, match=r"cannot write .*file is a file, not a folder"):
             readers.write(fields(), tmp_path / "file" / f"out{suffix}")
 
     @pytest.mark.parametrize("suffix", [".nc", ".npz"])

@@ -27,7 +27,7 @@ from jax_repaint.data.fields import Fields
 from jax_repaint.data.probe import check_hdf5
 from jax_repaint.data.source import Choice, Raw, Source, assemble, door
 from jax_repaint.errors import InputError
-from jax_repaint.files import check_store, is_zarr, replace_folder, whole_file
+from jax_repaint.files import check_store, is_zarr, reason, replace_folder, whole_file
 
 FILL = np.float32(9.96921e36)  # NetCDF's own default for floats
 STORES = (".nc", ".zarr")
@@ -310,13 +310,13 @@ def _write_zarr(dataset: xr.Dataset, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", dir=path.parent))
     except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror or e}") from e
+        raise InputError(f"cannot write {path}: {reason(e)}") from e
     try:
         new, old = folder / "new.zarr", folder / "old.zarr"
         dataset.to_zarr(new, mode="w", zarr_format=2, consolidated=True)
         replace_folder(new, path, old)
     except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror or e}") from e
+        raise InputError(f"cannot write {path}: {reason(e)}") from e
     finally:
         # Where one of Zarr's threads fails, the others write on for a moment, and make the folder again.
         for _ in range(20):
