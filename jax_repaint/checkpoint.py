@@ -166,10 +166,12 @@ class Checkpoints:
                     f"it takes {needed / 1e6:.1f} MB"
                 )
             self.last.save(step, args=ocp.args.StandardSave(content))
-        except (OSError, ValueError) as e:
-            if isinstance(e, InputError):
-                raise
-            # orbax reports a full disk as ValueError from its storage layer, with settings behind the reason.
+        except InputError:
+            raise
+        except OSError as e:
+            raise InputError(f"cannot write the checkpoint of step {step} to {folder}: {reason(e)}") from e
+        except ValueError as e:
+            # So orbax reports a full disk, from its storage layer, with settings behind the reason.
             why = str(e).partition(" [")[0].rpartition(": ")[2]
             raise InputError(f"cannot write the checkpoint of step {step} to {folder}: {why}") from e
 

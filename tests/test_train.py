@@ -1014,6 +1014,26 @@ def test_a_checkpoint_without_room_is_refused_before_it_is_written(tmp_path, mon
     np.testing.assert_array_equal(checkpoints.restore(state)["x"], state["x"])
 
 
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/a: b/state"), "Permission denied"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Error writing x: No space left on device [source='a: b']"),
+            "No space left on device",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_says_why(tmp_path, monkeypatch, failure, words):
+    def save(*_, **__):
+        raise failure
+
+    checkpoints = Checkpoints.open(tmp_path, keep=2)
+    monkeypatch.setattr(checkpoints.last, "save", save)
+    with pytest.raises(InputError, match=rf"checkpoint of step 2 to .*last: {words}$"):
+        checkpoints.save(2, {"x": np.zeros(3, np.float32)})
+
+
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
