@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from jax_repaint.errors import InputError
 
 # What NumPy raises where an .npz file is damaged.
@@ -46,6 +48,33 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_table(path: Path, columns: Sequence[str] = (), numbers: Sequence[str] = ()) -> pd.DataFrame:
+    """The table in a .csv file; one without columns if the file is empty.
+
+    Raises:
+      InputError: the file cannot be read, is no table, lacks one of `columns` or `numbers`, or has words in a column
+        of `numbers`.
+    """
+    try:
+        table = pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame()
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} is no table ({' '.join(str(e).split())})") from e
+    for name in (*columns, *numbers):
+        if name not in table:
+            raise InputError(f"{path} has no column {name!r}")
+    check_numbers(table, numbers, path)
+    return table
+
+
+def check_numbers(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
+    """Raises InputError if one of the columns of the table, which `path` holds, is not of numbers."""
+    for name in columns:
+        if len(table) and not pd.api.types.is_numeric_dtype(table[name]):
+            raise InputError(f"{path}: column {name!r} holds {table[name].iloc[0]!r}, which is no number")
 
 
 def replace_folder(new: Path, folder: Path, old: Path) -> None:

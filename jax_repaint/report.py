@@ -38,7 +38,7 @@ from jax_repaint.data.fields import Fields
 from jax_repaint.data.probe import check_hdf5
 from jax_repaint.data.source import door
 from jax_repaint.errors import InputError
-from jax_repaint.files import check_writable, whole_file
+from jax_repaint.files import check_numbers, check_writable, read_table, whole_file
 
 TEMPLATE = Path(__file__).with_name("report.html")
 NOTHING = -128  # byte of a cell without a value
@@ -220,13 +220,13 @@ def training_body(workdir: Path) -> list[str]:
     run = _read_json(workdir / "config.json")
     config = _inside(run, "config")
     facts = {"data": _inside(run, "data").get("name"), **_model_facts(workdir / "model" / "model.json")}
-    log = _read_csv(workdir / "log.csv") if (workdir / "log.csv").exists() else pd.DataFrame()
+    columns = ("epoch", "train_loss", "held_out_loss", "ema_held_out_loss", "learning_rate")
+    path = workdir / "log.csv"
+    log = read_table(path, numbers=(*columns, "seconds")) if path.exists() else pd.DataFrame()
     body = ["<h2>Training</h2>"]
     if log.empty:
         body += [facts_html(facts), note("No epoch is finished yet.")]
     else:
-        columns = ("epoch", "train_loss", "held_out_loss", "ema_held_out_loss", "learning_rate")
-        _need_numbers(log, (*columns, "seconds"), workdir / "log.csv")
         facts |= {"epochs": number(log["epoch"].iloc[-1], whole=True)}
         facts |= {"time": f"{log['seconds'].sum() / 60:.1f} minutes"}
         figure = plots.draw_loss(*(log[name].to_numpy(float) for name in columns), linear=_linear_loss(workdir))
@@ -249,8 +249,7 @@ def _linear_loss(workdir: Path) -> float | None:
 
 def _denoising(path: Path) -> list[str]:
     """Errors of the network by noise level beside the Gaussian denoiser's."""
-    levels = _read_csv(path)
-    _need_numbers(levels, ("sigma", "network", "gaussian"), path)
+    levels = read_table(path, numbers=("sigma", "network", "gaussian"))
     body = ["<h2>Denoising</h2>"]
     # Models may stand on priors of their own.
     models = "model" in levels
@@ -429,7 +428,7 @@ def evaluation_body(workdir: Path, frames: int, members: int) -> list[str]:
     body = ["<h2>Evaluation</h2>"]
     found = {path: Ensembles.read(path) for path in sorted(workdir.glob("fields*.nc"))}
     last = found.get(workdir / "fields.nc")
-    scored = set(_read_csv(workdir / "table.csv").get("method", [])) if (workdir / "table.csv").exists() else None
+    scored = set(read_table(workdir / "table.csv").get("method", [])) if (workdir / "table.csv").exists() else None
     for path, one in list(found.items() if last is not None else ()):
         if one.run != last.run:
             logging.warning(
@@ -498,12 +497,11 @@ def _evaluation_facts(made: Sequence[Ensembles]) -> dict[str, object]:
 
 def _score_tables(path: Path) -> list[str]:
     """Tables of every pattern, and the ratios of all of them as a picture."""
-    table, more = _read_csv(path), path.with_name("details.csv")
-    details = _read_csv(more) if more.exists() else pd.DataFrame({"pattern": [], "method": []})
-    _need(table, ("pattern", "method"), path)
-    _need(details, ("pattern", "method"), more)
+    named, more = ("pattern", "method"), path.with_name("details.csv")
+    table = read_table(path, named)
     if "ratio" in table:
-        _need_numbers(table, ("ratio", "lo", "hi"), path)
+        check_numbers(table, ("ratio", "lo", "hi"), path)
+    details = read_table(more, named) if more.exists() else pd.DataFrame(columns=named)
     body, curves = [], []
     for pattern, rows in table.groupby("pattern", sort=False):
         first = [name for name in HEADINGS if name in rows]
@@ -829,28 +827,6 @@ def _read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no settings: a {type(found).__name__} instead of an object")
     return found
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path} is no table ({' '.join(str(e).split())})") from e
-
-
-def _need(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
-    missing = [name for name in columns if name not in table]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]!r}")
-
-
-def _need_numbers(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
-    _need(table, columns, path)
-    for name in columns:
-        if not pd.api.types.is_numeric_dtype(table[name]):
-            raise InputError(f"{path}: column {name!r} holds {table[name].iloc[0]!r}, which is no number")
 
 
 def build(workdir: Path, frames: int = 8, members: int = 8) -> str:

@@ -198,7 +198,7 @@ def _ended(workdir: Path, epochs: int) -> bool:
     log = workdir / "log.csv"
     if not log.exists():
         return False
-    rows = pd.read_csv(log)
+    rows = files.read_table(log, numbers=["epoch", "step"])
     last = rows.loc[rows["epoch"] >= epochs, "step"]
     return any((workdir / "checkpoints" / "last" / str(step)).is_dir() for step in last)
 

@@ -39,7 +39,7 @@ from jax_repaint.checkpoint import claim, holds_run, pack, unpack
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
-from jax_repaint.files import DAMAGED, whole_file
+from jax_repaint.files import DAMAGED, read_table, whole_file
 from jax_repaint.locks import locked
 from jax_repaint.model import Model
 from jax_repaint.nets import unet
@@ -150,7 +150,8 @@ def run(
     with locked(folder, run="training"):
         if path.exists():
             _check_same(path, settings)
-            curves, losses = (pd.read_csv(folder / name) for name in (CURVES, LOSSES))
+            curves = read_table(folder / CURVES, ["branch"], numbers=["epoch", "loss", "averaged_loss"])
+            losses = read_table(folder / LOSSES, numbers=["before", FIRST, *BRANCHES, AVERAGED])
         else:
             kept = _Kept(folder / UNFINISHED, settings)
             curves, losses = _train(trained, fields, split, config, kept, length)
@@ -171,7 +172,11 @@ def _within(length: Length, batches: int) -> Length:
 
 
 def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
-    if json.loads(path.read_text()) != settings:
+    try:
+        theirs = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} cannot be read ({e}); with its folder moved away the experiment starts anew") from e
+    if theirs != settings:
         folder = path.parent.parent if path.parent.name == UNFINISHED else path.parent
         raise InputError(f"{folder} holds another experiment; choose another workdir")
 

@@ -350,7 +350,7 @@ class Log:
 
     def __init__(self, workdir: Path, epochs: int, tensorboard: bool, linear_loss: float, words: bool = False):
         self.path, self.linear_loss, self.words = workdir / "log.csv", linear_loss, words
-        rows = pd.read_csv(self.path).to_dict("records") if self.path.exists() else []
+        rows = files.read_table(self.path, numbers=["epoch"]).to_dict("records") if self.path.exists() else []
         # Epochs after the checkpoint are run again.
         self.rows = [row for row in rows if row["epoch"] <= epochs]
         self.events = tensorboard()(str(workdir / "tensorboard")) if tensorboard else None

@@ -675,6 +675,10 @@ def test_continued_runs_are_trained_once(folder, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(again.losses, found.losses)
     with pytest.raises(InputError, match="holds another experiment"):
         resumption.run(*arguments, tmp_path, dataclasses.replace(length, after=3))
+    for name, words in (("losses.csv", "has no column 'before'"), ("settings.json", "its folder moved away")):
+        (tmp_path / name).write_text("half,a")
+        with pytest.raises(InputError, match=rf"{name} .*{words}"):
+            resumption.run(*arguments, tmp_path, length)
 
 
 def test_rates_of_the_branches():

@@ -1046,3 +1046,14 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     run(workdir)
     assert_same_run(workdir, finished)
     assert json.loads((workdir / "config.json").read_text())["data"]["name"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(b"\xff\xfe\x00", "is no table"), (b"step\n27\n", "has no column 'epoch'"), (b"epoch\nfirst\n", "holds 'first'")],
+    ids=["bytes", "another table", "words"],
+)
+def test_a_damaged_log_is_named(tmp_path, text, words):
+    (tmp_path / "log.csv").write_bytes(text)
+    with pytest.raises(InputError, match=rf"log.csv.* {words}"):
+        train.Log(tmp_path, 1, False, 1.0)
