@@ -28,7 +28,10 @@ from jax_repaint.sample import Known
 from jax_repaint.settings import default_config
 
 FRAMES_A_DIRECTION = 4  # of a linear prior, at least; with two, members of a short series spread half of their error
-OBSERVATION_ERROR = 0.005  # m/s, what the methods take the observations' standard error to be
+OBSERVATION_ERROR = 0.005  # m/s, what the methods take the standard error of observations without errors to be
+# Standard error over the standard deviation of the currents. In float32 a few observations of one cell that have a
+# smaller one leave nothing right of the inverse of their covariance.
+LEAST_SIGMA = 1e-4
 
 
 def data_of(trained: Model, path: str | None, part: str = "test") -> tuple[Fields, Split]:
@@ -181,6 +184,8 @@ class Case:
       observed: (y, x) bool.
       observation: standardised, on the padded grid.
       analysis: the linear prior's.
+      error: what methods are told of the standard error of a value, m/s.
+      noisy: (y, x, 2) m/s, observed values where they have errors of that size; None where they are the truth.
     """
 
     pattern: str
@@ -190,6 +195,13 @@ class Case:
     observed: np.ndarray
     observation: observe.Observation
     analysis: Analysis
+    error: float = OBSERVATION_ERROR
+    noisy: np.ndarray | None = None
+
+    @property
+    def seen(self) -> np.ndarray:
+        """(y, x, 2) m/s, the observed values on the cells that are observed."""
+        return self.truth if self.noisy is None else self.noisy
 
 
 def make_cases(
@@ -198,31 +210,45 @@ def make_cases(
     numbers: Sequence[int],
     patterns: Sequence[str],
     seed: int = 0,
+    error: float | None = None,
 ) -> list[Case]:
     """Every pattern on every frame; patterns with a random part are drawn anew for each frame.
 
     Args:
       fields: the frames to inpaint, on the model's grid; what falls into their gaps is neither observed nor scored.
       numbers: their numbers in the series, which name them in every random key.
+      error: standard error of the observed values, m/s, whose errors are independent, and those of a cell the same
+        under every pattern; None for the true values, which methods take to be off by OBSERVATION_ERROR.
 
     Raises:
-      InputError: no pattern or one that cannot be drawn, no cell left to observe or to score, another grid.
+      InputError: no pattern or one that cannot be drawn, no cell left to observe or to score, another grid, an error
+        that single precision cannot tell from 0.
     """
     if not patterns:
         raise InputError("at least one pattern is needed")
+    if error is not None and not (least := LEAST_SIGMA * float(np.max(trained.standardiser.std))) <= error < math.inf:
+        raise InputError(f"the standard error of observations is {least:.2g} m/s or more, and finite; got {error}")
     trained.check_grid(fields)
     cases, known = [], {}
+    told = OBSERVATION_ERROR if error is None else error
     for pattern in patterns:
         for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
             observed = observed_cells(fields, velocity, pattern, int(number), seed)
-            observation = observation_of(trained, velocity, observed)
+            noisy = None if error is None else with_errors(velocity, error, int(number), seed)
+            observation = observation_of(trained, velocity if noisy is None else noisy, observed, told)
             # A fixed pattern has one analysis for all its frames.
             name = observed.tobytes()
             if name not in known:
                 known = {name: linear.analysis(trained.gaussian, observation)}
             analysis = known[name]
-            cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis))
+            cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis, told, noisy))
     return cases
+
+
+def with_errors(velocity: np.ndarray, error: float, number: int, seed: int) -> np.ndarray:
+    """A field (y, x, 2) as it is observed with errors of `error` m/s; `number` and `seed` name them."""
+    rng = np.random.default_rng([seed, number, 0xE7])
+    return (velocity + error * rng.standard_normal(velocity.shape)).astype(np.float32)
 
 
 def observed_cells(fields: Fields, velocity: np.ndarray, pattern: str, number: int, seed: int) -> np.ndarray:
@@ -242,11 +268,13 @@ def observed_cells(fields: Fields, velocity: np.ndarray, pattern: str, number: i
     return observed
 
 
-def observation_of(trained: Model, velocity: np.ndarray, observed: np.ndarray) -> observe.Observation:
-    """The observed cells of a field in m/s, standardised, on the padded grid."""
+def observation_of(
+    trained: Model, velocity: np.ndarray, observed: np.ndarray, error: float = OBSERVATION_ERROR
+) -> observe.Observation:
+    """The observed cells of a field in m/s, standardised, on the padded grid; `error` is their standard error, m/s."""
     x = trained.standardiser.standardise(velocity, trained.ocean)
     observation = observe.from_cells(observed, x, 1.0, trained.ocean)
-    sigma = jnp.asarray(OBSERVATION_ERROR / np.asarray(trained.standardiser.std))[None]
+    sigma = jnp.asarray(error / np.asarray(trained.standardiser.std), jnp.float32)[None]
     return observe.pad_grid(observation, observed.shape, trained.padded).replace(
         sigma=jnp.where(observation.valid[:, None], sigma, 1.0)
     )
@@ -275,16 +303,19 @@ class _LatestPattern:
     def __init__(self, make: Callable[..., Any]):
         self._make, self._name, self._made = make, None, None
 
-    def __call__(self, observed: np.ndarray, *arguments: Any) -> Any:
-        if self._name != observed.tobytes():
+    def __call__(self, pattern: bytes, *arguments: Any) -> Any:
+        if self._name != pattern:
             # Two at a time may be too many for the memory.
             self._made = None
-            self._name, self._made = observed.tobytes(), self._make(*arguments)
+            self._name, self._made = pattern, self._make(*arguments)
         return self._made
 
 
 class GPBaseline:
-    """A Gaussian process as a baseline, in m/s: `seed_gp`, or `gp` fitted to the training frames."""
+    """A Gaussian process as a baseline, in m/s: `seed_gp`, or `gp` fitted to the training frames.
+
+    Where observations have errors, both know how large these are.
+    """
 
     def __init__(self, trained: Model, fields: Fields, name: str):
         """Of fields on the model's grid.
@@ -292,10 +323,10 @@ class GPBaseline:
         Raises:
           InputError: the model has no fitted GP.
         """
-        self._ocean, self._error = fields.ocean, OBSERVATION_ERROR
+        self._ocean, self._exact = fields.ocean, None
         if name == "seed_gp":
             # It took cells as exact: of its own error variance there is 1e-6 (m/s)^2.
-            self._error = math.sqrt(gp.JITTER)
+            self._exact = math.sqrt(gp.JITTER)
             self._kernel, self._places = gp.seed_gp(), gp.pixels(fields.shape)
             self._background = np.zeros((*fields.shape, 2), np.float32)
         else:
@@ -317,10 +348,13 @@ class GPBaseline:
         return np.where(self._ocean[..., None], made, np.nan)
 
     def _of(self, case: Case, make: Callable[..., Any]) -> Any:
-        return make(case.observed, self._kernel, self._seen(case), self._ocean, self._places, self._background)
+        seen = self._seen(case)
+        pattern = case.observed.tobytes() + np.asarray(seen.sigma).tobytes()
+        return make(pattern, self._kernel, seen, self._ocean, self._places, self._background)
 
     def _seen(self, case: Case) -> observe.Observation:
-        return observe.from_cells(case.observed, case.truth, self._error, self._ocean)
+        error = self._exact if self._exact and case.noisy is None else case.error
+        return observe.from_cells(case.observed, case.seen, error, self._ocean)
 
 
 def hold_out_of(places: np.ndarray, seed: int, frame: int, share: float = 0.1) -> np.ndarray:
@@ -341,7 +375,7 @@ def hold_out(trained: Model, case: Case, seed: int = 0, share: float = 0.1) -> t
     held = np.zeros(case.observed.size, bool)
     held[hold_out_of(places, seed, case.frame, share)] = True
     held = held.reshape(case.observed.shape)
-    observation = observation_of(trained, case.truth, case.observed & ~held)
+    observation = observation_of(trained, case.seen, case.observed & ~held, case.error)
     less = dataclasses.replace(
         case,
         observed=case.observed & ~held,

@@ -32,6 +32,7 @@ from absl import flags, logging
 from jax_repaint import calibration, command, details, device, files, inpaint, metrics, model, plots, scoring
 from jax_repaint.calibration import Calibration
 from jax_repaint.cases import (
+    OBSERVATION_ERROR,
     Case,
     block_length,
     data_of,
@@ -265,7 +266,7 @@ def example(trained: Model, case: Case, members: np.ndarray, spread: np.ndarray)
         name=case.pattern,
         truth=case.truth,
         observed=case.observed,
-        values=case.truth,
+        values=case.seen,
         prior_mean=trained.to_velocity(case.analysis.mean(case.observation.values)),
         mean=members.mean(0),
         member=members[0],
@@ -336,6 +337,7 @@ def run(
     raw: bool = False,
     inputs: Sequence[Path] = (),
     named: str | None = None,
+    error: float | None = None,
 ) -> str:
     """Inpaints, writes table.csv, frames.csv, details.csv, fields.nc and figure.png, and returns the table as text.
 
@@ -348,6 +350,7 @@ def run(
       raw: whether to leave out the rows {method}_calibrated of methods that the model has a calibration for.
       inputs: files that are read, which `out` must not replace.
       named: what `history` calls the model; by default its fingerprint.
+      error: of observations, see `make_cases`.
 
     Raises:
       InputError: methods, members or patterns that cannot be used, a folder that cannot be written or holds other
@@ -365,14 +368,14 @@ def run(
         if name not in (*methods, *map(calibrated_name, learnt)):
             raise InputError(f"{name} is not among the methods that are run, {', '.join(methods)}")
     check_out(out, [name for name in written.values() if name != shown], inputs)
-    cases = make_cases(trained, fields, numbers, patterns, seed)
+    cases = make_cases(trained, fields, numbers, patterns, seed, error)
     _check_model(trained, methods)
     for name in (*TABLES, *written, FIGURE):
         files.check_writable(out / name)
     unfinished = Unfinished(out / "unfinished")
     unfinished.begin(trained, {
         "fields": fields.hash(), "numbers": list(map(int, numbers)), "patterns": patterns, "members": members,
-        "seed": int(seed),
+        "seed": int(seed), "error": error,
     })  # fmt: skip
     results = {}
     for name in methods:
@@ -399,13 +402,14 @@ def run(
     scoring.write_csv(detail_rows(cases, results, fields), out / "details.csv")
     for file, name in written.items():
         history = f"jax_repaint, model {named or model.fingerprint(trained)}, method {name}, seed {seed}"
+        history += f", observations with errors of {error:g} m/s" if error else ""
         data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name, evaluation=told)
         readers.write_netcdf(data, out / file)
     examples = _examples(trained, cases, results[shown])
     title = f"{fields.name}, {shown}"
     plots.currents(out / FIGURE, examples, fields.ocean, fields.metres(), title, fields.convergence())
     unfinished.remove()
-    return format_rows(rows)
+    return format_rows(rows) + (f"\n\nobserved with errors of {error:g} m/s" if error else "")
 
 
 def _check_model(trained: Model, methods: Sequence[str]) -> None:
@@ -481,6 +485,10 @@ def _define_flags() -> None:
         "frames; by default that of the model, which the network keeps. More pay where most of a field is observed "
         "and the training had thousands of frames.", lower_bound=1,
     )  # fmt: skip
+    flags.DEFINE_float(
+        "error", None, "Standard error in m/s of the observations, which get errors of that size; by default they are "
+        f"the true values, and methods take them to be off by {OBSERVATION_ERROR}."
+    )  # fmt: skip
     flags.DEFINE_string("out", "results", "Folder for the tables, fields.nc and figure.png.")
     flags.mark_flag_as_required("model")
 
@@ -505,7 +513,7 @@ def main(_) -> None:
         trained, fields.select(numbers), numbers, patterns, names, out,
         members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, block=block_length(split, len(numbers)),
         kept=FLAGS.keep, raw=FLAGS.raw or FLAGS.part == "validation", inputs=files_of(trained, FLAGS.fields),
-        named=named,
+        named=named, error=FLAGS.error,
     )  # fmt: skip
     print(text)
     print(f"\nwrote {out / 'table.csv'}, {out / 'fields.nc'} and {out / 'figure.png'}")

@@ -32,7 +32,7 @@ from jax_repaint import calibration as calibrations
 from jax_repaint import command, device, files, gains, methods, metrics, observe, plots, provenance
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
-from jax_repaint.cases import OBSERVATION_ERROR, Case, files_of, hold_out_of, prior_of
+from jax_repaint.cases import LEAST_SIGMA, OBSERVATION_ERROR, Case, files_of, hold_out_of, prior_of
 from jax_repaint.checks import check_number, whole_number
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, crop
@@ -52,9 +52,6 @@ DENSE = 0.05  # of the ocean cells; a swath of three cells has up to 0.03 inside
 MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
 LARGEST_ERROR = 1e6  # m/s
 UNLIKELY = 3  # standard errors between mean and observations; 0.1 to 1.6 for those made of the twin's held-out frames
-# Standard error over the standard deviation of the currents. In float32 a few observations of one cell that have a
-# smaller one leave nothing right of the inverse of their covariance.
-LEAST_SIGMA = 1e-4
 CLIMATOLOGICAL = "climatological_standard_deviation"
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
 

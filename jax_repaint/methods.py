@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_repaint import device, gains, metrics, sample
 from jax_repaint.calibration import NO_EVIDENCE, Gate
-from jax_repaint.cases import OBSERVATION_ERROR, Case, GPBaseline, hold_out, known_of, prior_of
+from jax_repaint.cases import Case, GPBaseline, hold_out, known_of, prior_of
 from jax_repaint.checks import whole_number
 from jax_repaint.data.fields import Fields
 from jax_repaint.ensemble import (
@@ -247,8 +247,8 @@ def gate_evidence(
     result = keep(len(less), make) if keep else make()
     for i, case, cells, made in zip(some, less, held, result.members, strict=True):
         mean, variance = (part[cells] for part in prior_of(trained, case))
-        values = case.truth[cells]
+        values = case.seen[cells]
         misfit = (values - mean) ** 2
         error = np.mean((values - made.mean(0)[cells]) ** 2)
-        evidence[i] = Gate.evidence(misfit.mean(), error, np.mean(misfit / (variance + OBSERVATION_ERROR**2)))
+        evidence[i] = Gate.evidence(misfit.mean(), error, np.mean(misfit / (variance + case.error**2)))
     return evidence

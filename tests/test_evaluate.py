@@ -19,6 +19,7 @@ from jax_repaint.cases import (
     OBSERVATION_ERROR,
     block_length,
     files_of,
+    hold_out,
     known_of,
     make_cases,
     pick,
@@ -127,6 +128,49 @@ def test_cases_hold_the_observed_velocities(trained, fields, cases):
         np.testing.assert_allclose(velocity, case.truth[case.observed], atol=1e-6)
         sigma = np.asarray(case.observation.sigma)[np.asarray(case.observation.valid)]
         np.testing.assert_allclose(sigma * SPREAD, OBSERVATION_ERROR, rtol=1e-5)
+
+
+def test_observations_with_errors(trained, fields, cases):
+    """The truth and errors of that size, the same in a cell under every pattern; every method is told the size."""
+    size = 0.03
+    noisy = make_cases(trained, fields, NUMBERS, PATTERNS, error=size)
+    errors = {}
+    for exact, case in zip(cases, noisy, strict=True):
+        np.testing.assert_array_equal(case.observed, exact.observed)
+        np.testing.assert_array_equal(case.truth, exact.truth)
+        _, value = case.observation.on_grid(PADDED)
+        velocity = (np.asarray(value)[:, : SHAPE[1]] * SPREAD + OFFSET)[case.observed]
+        np.testing.assert_allclose(velocity, case.seen[case.observed], atol=1e-6)
+        sigma = np.asarray(case.observation.sigma)[np.asarray(case.observation.valid)]
+        np.testing.assert_allclose(sigma * SPREAD, size, rtol=1e-5)
+        errors.setdefault(case.frame, []).append((case.seen - case.truth)[OCEAN])
+    np.testing.assert_array_equal(*np.stack(list(errors.values())).swapaxes(0, 1))
+    drawn = np.stack([first for first, _ in errors.values()])
+    assert drawn.std() == pytest.approx(size, rel=0.05)
+    assert abs(np.corrcoef(drawn[0].ravel(), drawn[1].ravel())[0, 1]) < 0.2
+    (alone,) = make_cases(trained, fields.select([2]), NUMBERS[2:3], PATTERNS[:1], error=size)
+    np.testing.assert_array_equal(alone.seen, noisy[2].seen)
+    (other,) = make_cases(trained, fields.select([2]), NUMBERS[2:3], PATTERNS[:1], seed=1, error=size)
+    assert (other.seen != noisy[2].seen)[OCEAN].all()
+    # The linear estimate and the GP that was fitted, by dense algebra.
+    case, kernel, wet = noisy[0], trained.kernel, OCEAN
+    seen = case.observed[wet]
+    places = fields.places()[wet]
+    far = np.linalg.norm(places[:, None] - places[None], axis=-1) * np.sqrt(3) / kernel.lengthscale
+    covariance = kernel.variance * (1 + far) * np.exp(-far)
+    mean = trained.to_velocity(trained.gaussian.mean)[wet]
+    inner = covariance[np.ix_(seen, seen)] + (size**2 + kernel.noise) * np.eye(seen.sum())
+    exact = mean + covariance[:, seen] @ np.linalg.solve(inner, (case.seen[wet] - mean)[seen])
+    (found,) = run_method("gp", trained, fields, [case], 1).members[0]
+    np.testing.assert_allclose(found[wet], exact, atol=1e-4)
+    less, held = hold_out(trained, case)
+    _, value = less.observation.on_grid(PADDED)
+    velocity = (np.asarray(value)[:, : SHAPE[1]] * SPREAD + OFFSET)[case.observed & ~held]
+    np.testing.assert_allclose(velocity, case.seen[case.observed & ~held], atol=1e-6)
+    assert (less.error, less.noisy) == (size, case.noisy)
+    for wrong in (0.0, -0.1, np.inf, np.nan, 1e-7):
+        with pytest.raises(InputError, match=r"standard error of observations is .* m/s or more, and finite"):
+            make_cases(trained, fields, NUMBERS, PATTERNS, error=wrong)
 
 
 def test_another_prior_serves_analyses_and_the_network_keeps_its_own(trained, gaussian, tmp_path, caplog):
@@ -491,12 +535,23 @@ def test_methods_without_a_baseline_are_compared_with_the_linear_estimate(traine
         evaluate.compare({"line:1": {"paste": []}}, {}, 1)
 
 
+def test_an_evaluation_says_what_errors_observations_had(trained, fields, cases, results, tmp_path):
+    text = evaluate.run(trained, fields, NUMBERS, PATTERNS[:1], ["linear", "gp"], tmp_path, error=0.03)
+    assert text.endswith("observed with errors of 0.03 m/s")
+    with xr.open_dataset(tmp_path / "fields.nc") as data:
+        assert data.attrs["history"].endswith("method gp, seed 0, observations with errors of 0.03 m/s")
+    # Of exact values more is known.
+    exact = errors(cases[:6], Result(results["linear"].members[:6], 0.0, 0))
+    table = pd.read_csv(tmp_path / "table.csv").set_index("method")
+    assert table.loc["linear", "mse_mean"] > 1.05 * exact
+
+
 @pytest.mark.parametrize(("given", "expected"), [([], ("gaps:0.3", "line:4")), (["walk:9"], ["walk:9"])])
 def test_patterns_are_those_of_the_model_unless_others_are_given(trained, fields, monkeypatch, given, expected):
     own = dataclasses.replace(trained, training={"config": {"model": {"patterns": "gaps:0.3, line:4"}}})
     split = Split(np.arange(2), np.arange(2, 4), np.arange(4, 6), decorrelation=1.0)
     flags = {"methods": ["linear"], "members": 1, "model": "model", "fields": None, "part": "test", "frames": 1,
-             "directions": None, "seed": 0, "patterns": given, "out": "out",
+             "directions": None, "error": None, "seed": 0, "patterns": given, "out": "out",
              "chunk": None, "keep": [], "raw": False}  # fmt: skip
     asked = []
     monkeypatch.setattr(evaluate, "FLAGS", SimpleNamespace(**flags))

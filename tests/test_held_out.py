@@ -16,7 +16,7 @@ from jax_repaint.prior import linear
 from tests import tiny
 
 COMMANDS = {
-    evaluate: {"methods": ["linear"], "out": "out", "keep": [], "raw": False, "directions": None},
+    evaluate: {"methods": ["linear"], "out": "out", "keep": [], "raw": False, "directions": None, "error": None},
     calibrate: {"method": "linear_samples", "block": 1, "gate": False, "replace": False, "default": False},
     levels: {"levels": 2, "pattern": "", "out": ""},
 }
