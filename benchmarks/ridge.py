@@ -1,6 +1,7 @@
 """A regression for one pattern beside the samplers: what a simple nonlinear estimate makes of the same observations.
 
     python -m benchmarks.ridge --patterns=line:22,walk:90,cells:0.02 --frames=128 --members=16 --methods=kalman
+    python -m benchmarks.ridge --patterns=line:22,walk:90,cells:0.02 --frames=128 --methods=kalman --error=0.005
 
 The pattern is fixed: a random one is drawn once, and all frames observe the same cells. `linear` is the best linear
 estimate x_lin(y) from the observed values y, `ridge` adds a kernel ridge regression of what it leaves on n training
@@ -11,6 +12,9 @@ frames,
 with rows R_j = x_j - x_lin(y_j) on the cells not observed and z the leading principal components of the observed
 values, each scaled to variance 1 on the training frames. Their number, l and lambda are those with the smallest error
 on validation frames of the same pattern. Of other methods the ensemble mean is compared.
+
+Observed values are the true ones, of training frames too; with --error all have errors of that size, which every method
+knows.
 
 Columns: mean square error of the cells not observed over the test frames that jax_repaint.evaluate draws, (m/s)^2, and
 its ratio to that of `linear` and of `ridge` on the same frames, with 95 % intervals of a paired block bootstrap.
@@ -30,7 +34,16 @@ from scipy.spatial.distance import cdist
 
 from benchmarks import measure
 from jax_repaint import SHIPPED, command, metrics, model, scoring
-from jax_repaint.cases import Case, block_length, held_out, observation_of, observed_cells, pick
+from jax_repaint.cases import (
+    OBSERVATION_ERROR,
+    Case,
+    block_length,
+    held_out,
+    observation_of,
+    observed_cells,
+    pick,
+    with_errors,
+)
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
 from jax_repaint.methods import check_methods, run_method
@@ -102,24 +115,35 @@ def select(
     return best
 
 
-def make_cases(trained: Model, fields: Fields, numbers: Sequence[int], pattern: str, seed: int = 0) -> list[Case]:
-    """The cases of a pattern, all with the cells that it draws of frame 0.
+def make_cases(
+    trained: Model, fields: Fields, numbers: Sequence[int], pattern: str, seed: int = 0, error: float | None = None
+) -> list[Case]:
+    """The cases of a pattern, all with the cells that it draws of frame 0; `error` is that of cases.make_cases.
 
     Raises:
       InputError: a pattern that cannot be drawn, no cell left to observe or to score.
     """
     observed = observed_cells(fields, fields.velocity[0], pattern, 0, seed)
     cases, analysis = [], None
+    told = OBSERVATION_ERROR if error is None else error
     for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
-        observation = observation_of(trained, velocity, observed)
+        noisy = None if error is None else with_errors(velocity, error, int(number), seed)
+        observation = observation_of(trained, velocity if noisy is None else noisy, observed, told)
         analysis = analysis or linear.analysis(trained.gaussian, observation)
-        cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis))
+        cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis, told, noisy))
     return cases
 
 
-def seen_and_left(trained: Model, case: Case, velocity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of frames (n, y, x, 2) that observe the cells of a case: values (n, d), and R (n, values) in m/s; float64."""
-    values = trained.standardiser.standardise(velocity, trained.ocean)[:, case.observed]
+def seen_and_left(
+    trained: Model, case: Case, velocity: np.ndarray, seen: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of frames (n, y, x, 2) that observe the cells of a case: values (n, d), and R (n, values) in m/s; float64.
+
+    Args:
+      seen: the same frames with the errors of observations; by default without.
+    """
+    seen = velocity if seen is None else seen
+    values = trained.standardiser.standardise(seen, trained.ocean)[:, case.observed]
     padding = ((0, 0), (0, case.observation.size - values.shape[1]), (0, 0))
     mean = linear.estimate(trained.gaussian, case.observation, np.pad(values, padding))
     scored = trained.ocean & ~case.observed
@@ -133,17 +157,22 @@ def spaced(numbers: np.ndarray, count: int) -> np.ndarray:
 
 
 def ridge(
-    trained: Model, cases: Sequence[Case], base: np.ndarray, train: np.ndarray, validation: np.ndarray
+    trained: Model, cases: Sequence[Case], base: np.ndarray, train: Fields, validation: Fields, seed: int = 0
 ) -> tuple[np.ndarray, Choice]:
     """`ridge` of cases that observe the same cells, (cases, y, x, 2) m/s, from their linear estimates `base`.
 
     Args:
-      train, validation: frames (n, y, x, 2) m/s.
+      train, validation: frames, whose observations have errors if those of the cases have; `seed` names them.
     """
     case = cases[0]
-    y, r = seen_and_left(trained, case, train)
-    choice = select((y, r), seen_and_left(trained, case, validation))
-    y_test, _ = seen_and_left(trained, case, np.stack([case.truth for case in cases]))
+    parts = []
+    for number, part in enumerate((train, validation)):
+        noisy = None if case.noisy is None else with_errors(part.velocity, case.error, number, seed)
+        parts.append(seen_and_left(trained, case, part.velocity, noisy))
+    (y, r), _ = parts
+    choice = select(*parts)
+    truth, seen = (np.stack(fields) for fields in zip(*((case.truth, case.seen) for case in cases), strict=True))
+    y_test, _ = seen_and_left(trained, case, truth, seen)
     z, z_test = whitened(y, [y_test], choice.components)
     found = weights(z, z_test, choice.length, choice.penalty) @ r
     made = base.copy()
@@ -161,12 +190,14 @@ def measure_pattern(
     methods: Sequence[str],
     members: int,
     seed: int = 0,
+    error: float | None = None,
 ) -> dict:
     """The rows of a pattern and what was chosen for it.
 
     Args:
       select, split: see `held_out`.
       train: number of training frames.
+      error: of the observations, as in cases.make_cases.
 
     Raises:
       InputError: frames with gaps, whose observed cells would differ.
@@ -176,9 +207,9 @@ def measure_pattern(
     for part in (test, *others):
         if part.gaps:
             raise InputError(f"{part.name}: {100 * part.gaps:.2g} % of the values on ocean cells are missing")
-    cases = make_cases(trained, test, numbers, pattern, seed)
+    cases = make_cases(trained, test, numbers, pattern, seed, error)
     means = {"linear": np.concatenate(run_method("linear", trained, test, cases, 1).members)}
-    means["ridge"], choice = ridge(trained, cases, means["linear"], *(part.velocity for part in others))
+    means["ridge"], choice = ridge(trained, cases, means["linear"], *others, seed)
     for name in (bar := tqdm.tqdm(methods, unit="method", disable=None)):
         bar.set_description(f"{pattern}, {name}")
         result = run_method(name, trained, test, cases, members, seed)
@@ -212,9 +243,10 @@ def report(results: dict) -> str:
     parts = [measure.banner(results)]
     for p in results["patterns"]:
         c = p["choice"]
+        exact = "" if results["error"] is None else f" with errors of {results['error']:g} m/s"
         parts.append(
-            f"{p['pattern']}, {p['observed']} cells observed in all of {p['frames']} frames; ridge of {p['train']} "
-            f"frames: {c['components']} components, length {c['length']:g}, penalty {c['penalty']:g}"
+            f"{p['pattern']}, {p['observed']} cells observed{exact} in all of {p['frames']} frames; ridge of "
+            f"{p['train']} frames: {c['components']} components, length {c['length']:g}, penalty {c['penalty']:g}"
         )
         rows = [[r["method"], f"{r['mse']:.3g}", text(r["linear"]), text(r["ridge"])] for r in p["rows"]]
         parts.append(measure.table(["method", "MSE", "over linear [95 %]", "over ridge [95 %]"], rows))
@@ -231,9 +263,10 @@ def main(argv: Sequence[str]) -> None:
     check_methods(methods or ["linear"], members)
     trained = model.load(f.model)
     select, split = held_out(trained, f.fields)
-    results = {"machine": measure.machine(), "dtype": "float32", "members": members, "seed": f.seed, "patterns": []}
+    results = {"machine": measure.machine(), "dtype": "float32", "members": members, "seed": f.seed}
+    results |= {"error": f.error, "patterns": []}
     for pattern in dict.fromkeys(f.patterns):
-        found = measure_pattern(trained, select, split, pattern, frames, train, methods, members, f.seed)
+        found = measure_pattern(trained, select, split, pattern, frames, train, methods, members, f.seed, f.error)
         results["patterns"].append(found)
     print(report(results))
     if f.out:
@@ -249,6 +282,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("members", 16, "Members of an ensemble.", lower_bound=1)
     flags.DEFINE_list("methods", ["kalman"], "Of jax_repaint.evaluate, beside linear and ridge.")
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_float("error", None, "Standard error of the observations, m/s; by default they are the true values.")
     flags.DEFINE_string("out", None, "JSON file to write.")
     flags.DEFINE_boolean("smoke", False, "Two test and forty training frames, four members, whatever else is asked.")
     command.run(main)

@@ -10,6 +10,7 @@ from absl import flags
 
 from benchmarks import ridge
 from jax_repaint import metrics, model
+from jax_repaint.cases import OBSERVATION_ERROR
 from jax_repaint.data import readers
 from jax_repaint.errors import InputError
 from jax_repaint.methods import run_method
@@ -89,9 +90,28 @@ def test_all_frames_observe_the_same_cells_and_leave_what_the_linear_estimate_do
         assert np.mean(row**2) == pytest.approx(metrics.mse(mean, case.truth, scored), rel=1e-3)
 
 
+def test_observations_have_the_errors_that_are_asked_for():
+    trained, fields = tiny.model(), tiny.fields()
+    numbers = np.arange(51, 55)
+    seen = {}
+    for error in (None, 0.05):
+        cases = ridge.make_cases(trained, fields.select(numbers), numbers, "cells:0.2", error=error)
+        seen[error] = np.stack([case.seen[case.observed] - case.truth[case.observed] for case in cases])
+        base = np.concatenate(run_method("linear", trained, fields, cases, 1).members)
+        parts = [fields.select(np.arange(30)), fields.select(np.arange(38, 46))]
+        made, _ = ridge.ridge(trained, cases, base, *parts)
+        np.testing.assert_array_equal(made[:, cases[0].observed], base[:, cases[0].observed])
+        # Every method is told the error: the linear estimate of noisier values is another gain.
+        told = np.asarray(cases[0].observation.sigma)[np.asarray(cases[0].observation.valid)]
+        np.testing.assert_allclose(told * trained.standardiser.std, error or OBSERVATION_ERROR, rtol=1e-5)
+    assert not seen[None].any()
+    assert seen[0.05].std() == pytest.approx(0.05, rel=0.2)
+
+
 def run(monkeypatch, folder, **options):
     asked = {"model": str(folder / "model"), "fields": str(folder / "tiny.nc"), "patterns": ["line:4", "cells:0.2"]}
-    asked |= {"frames": 6, "train": 30, "members": 2, "methods": ["kalman"], "seed": 0, "out": None, "smoke": False}
+    asked |= {"frames": 6, "train": 30, "members": 2, "methods": ["kalman"], "seed": 0, "error": None, "out": None}
+    asked |= {"smoke": False}
     monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**(asked | options)))
     ridge.main([])
 
@@ -118,6 +138,8 @@ def test_the_command_runs(monkeypatch, folder, capsys):
             for base in ("linear", "ridge"):
                 assert r[base]["ratio"] == pytest.approx(r["mse"] / rows[base]["mse"])
                 assert r[base]["lo"] <= r[base]["ratio"] <= r[base]["hi"]
+    run(monkeypatch, folder, patterns=["line:4"], methods=[], error=0.03)
+    assert "cells observed with errors of 0.03 m/s in all of 6 frames" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
