@@ -268,6 +268,11 @@ def observed_cells(fields: Fields, velocity: np.ndarray, pattern: str, number: i
     return observed
 
 
+def note_on(error: float | None) -> str:
+    """What stands below a table: what errors observations had; nothing if they had none."""
+    return f"\n\nobserved with errors of {error:g} m/s" if error else ""
+
+
 def observation_of(
     trained: Model, velocity: np.ndarray, observed: np.ndarray, error: float = OBSERVATION_ERROR
 ) -> observe.Observation:

@@ -291,6 +291,7 @@ def write(
     curve: str = "",
     title: str = "",
     every_stage: bool = False,
+    note: str = "",
 ) -> str:
     """Writes FILES into `folder` and returns the table as text.
 
@@ -298,6 +299,7 @@ def write(
       rows: of a whole sweep.
       x, curve, title: of the pictures (points.default_config).
       every_stage: whether the table shows all stages; it does where `x` is the stage.
+      note: that the text ends with.
     """
     table = compare(rows)
     with whole_file(folder / "rows.parquet") as temporary:
@@ -306,6 +308,7 @@ def write(
     text = format_lines(table, every_stage or x == "stage")
     if x == "distance" and (rows["failed_members"] == 0).any():
         text += "\n\n" + _format_distances(distances(rows))
+    text += note
     with whole_file(folder / "table.txt") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     mean = comparable_mean(table)

@@ -38,6 +38,7 @@ from jax_repaint.cases import (
     data_of,
     files_of,
     make_cases,
+    note_on,
     pick,
     prior_of,
     with_directions,
@@ -409,7 +410,7 @@ def run(
     title = f"{fields.name}, {shown}"
     plots.currents(out / FIGURE, examples, fields.ocean, fields.metres(), title, fields.convergence())
     unfinished.remove()
-    return format_rows(rows) + (f"\n\nobserved with errors of {error:g} m/s" if error else "")
+    return format_rows(rows) + note_on(error)
 
 
 def _check_model(trained: Model, methods: Sequence[str]) -> None:

@@ -57,7 +57,8 @@ def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
             "consecutive": False,  # frames that follow each other, from a random one, instead of random ones
             "stretches": 1,  # of consecutive frames, spread over the part; each has its share of them
             "patterns": "",  # such as "line:22,walk:90,cells:0.02"; empty for the three usual ones
-            "seeds": (0,),  # of patterns and members; the first one draws the frames
+            "error": 0.0,  # standard error of observations in m/s, which have errors of that size; 0: the true values
+            "seeds": (0,),  # of patterns, errors and members; the first one draws the frames
             "members": 8,
             "sizes": (),  # the first members of each ensemble are scored as smaller ensembles too; pairs, if even
             "prior": "linear",  # what the RePaint family starts from: linear, gp or seed_gp

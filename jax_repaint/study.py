@@ -120,12 +120,14 @@ class Study:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What the sweep is, as it is kept in the workdir: usual values of the code, too."""
+        error = self.config.error
         return {
-            "config": {key: value for key, value in self.config.to_dict().items() if key not in FREE},
+            # Without errors a sweep is what it was before there were any.
+            "config": {k: v for k, v in self.config.to_dict().items() if k not in FREE and (k, v) != ("error", 0)},
             "models": {folder: model.fingerprint(one) for folder, one in self.models.items()},
             "frames": self.fields.hash(),
             results.ROWS_VERSION: results.VERSION,
-            "observation_error": OBSERVATION_ERROR,
+            "observation_error": [error, "drawn"] if error else OBSERVATION_ERROR,
             "programs": {
                 point.label: describe(point, program) for point, program in zip(self.points, self.programs, strict=True)
             },
@@ -204,7 +206,7 @@ def _check(config: ConfigDict) -> None:
     for name in ("frames", "members", "stretches"):
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, got {config[name]}")
-    for name in ("batch", "memory_gb"):
+    for name in ("batch", "memory_gb", "error"):
         if not 0 <= config[name] < math.inf:
             raise InputError(f"{name} must be a number that is not negative, got {config[name]}")
     for name in ("seeds", "sizes"):
@@ -291,7 +293,9 @@ class Cases:
             group = list(group)
             numbers = [where.frame for where in group]
             fields = self.study.fields.select(np.searchsorted(self.study.numbers, numbers))
-            for where, case in zip(group, make_cases(self.trained, fields, numbers, [pattern], seed), strict=True):
+            error = self.study.config.error or None
+            drawn = make_cases(self.trained, fields, numbers, [pattern], seed, error)
+            for where, case in zip(group, drawn, strict=True):
                 made[where] = Estimates(case, *self._made.get(where) or self._keep(where, self._estimate(case)))
         return [made[where] for where in cases]
 

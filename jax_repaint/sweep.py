@@ -34,6 +34,7 @@ from ml_collections import config_flags
 
 from jax_repaint import command, comparison, distributed, ensemble, guide, locks, metrics, provenance, results, scoring
 from jax_repaint.batches import Batch, Group, Sampler, Samples, left_of, make_batches, make_groups
+from jax_repaint.cases import note_on
 from jax_repaint.errors import InputError
 from jax_repaint.points import Point, calls_by_stage
 from jax_repaint.study import Estimates, Study, Where, open_study
@@ -219,7 +220,8 @@ def conclude(study: Study, workdir: Path, groups: Sequence[Group]) -> str | None
         logging.info("%d of %d tasks are left to other processes", left, len(wanted))
         return None
     config = study.config
-    return comparison.write(rows, workdir, config.x, config.curve, config.title, config.every_stage)
+    note = note_on(config.error)
+    return comparison.write(rows, workdir, config.x, config.curve, config.title, config.every_stage, note)
 
 
 def so_far(study: Study, workdir: Path) -> str:
@@ -247,7 +249,8 @@ def so_far(study: Study, workdir: Path) -> str:
         raise InputError(f"no case in {workdir} has been finished by all points; {len(done)} of {total} tasks are done")
     table = comparison.compare(rows)
     text = comparison.format_lines(table, study.config.every_stage or study.config.x == "stage")
-    return f"{text}\n\n{rows['task'].nunique()} of {total} tasks, of cases that all points have finished"
+    note = note_on(study.config.error)
+    return f"{text}{note}\n\n{rows['task'].nunique()} of {total} tasks, of cases that all points have finished"
 
 
 def _thinned(block: np.ndarray, frames: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from jax_repaint import comparison, methods, metrics, scoring
+from jax_repaint.cases import note_on
 from jax_repaint.errors import InputError
 
 FRAMES = 6
@@ -265,9 +266,11 @@ def test_text_has_the_length_of_the_error_vector_by_distance(rows, tmp_path):
 
 @pytest.mark.parametrize(("x", "curve"), [("gamma", ""), ("stage", "label"), ("distance", "")])
 def test_files_are_written(rows, tmp_path, x, curve):
-    text = comparison.write(rows, tmp_path, x, curve, "title")
+    text = comparison.write(rows, tmp_path, x, curve, "title", note=note_on(0.02))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(comparison.FILES)
     assert (tmp_path / "table.txt").read_text() == text + "\n"
+    assert text.endswith("\n\nobserved with errors of 0.02 m/s")
+    assert note_on(None) == note_on(0.0) == ""
     assert len(pd.read_csv(tmp_path / "table.csv")) == 8
     assert len(pd.read_parquet(tmp_path / "rows.parquet")) == len(rows)
     assert ("RMS error (m/s) by distance" in text) == (x == "distance")

@@ -40,7 +40,7 @@ from jax_repaint import (
 )
 from jax_repaint import study as study_module
 from jax_repaint.batches import chunk_of, make_groups
-from jax_repaint.cases import data_of, known_of, make_cases, observation_of
+from jax_repaint.cases import OBSERVATION_ERROR, data_of, known_of, make_cases, observation_of
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Split
 from jax_repaint.errors import InputError
@@ -174,6 +174,24 @@ def test_baselines_are_those_of_evaluate(folder, study, first):
         for name in methods.DETERMINISTIC:
             made = run_method(name, trained, fields, [case], 1).members[0][0]
             np.testing.assert_allclose(mine[f"mse_{name}"], metrics.mse(made, case.truth, scored), rtol=1e-5)
+
+
+def test_observations_of_a_sweep_have_the_errors_of_those_of_evaluate(folder, study):
+    noisy = open_study(make_config(folder, error=0.03))
+    trained, where = model.load(folder / "model"), study.cases[False][1]
+    fields = readers.read(folder / "tiny.nc").select([where.frame])
+    (case,) = make_cases(trained, fields, [where.frame], [where.pattern], where.seed, 0.03)
+    (one,) = noisy.maker(noisy.points[0]).make([where])
+    jax.tree.map(np.testing.assert_array_equal, one.case.observation, case.observation)
+    for name in methods.DETERMINISTIC:
+        made = run_method(name, trained, fields, [case], 1).members[0][0]
+        np.testing.assert_allclose(one.baselines[name], made, atol=1e-6)
+    # Neither the tasks nor the workdir of one without errors, even of the size that is told of those.
+    told = open_study(make_config(folder, error=OBSERVATION_ERROR))
+    names = {other.task(other.points[0], where) for other in (study, noisy, told)}
+    assert len(names) == 3
+    assert "error" not in study.identity["config"]
+    assert told.identity["config"]["error"] == OBSERVATION_ERROR
 
 
 def test_the_prior_is_what_the_point_says(study):
@@ -834,6 +852,7 @@ def test_blocks_are_of_the_part_that_frames_come_from(folder, monkeypatch):
         ([{}], {"seeds": ()}, "seeds must be"),
         ([{}], {"seeds": (1.5,)}, "seeds must be whole numbers"),
         ([{}], {"sizes": (2.5,)}, "sizes must be whole numbers"),
+        ([{}], {"error": -0.1}, "error must be a number that is not negative"),
         ([{}], {"batch": -1}, "batch must be a number that is not negative"),
         ([{}], {"memory_gb": float("nan")}, "memory_gb must be a number that is not negative"),
         ([{}], {"x": "foo"}, "x is 'foo', but the points have calls, consecutive, coverage"),
