@@ -156,12 +156,16 @@ class TestNetcdf:
 
     def test_curvilinear_grids_run_north_and_east_too(self, tmp_path):
         curved = cf(dims=("time", "y", "x"), names=("eastward_current", "northward_current")).drop_vars(["lat", "lon"])
-        curved = curved.assign_coords(lat=(("y", "x"), CURVED_LAT), lon=(("y", "x"), (CURVED_LON + 169.3) % 360))
-        expected = fields(lat=CURVED_LAT, lon=(CURVED_LON + 169.3) % 360)
+        # The last of the longitudes are beyond the date line.
+        lon = (CURVED_LON + 169.3 + 180) % 360 - 180
+        curved = curved.assign_coords(lat=(("y", "x"), CURVED_LAT), lon=(("y", "x"), lon))
+        expected = fields(lat=CURVED_LAT, lon=lon)
         assert_equal(readers.read(saved(tmp_path, curved)), expected)
         turned = curved.isel(y=slice(None, None, -1), x=slice(None, None, -1)).transpose("x", "time", "y")
-        path = saved(tmp_path, turned.transpose("time", "y", "x"), "turned.nc")
-        assert_equal(readers.read(path), expected)
+        # Places keep the order of their axes, which is not that of the currents.
+        turned = turned.assign({name: current.transpose("time", "y", "x") for name, current in turned.items()})
+        assert turned["lat"].dims == ("x", "y")
+        assert_equal(readers.read(saved(tmp_path, turned, "turned.nc")), expected)
 
     def test_axes_come_in_any_order_and_a_single_depth_goes(self, tmp_path):
         dataset = cf().expand_dims(depth=[0.5], axis=1).transpose("lon", "depth", "time", "lat")
@@ -175,6 +179,16 @@ class TestNetcdf:
             saved(tmp_path, cf(*np.moveaxis(velocity(land=False), -1, 0)).assign(m=(("lon", "lat"), *mask)))
         )
         np.testing.assert_array_equal(got.ocean, ocean)
+
+    def test_a_mask_turns_with_its_rows_and_columns(self, tmp_path):
+        ocean = np.ones((Y, X), bool)
+        ocean[2, 3] = ocean[1, 0] = False
+        dataset = cf(*np.moveaxis(velocity(land=False), -1, 0))
+        dataset["m"] = (("lat", "lon"), ocean.astype(np.int8), {"standard_name": "sea_binary_mask"})
+        for turned in ({"lat": slice(None, None, -1)}, {"lon": slice(None, None, -1)}):
+            got = readers.read(saved(tmp_path, dataset.isel(turned)))
+            np.testing.assert_array_equal(got.ocean, ocean)
+            np.testing.assert_array_equal(got.velocity[:, ocean], velocity(land=False)[:, ocean])
 
     def test_a_single_frame_may_have_a_scalar_time(self, tmp_path):
         got = readers.read(saved(tmp_path, cf().isel(time=0)))
@@ -204,6 +218,16 @@ class TestNetcdf:
         for name, hour in (("forecast_reference_time", 0), ("valid_time", 30)):
             dataset = dataset.assign_coords({name: ((), hour, units)})
         assert readers.read(saved(tmp_path, dataset)).time == np.datetime64("2001-01-02T06")
+
+    def test_an_axis_of_times_outranks_other_times_whatever_they_are_called(self, tmp_path):
+        """Those of each frame that are no axis too, before one for all."""
+        hours = {"units": "hours since 2001-02-03T06"}
+        named = hours | {"standard_name": "time"}
+        axis = cf().assign_coords(time=("time", 3.0 * np.arange(FRAMES), hours))
+        other = axis.assign_coords(written=("time", 100.0 + np.arange(FRAMES), named))
+        np.testing.assert_array_equal(readers.read(saved(tmp_path, other, "other.nc")).time, TIME)
+        frames = axis.rename(time="when").swap_dims(when="frame").assign_coords(written=((), 100.0, named))
+        np.testing.assert_array_equal(readers.read(saved(tmp_path, frames, "frames.nc")).time, TIME)
 
     def test_longitudes_pass_the_date_line_and_greenwich(self, tmp_path):
         west = np.array([178.5, 179.5, -179.5, -178.5])
@@ -264,6 +288,17 @@ class TestNetcdf:
         with np.errstate(invalid="ignore"):
             np.testing.assert_array_equal(np.isnan(got.u), ~((steps >= packed[0]) & (steps <= packed[1])))
         assert list(np.isnan(got.u[1, 1, 1:3])) == [False, True]
+
+    def test_limits_of_packed_floats_are_packed(self, tmp_path):
+        packing = {"dtype": "float32", "scale_factor": 0.01, "add_offset": 0.1}
+        data = cf()
+        data["uo"].attrs["valid_range"] = np.float32([-25, 15])
+        path = saved(tmp_path, data, uo=packing, vo=packing)
+        with h5py.File(path) as file:
+            stored = file["uo"][()]
+        inside = (stored >= -25) & (stored <= 15)
+        assert 0 < inside.sum() < np.isfinite(stored).sum()
+        np.testing.assert_array_equal(~np.isnan(readers.read(path).u), inside)
 
     def test_limits_of_unsigned_bytes(self, tmp_path):
         u = np.broadcast_to(np.array([10, 100, 200, 250], np.uint8), (FRAMES, Y, X))
@@ -397,9 +432,16 @@ class TestNetcdf:
         dataset = dataset.assign_coords(nav_lat=(("y", "x"), lat), nav_lon=(("y", "x"), lon))
         assert_equal(readers.read(saved(tmp_path, dataset)), fields())
 
+    def test_a_grid_of_parallels_whose_columns_lean_is_not_regular(self, tmp_path):
+        lat, lon = np.broadcast_arrays(LAT[:, None], CURVED_LON)
+        dataset = cf(dims=("time", "y", "x")).drop_vars(["lat", "lon"])
+        dataset = dataset.assign_coords(nav_lat=(("y", "x"), lat), nav_lon=(("y", "x"), lon))
+        got = readers.read(saved(tmp_path, dataset), directions="east")
+        assert_equal(got, fields(lat=np.array(lat), lon=np.array(lon)))
+
     def test_still_cells_of_a_file_without_gaps_are_land(self, tmp_path, caplog):
         still = velocity(land=False)
-        still[:, 1, 2] = 0
+        still[:, 1, 2] = still[:, 2, 1, 0] = still[:, 2, 2, 1] = 0
         got = readers.read(saved(tmp_path, cf(still[..., 0], still[..., 1])))
         assert not got.ocean[1, 2]
         assert got.ocean.sum() == Y * X - 1
@@ -649,6 +691,18 @@ class TestSeries:
         assert_equal(readers.read(paths), fields())
         assert any("2 frames of between.nc and others are in several files" in m for m in caplog.messages)
 
+    def test_a_cell_that_is_sea_in_one_file_is_sea(self, tmp_path):
+        """As on a bank that falls dry."""
+        for number, dry in enumerate([(2, 3), (1, 0)]):
+            data, sea = velocity(land=False), np.ones((Y, X), np.int8)
+            data[:, *dry] = data[:, 0, 0] = np.nan
+            sea[dry] = sea[0, 0] = 0
+            part = cf(data[..., 0], data[..., 1]).assign(m=(("lat", "lon"), sea, {"standard_name": "sea_binary_mask"}))
+            saved(tmp_path, part.isel(time=[2 * number, 2 * number + 1]), f"part{number}.nc")
+        got = readers.read(tmp_path / "part*.nc")
+        np.testing.assert_array_equal(np.argwhere(~got.ocean), [[0, 0]])
+        np.testing.assert_array_equal(np.argwhere(np.isnan(got.u[:, 1:])), [[0, 1, 3], [1, 1, 3], [2, 0, 0], [3, 0, 0]])
+
     def test_frames_that_contradict_each_other_are_refused(self, tmp_path):
         other = cf(2 * velocity()[..., 0]).isel(time=slice(2, 4))
         paths = [*self.parts(tmp_path), saved(tmp_path, other, "other.nc")]
@@ -737,6 +791,14 @@ class TestPlainArrays:
         got = readers.read(self.write(tmp_path / f"{version}.mat", arrays))
         assert_equal(got, fields(velocity=velocity()[:, :, columns], lon=LON[columns]))
 
+    def test_datenums_of_any_minute_are_exact(self, tmp_path):
+        """As fractions of a day they are rounded, up or down."""
+        time = TIME[0] + np.array([7, 20, 40, 71, 77]) * np.timedelta64(1, "m")
+        days = (time - np.datetime64("1970-01-01")) / np.timedelta64(1, "D") + 719529
+        np.testing.assert_array_equal(
+            readers.read(self.write(tmp_path / "v5.mat", self.matlab(ocean_time=days))).time, time
+        )
+
     def test_other_names_can_be_chosen(self, tmp_path):
         arrays = self.matlab()
         arrays |= {"east": arrays.pop("u"), "north": arrays.pop("v")}
@@ -783,6 +845,12 @@ class TestPlainArrays:
         for content in (arrays, [arrays[k] for k in ("u", "v", "ocean_time", "lat", "lon")]):
             (tmp_path / "file.pickle").write_bytes(pickle.dumps(content, protocol))
             assert_equal(readers.read(tmp_path / "file.pickle"), fields())
+
+    def test_pickles_of_another_byte_order_and_of_dates_in_steps_are_read(self, tmp_path):
+        arrays = self.matlab(ocean_time=TIME.astype("datetime64[3h]"))
+        content = {key: x.astype(x.dtype.newbyteorder(">")) for key, x in arrays.items()}
+        (tmp_path / "file.pickle").write_bytes(pickle.dumps(content))
+        assert_equal(readers.read(tmp_path / "file.pickle"), fields())
 
     def test_pickles_of_python_2_are_read(self, tmp_path):
         content = b"(dp0\n"
@@ -852,6 +920,15 @@ class TestPlainArrays:
         arrays = {"u": velocity()[..., 0], "v": velocity()[..., 1], "lat": LAT, "lon": LON, "time": TIME} | change
         np.savez(tmp_path / "file.npz", **{key: x for key, x in arrays.items() if x is not None})
         return tmp_path / "file.npz"
+
+    def test_a_frame_with_values_on_land_alone_is_left_out(self, tmp_path, caplog):
+        data, ocean = velocity(land=False), np.ones((Y, X), bool)
+        ocean[0, 0] = False
+        data[2, ocean] = np.nan
+        got = readers.read(self.npz(tmp_path, u=data[..., 0], v=data[..., 1], ocean=ocean))
+        np.testing.assert_array_equal(got.time, np.delete(TIME, 2))
+        np.testing.assert_array_equal(got.velocity[:, ocean], np.delete(data, 2, 0)[:, ocean])
+        assert "1 of 5 frames, that of 2001-02-03T12:00:00, is without any value and left out" in caplog.text
 
     def test_npz_takes_dates_text_and_a_mask(self, tmp_path):
         assert_equal(readers.read(self.npz(tmp_path)), fields())
@@ -998,6 +1075,12 @@ class TestBadFiles:
     def test_times_outside_the_civil_calendar(self, tmp_path, attributes, message):
         dataset = cf(time=("time", np.arange(FRAMES) * 24.0, attributes))
         refused(saved(tmp_path, dataset), message)
+
+    def test_a_julian_count_from_before_1900_is_refused(self, tmp_path):
+        """Of dates of this century, which are other days than those of the civil calendar after as many."""
+        attributes = {"units": "days since 1800-01-01", "calendar": "julian"}
+        dataset = cf(time=("time", 80_000.0 + np.arange(FRAMES), attributes))
+        refused(saved(tmp_path, dataset), "since 1800-01-01', calendar julian")
 
     @pytest.mark.parametrize(
         ("units", "days"),
