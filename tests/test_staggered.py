@@ -332,6 +332,29 @@ class TestDepth:
             vertical._between(height, along, rows, columns), np.array(expected)[:rows, :columns]
         )
 
+    def test_a_grid_of_its_own_outranks_that_of_the_data(self, tmp_path):
+        path, _ = self.file(tmp_path, "g2")
+        expected = readers.read(path, depth=17)
+        with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
+            dataset = file.load()
+        grid = dataset[["h", "angle", "lat_rho", "lon_rho"]].drop_vars("ocean_time", errors="ignore")
+        grid["angle"] = np.degrees(grid["angle"]).assign_attrs(units="degrees")
+        other = dataset.assign(h=2 * dataset["h"], angle=dataset["angle"].copy(data=dataset["angle"] / 2))
+        got = readers.read(saved(tmp_path, other, "other.nc"), grid=saved(tmp_path, grid, "grid.nc"), depth=17)
+        np.testing.assert_allclose(got.velocity, expected.velocity, atol=1e-6)
+
+    def test_values_outside_their_limits_have_no_part_between_levels(self, tmp_path):
+        path, _ = self.file(tmp_path, "g2")
+        found = []
+        for value in (np.nan, 4.0):
+            with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
+                dataset = file.load()
+            dataset["u"].attrs["valid_max"] = 3.0
+            dataset["u"][1, :, 5, 5] = value
+            found.append(readers.read(saved(tmp_path, dataset, f"{value}.nc"), depth=17).velocity)
+        assert np.isnan(found[0]).sum() > np.isnan(readers.read(path, depth=17).velocity).sum()
+        np.testing.assert_array_equal(found[1], found[0])
+
     def test_a_missing_term_is_named(self, tmp_path):
         path, _ = self.file(tmp_path, "g2", without=["h"])
         with pytest.raises(
@@ -379,6 +402,18 @@ class TestFaces:
         np.testing.assert_allclose(got.u, EAST, atol=3e-4)
         np.testing.assert_allclose(got.v, NORTH, atol=3e-4)
         np.testing.assert_allclose(readers.read(u, v_path=v, depth=18).u, EAST / 2, atol=3e-4)
+
+    @pytest.mark.parametrize("way", [1, -1], ids=["faces-follow", "faces-lead"])
+    def test_a_cell_without_an_open_face_is_land(self, tmp_path, way):
+        y, x, paths = 1, 2, []
+        for path, other in zip(self.nemo(tmp_path, way), ((y, x - way), (y - way, x)), strict=True):
+            with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
+                dataset = file.load()
+            for place in ((y, x), other):
+                dataset[path.stem][:, :, *place] = np.nan
+            paths.append(saved(tmp_path, dataset, f"land_{path.name}"))
+        got = readers.read(paths[0], v_path=paths[1])
+        np.testing.assert_array_equal(np.argwhere(~got.ocean), [[y - (way == 1), x - (way == 1)]])
 
     def test_points_a_tenth_of_a_cell_apart_are_neither_common_nor_faces(self, tmp_path):
         u, v = self.nemo(tmp_path, way=0.2)
@@ -456,9 +491,15 @@ class TestCollocated:
 
     @pytest.mark.parametrize("flip", [False, True])
     def test_components_along_a_projection_are_turned(self, tmp_path, flip, caplog):
-        got = readers.read(self.polar_file(tmp_path, flip=flip))
-        np.testing.assert_allclose(got.u[0], EAST, atol=2e-4)
-        np.testing.assert_allclose(got.v[1], 2 * NORTH, atol=4e-4)
+        mask = np.ones((6, 8), np.int8)
+        mask[1, 2] = 0
+        sea = (("y", "x"), mask[::-1] if flip else mask, {"standard_name": "sea_binary_mask"})
+        got = readers.read(self.polar_file(tmp_path, flip=flip, sea=sea))
+        lat, lon = (place[1, 2] for place in polar(*mesh((6, 8))))
+        np.testing.assert_array_equal(~got.ocean, np.isclose(got.lat, lat) & np.isclose(got.lon, lon))
+        assert (~got.ocean).sum() == 1
+        np.testing.assert_allclose(got.u[0][got.ocean], EAST, atol=2e-4)
+        np.testing.assert_allclose(got.v[1][got.ocean], 2 * NORTH, atol=4e-4)
         assert any("run along the grid and are turned to the east and north" in m for m in caplog.messages)
 
     def test_longitudes_of_u_and_v_may_count_to_180_and_to_360(self, tmp_path):
