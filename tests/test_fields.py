@@ -125,6 +125,7 @@ class TestGrid:
         sphere = 2 * 6371008.8 * np.arcsin(np.sqrt(half))
         on_plane = np.linalg.norm(place[:, None] - place, axis=-1)
         np.testing.assert_allclose(on_plane, sphere, rtol=4e-4, atol=0.1)
+        np.testing.assert_allclose(place.reshape(5, 7, 2)[2, 3], 0, atol=1e-6)
         assert (np.diff(place.reshape(5, 7, 2)[..., 0], axis=0) > 0).all()
         assert (np.diff(place.reshape(5, 7, 2)[..., 1], axis=1) > 0).all()
 
@@ -231,13 +232,14 @@ class TestGrid:
 
 class TestDecorrelation:
     def test_autocorrelation_is_the_plain_double_sum_with_gaps_and_missing_frames(self):
+        """Of more cells than are taken at once."""
         rng = np.random.default_rng(3)
-        velocity = rng.normal(size=(40, 3, 4, 2)).cumsum(0).astype(np.float32)
+        velocity = rng.normal(size=(40, 3, 30, 2)).cumsum(0).astype(np.float32)
         velocity[:, 0, 0] = np.nan
         velocity[rng.random(velocity.shape[:3]) < 0.1] = np.nan
         time = np.delete(hours(41), 17)
         fields = make(velocity, time, lat=np.array([0.0, 30.0, 60.0]))
-        regular = np.full((41, 3, 4, 2), np.nan)
+        regular = np.full((41, *velocity.shape[1:]), np.nan)
         regular[np.delete(np.arange(41), 17)] = velocity
         weight = np.cos(np.radians(fields.lat))[:, None, None]
         total = []

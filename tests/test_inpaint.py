@@ -1474,7 +1474,8 @@ def test_limits_and_flags_of_a_data_set_are_those_of_its_file(tmp_path):
     dataset = xr.Dataset(data | {"qc_flag": flag}, {"time": when, "lat": GRID.lat, "lon": GRID.lon})
     packing = {"dtype": "uint16", "scale_factor": 0.001, "add_offset": -32.0, "_FillValue": np.uint16(65535)}
     for name in ("uo", "vo"):
-        dataset[name].attrs |= {"valid_min": np.uint16(0), "valid_max": np.uint16(65000)}
+        # The values themselves, which are inside.
+        dataset[name].attrs |= {"valid_min": np.uint16(31700), "valid_max": np.uint16(32200)}
     path = tmp_path / "packed.nc"
     dataset.to_netcdf(path, engine="h5netcdf", encoding={"uo": packing, "vo": packing})
     by_path = collect(path, GRID)
