@@ -302,6 +302,40 @@ def test_seconds_are_those_of_one_ensemble(study, monkeypatch, number):
     )
 
 
+def test_a_batch_is_what_its_points_and_cases_say(study, monkeypatch):
+    """Programs and decays in the order of the points, fields and frames in that of the cases; the last fill it up."""
+    where = [dataclasses.replace(one, seed=7) for one in study.cases[False][1:3]]
+    estimates = study.maker(study.points[0]).make(study.cases[False][1:3])
+    points = [
+        dataclasses.replace(one, hyper=one.hyper | {"var_decay": decay})
+        for one, decay in zip(study.points[:2], (0.2, 0.6), strict=True)
+    ]
+    sampler = batches.Sampler(
+        dataclasses.replace(study, points=points), batches.Group([0, 1], where), study.models[points[0].model], (3, 3)
+    )
+    x = np.random.default_rng(0).normal(size=(3, 3, 4, 2, *sampler.trained.gaussian.mean.shape)).astype(np.float32)
+    failed = np.full(x.shape[:4], -1)
+    failed[1, 0, 3, 1] = 2
+    given = {}
+
+    def sampled(denoiser, known, schedule, programs, **options):
+        given.update(options, known=known, programs=programs)
+        return sample.Outcome(x, failed)
+
+    monkeypatch.setattr(ensemble, "repaint_sweep", sampled)
+    made = sampler.run(batches.Batch([0, 1], where), estimates, {})
+    assert given["var_decay"] == [0.2, 0.6, 0.6]
+    assert given["programs"] == [study.programs[number] for number in (0, 1, 1)]
+    assert (given["frames"], given["seed"]) == ([where[0].frame, where[1].frame, where[1].frame], 7)
+    for one, case in zip(given["known"].value, (0, 1, 1), strict=True):
+        np.testing.assert_array_equal(one, estimates[case].known.value)
+    for (point, case), samples in made.items():
+        np.testing.assert_array_equal(samples.x, sampler.trained.to_velocity(x[point, case]))
+        fails = {"stage 2, iteration 2, t 1"} if (point, case) == (1, 0) else set()
+        assert set(samples.failed_at[3:, 1:].ravel()) - {""} == fails
+    assert made.keys() == set(itertools.product((0, 1), (0, 1)))
+
+
 def test_frames_of_one_pattern_share_its_gains_and_not_their_values(study):
     where, trained = study.cases[False][:2], study.models[study.points[2].model]
     sampler = batches.Sampler(study, batches.Group([2], where), trained)
