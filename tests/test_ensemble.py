@@ -171,6 +171,12 @@ def test_members_do_not_depend_on_other_frames_and_members(gaussian, known, memb
     np.testing.assert_allclose(again.x[0], members[2, :2], atol=1e-5)
 
 
+def test_the_last_stage_alone_is_that_of_all(gaussian, known, members):
+    last = repaint_ensemble(gaussian, known, SCHEDULE, STAGES, frames=[5, 6, 9], members=4, seed=1, last=True)
+    np.testing.assert_array_equal(last.x, members[:, :, 1:])
+    assert last.failed.shape == (3, 4, 2)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32, np.int64(2**33), 1.5, np.nan])
 def test_seeds_that_would_be_others_are_refused(seed):
     """Keys are of 32 bits: -1 would be the last of them, 2^32 the first."""

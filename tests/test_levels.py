@@ -162,6 +162,34 @@ def test_frames_come_from_the_part_that_is_asked_for(trained, drawn, tmp_path, m
     assert "ratio" in capsys.readouterr().out
 
 
+def test_the_command_compares_models_at_levels_of_both_and_by_blocks(trained, drawn, tmp_path, monkeypatch):
+    ranges = (0.02, 40.0), (0.01, 9.0)
+    models = {name: dataclasses.replace(trained, sigma=one) for name, one in zip(("one", "two"), ranges, strict=True)}
+    errors = dict(zip(ranges, np.random.default_rng(0).gamma(3, size=(2, 60, 3, 2)), strict=True))
+    asked = []
+
+    def found(one, fields, numbers, sigmas, *_):
+        asked.append(sigmas)
+        return errors[one.sigma]
+
+    monkeypatch.setattr(levels, "load_together", lambda *_: models)
+    monkeypatch.setattr(cases, "load_fields", lambda *_: drawn)
+    monkeypatch.setattr(cases, "split_fields", lambda *_: Split(*[np.arange(60)] * 3, decorrelation=9.0))
+    monkeypatch.setattr(levels, "denoising_errors", found)
+    given = {"model": list(models), "fields": None, "frames": 60, "part": "test", "levels": 3, "pattern": "", "seed": 0}
+    monkeypatch.setattr(levels, "FLAGS", SimpleNamespace(**given, out=str(tmp_path / "out.csv")))
+    levels.main([])
+    np.testing.assert_allclose(asked, [np.geomspace(0.02, 9.0, 3)] * 2)
+    rows = pd.read_csv(tmp_path / "out.csv").set_index("model").loc["two"]
+    one, two = errors.values()
+    for level in range(3):
+        for basis, names in ((two[..., 1], ["ratio", "lo", "hi"]), (one[..., 0], list(levels.OVER_FIRST))):
+            expected = scoring.ratio_of_means(two[:, level, 0], basis[:, level], block=9, seed=0)
+            np.testing.assert_allclose(
+                rows.iloc[level][names].astype(float), [expected.ratio, expected.lo, expected.hi], rtol=1e-6
+            )
+
+
 def test_models_in_other_units_are_not_compared(trained, tmp_path, monkeypatch):
     """As those of other data, of which the part `all` of a third file may be asked."""
     scale = trained.standardiser
