@@ -138,6 +138,24 @@ def test_without_gaps_it_is_the_plain_fit(plain, frames):
     np.testing.assert_allclose(found.rest, complete.rest, rtol=1e-3)
 
 
+def test_a_wide_ocean_may_be_turned_upside_down():
+    """Of more cells than are solved for at once; the last come first."""
+    shape = (30, 40)
+    ocean = np.ones(shape, bool)
+    y, x = np.indices(shape)
+    rng = np.random.default_rng(1)
+    waves = np.cos(0.1 * (np.arange(1, 4)[:, None, None] * y + x))[..., None] * [1.0, 0.5]
+    frames = (rng.normal(size=(16, 3)) @ waves.reshape(3, -1)).reshape(16, *shape, 2) + 0.1 * rng.normal(size=2)
+    frames = frames.astype(np.float32) + 0.1 * rng.normal(size=frames.shape).astype(np.float32)
+    present = holes(16, shape, ocean)
+    found, turned = (
+        linear.fit_with_gaps(frames[:, way], present[:, way], ocean, 3, 6)
+        for way in (slice(None), slice(None, None, -1))
+    )
+    np.testing.assert_allclose(turned.mean[::-1], found.mean, atol=1e-4)
+    np.testing.assert_allclose(linear.prior_variance(turned)[::-1], linear.prior_variance(found), rtol=1e-3)
+
+
 @pytest.mark.parametrize("number", [1e6, np.nan])
 def test_what_gaps_hold_does_not_matter(frames, present, number):
     other = np.where((present | ~OCEAN)[..., None], frames, np.float32(number))
@@ -530,6 +548,8 @@ def test_denoising_errors_are_those_of_present_cells(trained):
     assert np.isfinite(errors).all()
     # At the least noise an estimate is hardly better than the noise itself.
     np.testing.assert_allclose(errors[:, 0, 1].mean(), 0.01**2, rtol=0.2)
+    last = levels.denoising_errors(made, frames.select([-1]), split.test[-1:], sigma)
+    np.testing.assert_allclose(last, errors[-1:], rtol=1e-5)
 
 
 @pytest.mark.slow
