@@ -172,6 +172,10 @@ def test_corners_on_land_have_no_part_in_gains(gaussian, ocean):
     gain = gains.kalman_gain(gaussian, seen, noise, jnp.float32(0.5))
     left = [float(gains.remaining_variance(gaussian, one, gain, jnp.float32(0.5))) for one in (seen, less)]
     assert left[0] == pytest.approx(left[1], rel=1e-6)
+    ones = jnp.ones((2, 2))
+    for field in (gains.increment(gaussian, seen, gain, ones, 0.5), guide.Evidence(gaussian.ocean, seen).spread(ones)):
+        assert np.abs(np.asarray(field).reshape(-1, 2)[wet]).min() > 1e-3
+        np.testing.assert_allclose(np.asarray(field)[~ocean], 0, atol=1e-9)
 
 
 @pytest.mark.parametrize("sigma", [0.02, 1.0, 80.0, np.inf])
