@@ -143,6 +143,18 @@ def test_accelerations_are_those_of_the_equations():
             np.testing.assert_allclose(made[k][y, x], expected, atol=2e-6)
 
 
+def test_a_step_is_as_long_as_it_says():
+    """A push is felt for as long, where coast and sponge are far: from rest little else acts within a step."""
+    g, sea = twin.geometry(SMALL), twin.sea(SMALL)
+    push = 3e-4, -2e-4
+    start, body = still(sea), tuple(jnp.full(sea.ocean.shape, one, jnp.float32) for one in push)
+    after = run(SMALL, sea, start, Forcing((start.u, start.v), body), 1)
+    far = ndimage.distance_transform_edt(g.ocean & (g.sponge == 0)) > 12
+    assert far.sum() > 100
+    for q, one in zip(after[:2], push, strict=True):
+        np.testing.assert_allclose(np.asarray(twin.unflatten(q))[far], SMALL.dt * one, rtol=0.03)
+
+
 def test_a_closed_basin_keeps_its_volume():
     # Without a flow from outside the rim is a wall; only the sponge adds or takes water.
     sea = twin.sea(SMALL)
