@@ -191,6 +191,16 @@ class TestSyntheticRoms:
         with pytest.raises(InputError, match=r"lat_rho \(5, 9\) do not fit together"):
             readers.read(bare, grid=other)
 
+    def test_currents_in_the_cells_have_the_places_of_the_grid(self, tmp_path):
+        whole = roms()
+        u, v = np.random.default_rng(0).normal(0, 0.3, (2, 2, 7, 9)).astype(np.float32)
+        dims = ("ocean_time", "eta_rho", "xi_rho")
+        currents = {name: (dims, x, {"units": "m s-1"}) for name, x in (("u_eastward", u), ("v_northward", v))}
+        grid = saved(tmp_path, whole[["lat_rho", "lon_rho"]].drop_vars("ocean_time", errors="ignore"), "grid.nc")
+        got = readers.read(saved(tmp_path, xr.Dataset(currents, {"ocean_time": whole["ocean_time"]})), grid=grid)
+        for found, expected in zip((got.lat, got.lon, got.u, got.v), (*polar(*mesh((7, 9))), u, v), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
     def test_without_masks_missing_faces_are_land(self, tmp_path):
         got = readers.read(saved(tmp_path, roms(masks=(), land_value=np.nan)))
         expected = readers.read(saved(tmp_path, roms(), "masked.nc"))
