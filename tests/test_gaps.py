@@ -20,7 +20,7 @@ from jax_repaint.optimise import State, make_held_out, make_loss, make_steps, pl
 from jax_repaint.prepare import missing, prepare, split_fields
 from jax_repaint.prior import linear
 from jax_repaint.settings import network_config
-from tests.test_linear import OCEAN, SEA, SHAPE, covariance_of, draw, on_sea, truth
+from tests.test_linear import OCEAN, SEA, SHAPE, covariance_of, draw, on_grid, on_sea, truth
 
 RANK = 4
 TRUE = truth(RANK, 0.05, seed=5)
@@ -136,6 +136,36 @@ def test_without_gaps_it_is_the_plain_fit(plain, frames):
     np.testing.assert_allclose(covariance_of(found), covariance_of(complete), atol=2e-3)
     np.testing.assert_allclose(found.mean, complete.mean, atol=1e-4)
     np.testing.assert_allclose(found.rest, complete.rest, rtol=1e-3)
+
+
+def test_a_step_of_few_frames_is_the_formulas(frames, present, monkeypatch):
+    """One of EM, frame by frame and value by value, with its frame at zero, which counts among few."""
+    monkeypatch.setattr(linear, "PRIOR_FRAMES", 1.0)
+    found = linear.fit_with_gaps(frames[:20], present[:20], OCEAN, RANK, 1)
+    values, known = on_sea(frames[:20]), on_values(present[:20])
+    mean = np.where(known, values, 0).sum(0) / (known.sum(0) + 1)
+    first = linear.fit(on_grid(np.where(known, values, mean)), OCEAN, RANK)
+    rest = float(first.rest)
+    w = np.sqrt(np.asarray(first.variance, float) - rest)[:, None] * on_sea(first.direction)
+    z, spread = np.zeros((20, RANK + 1)), np.zeros((20, RANK + 1, RANK + 1))
+    for n, here in enumerate(known):
+        inverse = np.linalg.inv(w[:, here] @ w[:, here].T + rest * np.eye(RANK))
+        z[n] = *(inverse @ w[:, here] @ (values[n] - mean)[here]), 1
+        spread[n, :-1, :-1] = rest * inverse
+    second = z[:, :, None] * z[:, None] + spread
+    loading = np.stack(
+        [
+            np.linalg.solve(second[here].sum(0) + np.eye(RANK + 1), z[here].T @ values[here, v])
+            for v, here in enumerate(known.T)
+        ]
+    )
+    error = (values - z @ loading.T) ** 2 + np.einsum("vk,nkl,vl->nv", loading, spread, loading)
+    average = z.mean(0)
+    w, covariance = loading[:, :-1], (second.mean(0) - np.outer(average, average))[:-1, :-1]
+    assert float(found.rest) == pytest.approx(error[known].mean(), rel=1e-4)
+    np.testing.assert_allclose(on_sea(found.mean), loading @ average, atol=1e-5)
+    expected = w @ covariance @ w.T + error[known].mean() * np.eye(SEA.size)
+    np.testing.assert_allclose(covariance_of(found), expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_wide_ocean_may_be_turned_upside_down():
