@@ -1,5 +1,6 @@
 """Members do not depend on how they are computed, and pairs of an exact denoiser have the linear mean."""
 
+import itertools
 import json
 import logging
 import subprocess
@@ -476,6 +477,14 @@ def test_pairs_do_not_depend_on_chunks_or_number(gaussian, observation, analysis
         np.testing.assert_allclose(again, x[: len(again)], atol=1e-5)
     for other in ({"seed": 1}, {"frames": [4]}):
         assert np.abs(pairs(gaussian, gaussian, observation, analysis, **other) - x)[:, OCEAN].mean() > 0.05
+
+
+def test_members_without_partners_have_noise_of_their_own(gaussian, observation, analysis):
+    x = pairs(gaussian, gaussian, observation, analysis, antithetic=False)
+    # Pairs are numbered too.
+    np.testing.assert_allclose(x[:3], pairs(gaussian, gaussian, observation, analysis)[::2], atol=1e-5)
+    for one, other in itertools.combinations(x - np.asarray(analysis.mean(observation.values)), 2):
+        assert min(np.abs(one - other)[OCEAN].mean(), np.abs(one + other)[OCEAN].mean()) > 0.05
 
 
 @struct.dataclass
