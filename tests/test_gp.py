@@ -315,9 +315,17 @@ def test_fit_of_frames_with_gaps_finds_them_too(name):
     velocity[rng.random(velocity.shape[:3]) < 0.2] = np.nan
     velocity[::2, 2:7, 3:9] = np.nan
     background = np.zeros((*shape, 2))
-    fitted, _ = gp.fit(name, velocity, np.ones(shape, bool), gp.pixels(shape), background, steps=80, points=64, seed=6)
+    fitted, loss = gp.fit(
+        name, velocity, np.ones(shape, bool), gp.pixels(shape), background, steps=80, points=64, seed=6
+    )
     for number in ("lengthscale", "variance", "noise"):
         assert float(getattr(fitted, number)) == pytest.approx(float(getattr(truth, number)), rel=0.15), number
+    # Minus log p of its own draws, a value.
+    cells = [rng.permutation(gp.pixels(shape).reshape(-1, 2))[:64] for _ in range(20)]
+    expected = [
+        0.5 * (1 + np.linalg.slogdet(2 * np.pi * (dense(truth, p, p) + noise * np.eye(128)))[1] / 128) for p in cells
+    ]
+    assert loss[40:].mean() == pytest.approx(np.mean(expected), abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["rbf", "divergence_free"])
