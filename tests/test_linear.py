@@ -120,6 +120,15 @@ def test_fit_with_fewer_frames_than_directions_is_invertible(fields):
         linear.fit(fields[:1], OCEAN, 3)
 
 
+def test_fit_of_fields_with_fewer_degrees_of_freedom_is_invertible(fields):
+    """Directions that they leave empty have no less variance than the rest."""
+    flat = np.random.default_rng(5).normal(size=(30, 2)).astype(np.float32) @ fields[:2].reshape(2, -1)
+    few = linear.fit(flat.reshape(30, *SHAPE, 2), OCEAN, 6)
+    variances = np.linalg.eigvalsh(covariance_of(few))
+    np.testing.assert_allclose(variances[:-2], float(few.rest), rtol=1e-2)
+    np.testing.assert_allclose(variances[-2:].sum(), on_sea(flat.reshape(30, *SHAPE, 2)).var(0).sum(), rtol=1e-3)
+
+
 @pytest.mark.parametrize("rank", [0, 1, 5, 12, 50])
 def test_truncate_keeps_the_total_variance(gaussian, rank):
     short = linear.truncate(gaussian, rank)
