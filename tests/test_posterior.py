@@ -207,7 +207,9 @@ def test_corrections_without_a_covariance(gaussian, ocean, correction):
     x = 2 * jax.random.normal(jax.random.key(0), (*SHAPE, 2))
     fields = []
     for name in ("kalman", correction):
-        evidence = evidence_for(Posterior.create(sigma, correction=name), gaussian.ocean, observation, white)
+        # Whatever prior the others are given.
+        prior = white if name == "kalman" else gaussian
+        evidence = evidence_for(Posterior.create(sigma, correction=name), gaussian.ocean, observation, prior)
         if evidence.gain is not None:
             evidence = evidence.replace(gain=jax.tree.map(lambda g: g[0], evidence.gain))
         correct = jax.jit(lambda x, e, name=name: guide.CORRECTIONS[name](lambda x: white(x, sigma), x, sigma, 0.0, e))
