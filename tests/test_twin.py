@@ -143,16 +143,22 @@ def test_accelerations_are_those_of_the_equations():
             np.testing.assert_allclose(made[k][y, x], expected, atol=2e-6)
 
 
-def test_a_step_is_as_long_as_it_says():
-    """A push is felt for as long, where coast and sponge are far: from rest little else acts within a step."""
-    g, sea = twin.geometry(SMALL), twin.sea(SMALL)
-    push = 3e-4, -2e-4
-    start, body = still(sea), tuple(jnp.full(sea.ocean.shape, one, jnp.float32) for one in push)
-    after = run(SMALL, sea, start, Forcing((start.u, start.v), body), 1)
+def test_a_step_is_of_the_third_order():
+    """A current that turns under a push, far from coasts and without waves: the series of its exponential to dt^3."""
+    parameters = Twin(eddies=4, f=0.02, friction=0.0, viscosity=0.0, divergence_damping=0.0)
+    g, sea = twin.geometry(parameters), twin.sea(parameters)._replace(gravity=jnp.float32(0))
+
+    def everywhere(one):
+        return tuple(jnp.full(sea.ocean.shape, part, jnp.float32) for part in (one.real, one.imag))
+
+    current, push, turn = 0.02 + 0.05j, 3e-4 - 2e-4j, -1j * parameters.f * parameters.dt
+    start = still(sea)._replace(**dict(zip("uv", everywhere(current), strict=True)))
+    after = run(parameters, sea, start, Forcing((start.u, start.v), everywhere(push)), 1)
+    expected = current * (1 + turn + turn**2 / 2 + turn**3 / 6) + parameters.dt * push * (1 + turn / 2 + turn**2 / 6)
     far = ndimage.distance_transform_edt(g.ocean & (g.sponge == 0)) > 12
     assert far.sum() > 100
-    for q, one in zip(after[:2], push, strict=True):
-        np.testing.assert_allclose(np.asarray(twin.unflatten(q))[far], SMALL.dt * one, rtol=0.03)
+    u, v = (np.asarray(twin.unflatten(q))[far] for q in after[:2])
+    np.testing.assert_allclose(u + 1j * v, expected, rtol=1e-5)
 
 
 def test_a_closed_basin_keeps_its_volume():
