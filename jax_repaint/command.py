@@ -73,10 +73,14 @@ def run(main: Callable[[Sequence[str]], None], positional: int = 0) -> None:
 
 
 class _Lines:
-    """Stderr, for what writes over its own line there."""
+    """Stderr, for what writes over its own line there; a line that says nothing new is left out."""
+
+    last = ""
 
     def write(self, text: str) -> None:
-        if line := text.strip():
+        line = text.strip()
+        if line and line != self.last:
+            self.last = line
             print(line, file=sys.stderr)
 
     def flush(self) -> None:

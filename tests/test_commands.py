@@ -268,6 +268,7 @@ def test_a_log_gets_lines_and_of_what_is_quick_none(monkeypatch, capsys):
     lines = [re.sub(r"after [\d:]+, [\d:?]+ left", "so far", line) for line in err.splitlines()]
     assert (out, lines[0]) == ("", "kalman: 1 of 4 fields so far")
     assert lines[-1] == "kalman: 3 of 4 fields so far, group 1 of 2"
+    assert lines.count(lines[-1]) == 1
     assert "\r" not in err
 
 
