@@ -2,6 +2,7 @@
 
     python -m benchmarks.ridge --patterns=line:22,walk:90,cells:0.02 --frames=128 --members=16 --methods=kalman
     python -m benchmarks.ridge --patterns=line:22,walk:90,cells:0.02 --frames=128 --methods=kalman --error=0.005
+    python -m benchmarks.ridge --patterns=line:22,walk:90 --frames=32 --methods=kalman_jvp --error=0.005 --start
 
 The pattern is fixed: a random one is drawn once, and all frames observe the same cells. `linear` is the best linear
 estimate x_lin(y) from the observed values y, `ridge` adds a kernel ridge regression of what it leaves on n training
@@ -11,19 +12,22 @@ frames,
 
 with rows R_j = x_j - x_lin(y_j) on the cells not observed and z the leading principal components of the observed
 values, each scaled to variance 1 on the training frames. Their number, l and lambda are those with the smallest error
-on validation frames of the same pattern. Of other methods the ensemble mean is compared.
+on validation frames of the same pattern. Of other methods the ensemble mean is compared; with --start posterior
+samplers run a second time, from samples of the linear posterior that are moved by x(y) - x_lin(y).
 
 Observed values are the true ones, of training frames too; with --error all have errors of that size, which every method
 knows.
 
 Columns: mean square error of the cells not observed over the test frames that jax_repaint.evaluate draws, (m/s)^2, and
-its ratio to that of `linear` and of `ridge` on the same frames, with 95 % intervals of a paired block bootstrap.
+its ratio to that of `linear` and of `ridge` on the same frames, with 95 % intervals of a paired block bootstrap; of
+ensembles also the standard deviation of a member over the error of the mean.
 
 Source: Saunders, Gammerman, Vovk, "Ridge regression learning algorithm in dual variables" (1998), eq. 11.
 """
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -46,7 +50,7 @@ from jax_repaint.cases import (
 )
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.errors import InputError
-from jax_repaint.methods import check_methods, run_method
+from jax_repaint.methods import POSTERIOR, check_methods, run_method
 from jax_repaint.model import Model
 from jax_repaint.prior import linear
 
@@ -191,6 +195,7 @@ def measure_pattern(
     members: int,
     seed: int = 0,
     error: float | None = None,
+    start: bool = False,
 ) -> dict:
     """The rows of a pattern and what was chosen for it.
 
@@ -198,6 +203,7 @@ def measure_pattern(
       select, split: see `held_out`.
       train: number of training frames.
       error: of the observations, as in cases.make_cases.
+      start: whether posterior samplers start from the regression too, as a row of their own.
 
     Raises:
       InputError: frames with gaps, whose observed cells would differ.
@@ -210,11 +216,18 @@ def measure_pattern(
     cases = make_cases(trained, test, numbers, pattern, seed, error)
     means = {"linear": np.concatenate(run_method("linear", trained, test, cases, 1).members)}
     means["ridge"], choice = ridge(trained, cases, means["linear"], *others, seed)
-    for name in (bar := tqdm.tqdm(methods, unit="method", disable=None)):
-        bar.set_description(f"{pattern}, {name}")
-        result = run_method(name, trained, test, cases, members, seed)
-        means[name] = np.stack([made.mean(0) for made in result.members])
     scored = test.ocean & ~cases[0].observed
+    offsets = np.nan_to_num(means["ridge"] - means["linear"])
+    moved = [dataclasses.replace(case, offset=offset) for case, offset in zip(cases, offsets, strict=True)]
+    runs = {name: (name, cases) for name in methods}
+    runs |= {f"{name} from ridge": (name, moved) for name in methods if start and name in POSTERIOR}
+    spreads = {}
+    for label in (bar := tqdm.tqdm(runs, unit="method", disable=None)):
+        bar.set_description(f"{pattern}, {label}")
+        name, own = runs[label]
+        result = run_method(name, trained, test, own, members, seed)
+        means[label] = np.stack([made.mean(0) for made in result.members])
+        spreads[label] = float(np.mean([np.mean(result.spread(i)[scored] ** 2) for i in range(len(own))]))
     errors = {
         name: np.array([metrics.mse(one, case.truth, scored) for one, case in zip(made, cases, strict=True)])
         for name, made in means.items()
@@ -226,9 +239,10 @@ def measure_pattern(
         return {key: getattr(ratio, key) for key in ("ratio", "lo", "hi", "wins")}
 
     rows = [
-        {"method": name, "mse": float(error.mean()), "linear": over(name, "linear"), "ridge": over(name, "ridge")}
+        {"method": name, "mse": float(error.mean()), "linear": over(name, "linear"), "ridge": over(name, "ridge"),
+         "spread": math.sqrt(spreads[name] / error.mean()) if name in spreads else None}
         for name, error in errors.items()
-    ]
+    ]  # fmt: skip
     return {"pattern": pattern, "observed": int(cases[0].observed.sum()), "train": len(others[0]),
             "validation": len(others[1]), "frames": len(numbers), "block": block,
             "choice": dataclasses.asdict(choice), "rows": rows}  # fmt: skip
@@ -248,8 +262,11 @@ def report(results: dict) -> str:
             f"{p['pattern']}, {p['observed']} cells observed{exact} in all of {p['frames']} frames; ridge of "
             f"{p['train']} frames: {c['components']} components, length {c['length']:g}, penalty {c['penalty']:g}"
         )
-        rows = [[r["method"], f"{r['mse']:.3g}", text(r["linear"]), text(r["ridge"])] for r in p["rows"]]
-        parts.append(measure.table(["method", "MSE", "over linear [95 %]", "over ridge [95 %]"], rows))
+        rows = []
+        for r in p["rows"]:
+            spread = "" if r["spread"] is None else f"{r['spread']:.2f}"
+            rows.append([r["method"], f"{r['mse']:.3g}", text(r["linear"]), text(r["ridge"]), spread])
+        parts.append(measure.table(["method", "MSE", "over linear [95 %]", "over ridge [95 %]", "spread/error"], rows))
     return "\n".join(parts)
 
 
@@ -266,7 +283,10 @@ def main(argv: Sequence[str]) -> None:
     results = {"machine": measure.machine(), "dtype": "float32", "members": members, "seed": f.seed}
     results |= {"error": f.error, "patterns": []}
     for pattern in dict.fromkeys(f.patterns):
-        found = measure_pattern(trained, select, split, pattern, frames, train, methods, members, f.seed, f.error)
+        found = measure_pattern(
+            trained, select, split, pattern, frames, train, methods, members, f.seed, f.error,
+            f.start,
+        )  # fmt: skip
         results["patterns"].append(found)
     print(report(results))
     if f.out:
@@ -283,6 +303,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("methods", ["kalman"], "Of jax_repaint.evaluate, beside linear and ridge.")
     flags.DEFINE_integer("seed", 0, "Of frames, patterns and members.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_float("error", None, "Standard error of the observations, m/s; by default they are the true values.")
+    flags.DEFINE_boolean("start", False, "Whether posterior samplers start from the regression too.")
     flags.DEFINE_string("out", None, "JSON file to write.")
     flags.DEFINE_boolean("smoke", False, "Two test and forty training frames, four members, whatever else is asked.")
     command.run(main)

@@ -186,6 +186,8 @@ class Case:
       analysis: the linear prior's.
       error: what methods are told of the standard error of a value, m/s.
       noisy: (y, x, 2) m/s, observed values where they have errors of that size; None where they are the truth.
+      offset: (y, x, 2) m/s, from the linear estimate to another that posterior samplers are to start from, 0 where
+        the two are the same; None for the linear one.
     """
 
     pattern: str
@@ -197,6 +199,7 @@ class Case:
     analysis: Analysis
     error: float = OBSERVATION_ERROR
     noisy: np.ndarray | None = None
+    offset: np.ndarray | None = None
 
     @property
     def seen(self) -> np.ndarray:

@@ -347,12 +347,14 @@ def _member(
 ) -> Float[Array, "y x c"]:
     draw_key, noise_key, run_key = jax.random.split(key, 3)
     start = linear_sample(noise_key, analysis, guide.prior_draw(gaussian, draw_key), evidence, sign)
+    if evidence.offset is not None:
+        start = start + evidence.offset
     return posterior(run_key, denoiser, evidence, hyper, start, sign)
 
 
 # What each frame has of its own; the coast and the prior are the same for all. Levels stay in front of frames, where
 # the scan over them needs them.
-_EVIDENCE = guide.Evidence(ocean=None, observation=0, noise=0, gaussian=None, gain=1, regimes=None)
+_EVIDENCE = guide.Evidence(ocean=None, observation=0, noise=0, gaussian=None, gain=1, regimes=None, offset=0)
 _PRINCIPAL = PrincipalAnalysis(_EVIDENCE.replace(gain=0), 0)
 # Bytes that the frames of a call may have of their own; twelve of 96 rows and 16 levels have a seventh of it.
 _OWN_BYTES = 2**30
@@ -396,10 +398,10 @@ def posterior_frames(
 
 
 def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
-    """Evidence of f frames for `posterior_frames`; observation and noise get an axis in front, gains one behind levels.
+    """Evidence of f frames for `posterior_frames`; what each has of its own gets an axis in front, gains behind levels.
 
     Raises:
-      InputError: frames with other numbers of rows, another prior, or gains of another kind.
+      InputError: frames with other numbers of rows, another prior, or gains of another kind; some with an offset.
     """
     first = evidence[0]
     sizes = sorted({one.observation.size for one in evidence})
@@ -411,6 +413,8 @@ def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
         raise InputError(
             "frames that are sampled together need gains of one kind, all by blocks or none (frame_batches)"
         )
+    if len({one.offset is None for one in evidence}) > 1:
+        raise InputError("frames that are sampled together start from an offset all, or none does")
     for one in evidence[1:]:
         if not (_same(one.gaussian, first.gaussian) and _same(one.regimes, first.regimes)):
             raise InputError("frames that are sampled together need the same prior")
@@ -419,7 +423,8 @@ def stack_evidence(evidence: Sequence[guide.Evidence]) -> guide.Evidence:
         each = [getattr(one, name) for one in evidence]
         return jax.tree.map(lambda *leaf: jnp.stack(leaf, axis), *each)
 
-    return first.replace(observation=stacked("observation", 0), noise=stacked("noise", 0), gain=stacked("gain", 1))
+    own = {"observation": 0, "noise": 0, "gain": 1, "offset": 0}
+    return first.replace(**{name: stacked(name, axis) for name, axis in own.items()})
 
 
 def stack_analyses(analyses: Sequence[Analysis]) -> Analysis:

@@ -46,6 +46,7 @@ class Evidence:
       gaussian: the prior of `gain`.
       gain: of every level of the sampler, or of one level where a correction sees it.
       regimes: of the correction `regimes`, whose gains have an axis K more (after that of the levels).
+      offset: added to the sample of the linear posterior that a member starts from; None for nothing.
     """
 
     ocean: Float[Array, "y x 1"]
@@ -54,6 +55,7 @@ class Evidence:
     gaussian: PrincipalGaussian | None = None
     gain: Gain | None = None
     regimes: Regimes | None = None
+    offset: Field | None = None
 
     def misfit(self, x0: Field) -> Values:
         """y - A x0; 0 on padded rows."""

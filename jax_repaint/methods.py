@@ -13,7 +13,7 @@ from jax_repaint import device, gains, metrics, sample
 from jax_repaint.calibration import NO_EVIDENCE, Gate
 from jax_repaint.cases import Case, GPBaseline, hold_out, known_of, prior_of
 from jax_repaint.checks import whole_number
-from jax_repaint.data.fields import Fields
+from jax_repaint.data.fields import Fields, pad
 from jax_repaint.ensemble import (
     finite_members,
     frame_batches,
@@ -183,9 +183,7 @@ def run_method(
         rows = [gains.rows_of(trained.gaussian, case.observation) for case in cases]
         for batch in frame_batches(rows, members, chunk, trained.gaussian, hyper.calls):
             mine = [cases[i] for i in batch]
-            evidence = [
-                evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian) for case in mine
-            ]
+            evidence = [_evidence(trained, hyper, case) for case in mine]
 
             def sampled(chunk: int, mine: Sequence[Case] = mine, evidence: Sequence[Evidence] = evidence) -> np.ndarray:
                 return posterior_ensemble(
@@ -202,6 +200,15 @@ def run_method(
     if name == "linear_samples" or name in POSTERIOR:
         made = finite_members(name, frames, made, trained.ocean, name in PAIRED)
     return Result(made, (time.monotonic() - began) / len(cases), calls * members, name in PAIRED)
+
+
+def _evidence(trained: Model, hyper: Posterior, case: Case) -> Evidence:
+    """What a posterior sampler knows of a case, and where it starts from."""
+    made = evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian)
+    if case.offset is None:
+        return made
+    offset = np.where(trained.ocean[..., None], case.offset / np.asarray(trained.standardiser.std), 0)
+    return made.replace(offset=jnp.asarray(pad(offset, trained.padded), jnp.float32))
 
 
 @jax.jit

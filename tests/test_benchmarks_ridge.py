@@ -111,7 +111,7 @@ def test_observations_have_the_errors_that_are_asked_for():
 def run(monkeypatch, folder, **options):
     asked = {"model": str(folder / "model"), "fields": str(folder / "tiny.nc"), "patterns": ["line:4", "cells:0.2"]}
     asked |= {"frames": 6, "train": 30, "members": 2, "methods": ["kalman"], "seed": 0, "error": None, "out": None}
-    asked |= {"smoke": False}
+    asked |= {"start": False, "smoke": False}
     monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**(asked | options)))
     ridge.main([])
 
@@ -138,8 +138,11 @@ def test_the_command_runs(monkeypatch, folder, capsys):
             for base in ("linear", "ridge"):
                 assert r[base]["ratio"] == pytest.approx(r["mse"] / rows[base]["mse"])
                 assert r[base]["lo"] <= r[base]["ratio"] <= r[base]["hi"]
-    run(monkeypatch, folder, patterns=["line:4"], methods=[], error=0.03)
-    assert "cells observed with errors of 0.03 m/s in all of 6 frames" in capsys.readouterr().out
+    run(monkeypatch, folder, patterns=["line:4"], methods=["linear_samples", "paste"], error=0.03, start=True)
+    printed = capsys.readouterr().out
+    assert "cells observed with errors of 0.03 m/s in all of 6 frames" in printed
+    assert [line.split("  ")[0].strip() for line in printed.splitlines()[-5:]][-1] == "paste from ridge"
+    assert "linear_samples from ridge" not in printed
 
 
 @pytest.mark.parametrize(

@@ -479,6 +479,34 @@ def test_pairs_do_not_depend_on_chunks_or_number(gaussian, observation, analysis
         assert np.abs(pairs(gaussian, gaussian, observation, analysis, **other) - x)[:, OCEAN].mean() > 0.05
 
 
+def test_a_start_that_is_moved_moves_members_as_the_gaussian_says(gaussian, observation, analysis, frames):
+    """By a level of a linear denoiser, and by the Kalman analysis of its estimate, in dense algebra."""
+    sigma, offset = 0.7, 0.2 * frames[1] - 0.1 * frames[2]
+    hyper = Posterior.create(sigma, 0.01, 2, stop_sigma=0.5)
+    evidence = evidence_for(hyper, gaussian.ocean, observation, gaussian)
+    options = {"frames": [3, 3], "members": 2}
+    one, other = posterior_ensemble(
+        gaussian, [evidence.replace(offset=jnp.asarray(part)) for part in (0 * offset, offset)], gaussian,
+        [analysis] * 2, hyper, **options,
+    )  # fmt: skip
+    plain = posterior_ensemble(gaussian, [evidence] * 2, gaussian, [analysis] * 2, hyper, **options)
+    np.testing.assert_array_equal(one, plain[0])
+    sea = np.flatnonzero(np.repeat(OCEAN.reshape(-1), 2))
+    direction = np.asarray(gaussian.direction, np.float64).reshape(-1, 2 * OCEAN.size)[:, sea]
+    rest = float(gaussian.rest)
+    prior = (direction.T * (np.asarray(gaussian.variance, np.float64) - rest)) @ direction + rest * np.eye(sea.size)
+    shrink = prior @ np.linalg.inv(prior + sigma**2 * np.eye(sea.size))
+    seen = np.repeat(np.asarray(observation.on_grid(SHAPE)[0]).reshape(-1), 2)[sea]
+    left = sigma**2 * shrink
+    gain = left[:, seen] @ np.linalg.inv(left[np.ix_(seen, seen)] + 0.1**2 * np.eye(seen.sum()))
+    moved = shrink @ offset.reshape(-1)[sea]
+    expected = moved - gain @ moved[seen]
+    for member in other - one:
+        np.testing.assert_allclose(member.reshape(-1)[sea], expected, atol=2e-5)
+    with pytest.raises(InputError, match="start from an offset all, or none does"):
+        stack_evidence([evidence, evidence.replace(offset=jnp.asarray(offset))])
+
+
 def test_members_without_partners_have_noise_of_their_own(gaussian, observation, analysis):
     x = pairs(gaussian, gaussian, observation, analysis, antithetic=False)
     # Pairs are numbered too.
