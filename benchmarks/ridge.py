@@ -31,10 +31,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.linalg
 import tqdm
 from absl import flags
-from scipy.spatial.distance import cdist
 
 from benchmarks import measure
 from jax_repaint import SHIPPED, command, metrics, model, scoring
@@ -53,6 +51,7 @@ from jax_repaint.errors import InputError
 from jax_repaint.methods import POSTERIOR, check_methods, run_method
 from jax_repaint.model import Model
 from jax_repaint.prior import linear
+from jax_repaint.prior.ridge import Choice, kernel, solve, spaced, whitening
 
 COMPONENTS = (15, 30, 60)
 LENGTHS = (2.8, 4.0, 5.7, 8.0, 16.0)  # thirty components lie 8 apart
@@ -60,24 +59,10 @@ PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)
 VALIDATION = 600  # frames
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What `select` found: components, length and penalty; `error` is the sum of squares left over that of R."""
-
-    components: int
-    length: float
-    penalty: float
-    error: float
-
-
 def whitened(train: np.ndarray, others: Sequence[np.ndarray], components: int) -> list[np.ndarray]:
     """Leading principal components of the rows of `train` (n, d), variance 1 there, and those of each of `others`."""
-    mean = train.mean(0)
-    _, singular, directions = np.linalg.svd(train - mean, full_matrices=False)
-    # What is constant on the training frames has no scale.
-    count = min(components, int((singular > 1e-6 * singular[0]).sum()))
-    scale = np.sqrt(len(train)) / singular[:count]
-    return [(rows - mean) @ directions[:count].T * scale for rows in (train, *others)]
+    mean, turn = whitening(train, components)
+    return [(rows - mean) @ turn for rows in (train, *others)]
 
 
 def weights(train: np.ndarray, at: np.ndarray, length: float, penalty: float) -> np.ndarray:
@@ -86,10 +71,7 @@ def weights(train: np.ndarray, at: np.ndarray, length: float, penalty: float) ->
     Args:
       train, at: (n, d) and (m, d) predictors.
     """
-    kernel, between = (np.exp(-cdist(a, train, "sqeuclidean") / (2 * length**2)) for a in (train, at))
-    kernel[np.diag_indices_from(kernel)] += penalty
-    factor = scipy.linalg.cho_factor(kernel, overwrite_a=True, check_finite=False)
-    return scipy.linalg.cho_solve(factor, between.T, check_finite=False).T
+    return solve(kernel(train, train, length), kernel(at, train, length).T, penalty).T
 
 
 def select(
@@ -153,11 +135,6 @@ def seen_and_left(
     scored = trained.ocean & ~case.observed
     left = (velocity - trained.to_velocity(mean))[:, scored]
     return values.reshape(len(values), -1).astype(np.float64), left.reshape(len(left), -1).astype(np.float64)
-
-
-def spaced(numbers: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the numbers, evenly spaced."""
-    return numbers[np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int))]
 
 
 def ridge(

@@ -18,7 +18,7 @@ from absl import logging
 
 from jax_repaint import device, ensemble, gains, guide
 from jax_repaint.cases import Case
-from jax_repaint.methods import linear_samples
+from jax_repaint.methods import FROM_RIDGE, linear_samples, ridge_offset
 from jax_repaint.model import Model
 from jax_repaint.points import Program, same_program
 from jax_repaint.posterior import evidence_for
@@ -317,8 +317,10 @@ class Sampler:
         if self._kept.get(number, (b"",))[0] != pattern:
             made = evidence_for(program, self.trained.gaussian.ocean, case.observation, self.trained.gaussian)
             self._kept[number] = pattern, made
-        made = self._kept[number][1]
-        return made.replace(observation=case.observation)
+        made = self._kept[number][1].replace(observation=case.observation)
+        if self.study.points[number].method in FROM_RIDGE:
+            made = made.replace(offset=ridge_offset(self.trained, case.observation))
+        return made
 
 
 def _filled(items: list[int], count: int) -> list[int]:

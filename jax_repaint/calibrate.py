@@ -32,7 +32,7 @@ from jax_repaint.errors import InputError
 from jax_repaint.model import Model
 from jax_repaint.unfinished import Unfinished
 
-METHODS = tuple(name for name in methods.METHODS if name not in ("climatology", "seed_gp", "gp", "linear"))
+METHODS = tuple(name for name in methods.METHODS if name not in (*methods.DETERMINISTIC, "ridge"))
 RECORD = 1024  # frames at most whose linear estimate is made, to see how long its errors last
 
 
@@ -227,6 +227,8 @@ def main(_) -> None:
     trained = model.load(FLAGS.model)
     name = FLAGS.method or (trained.calibrations[0].method if trained.calibrations else "kalman")
     check(name, FLAGS.members, FLAGS.block or 1)
+    if name in methods.POSTERIOR:
+        methods.levels_of(trained, name)
     if FLAGS.model == SHIPPED:
         raise InputError(f"{SHIPPED} is the model in the package; calibrate a copy of its folder")
     files.check_writable(f"{FLAGS.model}/{model.DESCRIPTION}")

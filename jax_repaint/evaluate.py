@@ -54,6 +54,7 @@ from jax_repaint.methods import (
     POSTERIOR,
     REPAINT,
     Result,
+    check_archive,
     check_methods,
     gate_evidence,
     levels_of,
@@ -418,6 +419,8 @@ def _check_model(trained: Model, methods: Sequence[str]) -> None:
     for name in methods:
         if name in POSTERIOR:
             levels_of(trained, name)
+        if name == "ridge":
+            check_archive(trained, name)
         if name in REPAINT:
             stages_of(trained, name)
         if name == "gp" and trained.kernel is None:

@@ -1,6 +1,7 @@
 """Every method by its name: baselines, the RePaint family, posterior samplers; and what one makes of some cases."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,16 +27,31 @@ from jax_repaint.ensemble import (
 from jax_repaint.errors import InputError
 from jax_repaint.guide import Evidence, prior_draw
 from jax_repaint.model import Model
+from jax_repaint.observe import Observation
 from jax_repaint.posterior import Posterior, evidence_for
+from jax_repaint.prior import ridge
 from jax_repaint.sample import Outcome, Repaint, method
 
 DETERMINISTIC = ("climatology", "seed_gp", "gp", "linear")
 BASELINES = (*DETERMINISTIC, "linear_samples")
 REPAINT = tuple(sample.METHODS)
-POSTERIOR = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "kalman_jvp", "dps", "paste")
-METHODS = (*BASELINES, *REPAINT, *POSTERIOR)
+CORRECTIONS = ("kalman", "given", "cov_pigdm", "pigdm", "mmps", "kalman_cg", "kalman_jvp", "dps", "paste")
+# Those that start from the regression of prior/ridge.py, and what they correct by.
+FROM_RIDGE = {"kalman_ridge": "kalman_jvp"}
+POSTERIOR = (*CORRECTIONS, *FROM_RIDGE)
+METHODS = (*BASELINES, "ridge", *REPAINT, *POSTERIOR)
 # Those that use observations by their likelihood alone, so that rows may be merged (observe.merged).
-MERGING = ("linear_samples", "kalman", "kalman_cg", "kalman_jvp", "cov_pigdm", "pigdm", "given")
+MERGING = (
+    "linear_samples",
+    "ridge",
+    "kalman",
+    "kalman_cg",
+    "kalman_jvp",
+    "kalman_ridge",
+    "cov_pigdm",
+    "pigdm",
+    "given",
+)
 PAIRED = POSTERIOR  # methods whose members come in antithetic pairs
 START = 3.4  # noise level that posterior samplers start from; chosen on validation frames among 3.4, 10, 30 and 130
 LEVELS = 16  # of posterior samplers
@@ -78,13 +94,28 @@ def levels_of(trained: Model, name: str, count: int = LEVELS) -> Posterior:
     """Hyperparameters of a posterior sampler: `count` levels from START, or less where the model was trained on less.
 
     Raises:
-      InputError: `given` with a network that takes no observations, or with another linear prior than its own.
+      InputError: `given` with a network that takes no observations; a method that starts from a regression with a
+        model without an archive; either with another linear prior than the network's own.
     """
     if name == "given" and trained.form != "conditional":
         raise InputError(f"the method given needs a model of form conditional, this one is {trained.form}")
     if name == "given" and trained.anchor is not None:
         raise InputError("the method given needs the linear prior that its network was trained on")
-    return Posterior.create(min(START, trained.sigma[1]), max(trained.sigma[0], 0.01), count, correction=name)
+    if name in FROM_RIDGE:
+        check_archive(trained, name)
+    correction = FROM_RIDGE.get(name, name)
+    return Posterior.create(min(START, trained.sigma[1]), max(trained.sigma[0], 0.01), count, correction=correction)
+
+
+def check_archive(trained: Model, name: str) -> None:
+    """Raises InputError if the model has no frames for the regression that a method needs."""
+    if trained.anchor is not None:
+        raise InputError(f"the method {name} needs the linear prior that its network was trained on")
+    if trained.archive is None:
+        raise InputError(
+            f"the method {name} starts from a regression on training frames, which the model does not hold; "
+            "python -m jax_repaint.archive --model=MODEL adds them"
+        )
 
 
 def stages_of(trained: Model, name: str) -> tuple[Repaint, ...]:
@@ -154,6 +185,14 @@ def run_method(
         made = [baseline.mean(case)[None] for case in cases]
     elif name == "linear":
         made = [trained.to_velocity(case.analysis.mean(case.observation.values))[None] for case in cases]
+    elif name == "ridge":
+        check_archive(trained, name)
+        made = [
+            trained.to_velocity(case.analysis.mean(case.observation.values) + ridge_offset(trained, case.observation))[
+                None
+            ]
+            for case in cases
+        ]
     elif name == "linear_samples":
         made, chunk = [], min(chunk, members)
         for case in cases:
@@ -183,7 +222,7 @@ def run_method(
         rows = [gains.rows_of(trained.gaussian, case.observation) for case in cases]
         for batch in frame_batches(rows, members, chunk, trained.gaussian, hyper.calls):
             mine = [cases[i] for i in batch]
-            evidence = [_evidence(trained, hyper, case) for case in mine]
+            evidence = [evidence_of(trained, name, hyper, case) for case in mine]
 
             def sampled(chunk: int, mine: Sequence[Case] = mine, evidence: Sequence[Evidence] = evidence) -> np.ndarray:
                 return posterior_ensemble(
@@ -202,13 +241,33 @@ def run_method(
     return Result(made, (time.monotonic() - began) / len(cases), calls * members, name in PAIRED)
 
 
-def _evidence(trained: Model, hyper: Posterior, case: Case) -> Evidence:
+def evidence_of(trained: Model, name: str, hyper: Posterior, case: Case) -> Evidence:
     """What a posterior sampler knows of a case, and where it starts from."""
     made = evidence_for(hyper, trained.gaussian.ocean, case.observation, trained.gaussian)
-    if case.offset is None:
-        return made
-    offset = np.where(trained.ocean[..., None], case.offset / np.asarray(trained.standardiser.std), 0)
-    return made.replace(offset=jnp.asarray(pad(offset, trained.padded), jnp.float32))
+    if case.offset is not None:
+        offset = np.where(trained.ocean[..., None], case.offset / np.asarray(trained.standardiser.std), 0)
+        return made.replace(offset=jnp.asarray(pad(offset, trained.padded), jnp.float32))
+    if name in FROM_RIDGE:
+        return made.replace(offset=ridge_offset(trained, case.observation))
+    return made
+
+
+_regressions: dict[bytes, ridge.Regression] = {}
+KEPT_REGRESSIONS = 8  # of some megabytes each
+
+
+def ridge_offset(trained: Model, observation: Observation) -> jax.Array:
+    """From the linear estimate to that of the regression, (Y, X, c), standardised; the latest patterns are kept."""
+    blank = observation.replace(values=jnp.zeros_like(observation.values))
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves((trained.gaussian, vars(trained.archive), blank)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    name = digest.digest()
+    found = _regressions.pop(name, None) or ridge.regression(trained.gaussian, trained.archive, observation)
+    _regressions[name] = found
+    while len(_regressions) > KEPT_REGRESSIONS:
+        _regressions.pop(next(iter(_regressions)))
+    return jnp.asarray(found.offset(np.asarray(observation.values)[None])[0])
 
 
 @jax.jit

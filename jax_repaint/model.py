@@ -36,6 +36,7 @@ from jax_repaint.files import check_parent, publish, replace_folder, whole_file
 from jax_repaint.nets import unet
 from jax_repaint.observe import extent
 from jax_repaint.prior.gp import Kernel
+from jax_repaint.prior.ridge import Archive
 from jax_repaint.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Model:
       calibrations: each of one method's ensembles of one size; the method of the first is the default of `inpaint`.
       grid: (Y, X) that the network was trained on, where it is not the smallest that fits the network.
       anchor: linear prior that the network corrects, where `gaussian` is another (`with_prior`).
+      archive: training and validation frames for methods that start from a regression on them, or None.
     """
 
     network: unet.UNetConfig
@@ -88,6 +90,7 @@ class Model:
     calibrations: tuple[Calibration, ...] = ()
     grid: tuple[int, int] | None = None
     anchor: PrincipalGaussian | None = None
+    archive: Archive | None = None
 
     def __repr__(self) -> str:
         """One line without the weights, whose numbers would fill thousands."""
@@ -187,12 +190,12 @@ class Model:
         """The same network with another linear prior for analyses, starts and gains; without calibrations.
 
         The network goes on to correct the prior that it was trained on. Not for `given`, whose network has the gains
-        of that prior, and not to be saved.
+        of that prior, nor for starts from the archive, which is in its directions; and not to be saved.
         """
         anchor = self.gaussian if self.anchor is None else self.anchor
         land = jnp.asarray(self.standardiser.land_value)[None, None]
         gaussian = gaussian.replace(mean=jnp.where(gaussian.ocean > 0, gaussian.mean, land))
-        return dataclasses.replace(self, gaussian=gaussian, anchor=anchor, calibrations=())
+        return dataclasses.replace(self, gaussian=gaussian, anchor=anchor, calibrations=(), archive=None)
 
     def to_velocity(self, x: np.ndarray | jax.Array) -> np.ndarray:
         """(..., Y, X, 2) standardised to (..., y, x, 2) m/s, float32, NaN on land."""
@@ -307,6 +310,7 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
     tensors["gaussian/mean"] = np.asarray(model.gaussian.mean)[wet]
     tensors["gaussian/variance"] = np.asarray(model.gaussian.variance)
     tensors["gaussian/rest"] = np.asarray(model.gaussian.rest).reshape(1)
+    tensors |= _archived(model.archive)
     tensors["ocean"] = model.ocean.astype(np.uint8)
     tensors["lat"], tensors["lon"] = np.asarray(model.lat, np.float64), np.asarray(model.lon, np.float64)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -337,6 +341,29 @@ def save(model: Model, folder: str | os.PathLike, dtype: str = "float32") -> Non
             shutil.rmtree(private, ignore_errors=True)
     except (OSError, SafetensorError) as e:
         raise InputError(f"cannot write the model to {folder}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _archived(archive: Archive | None) -> dict[str, np.ndarray]:
+    parts = {} if archive is None else vars(archive)
+    return {f"archive/{name}": part.astype(np.float16) for name, part in parts.items()}
+
+
+def store_archive(folder: str | os.PathLike, archive: Archive) -> None:
+    """Puts an archive into the model in `folder`, in place of an older one; nothing else changes.
+
+    Raises:
+      InputError: no model there, or it cannot be written; it then stays as it was.
+    """
+    path = Path(folder) / WEIGHTS
+    try:
+        tensors = load_file(path) | _archived(archive)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise InputError(f"no model that an archive could be added to in {folder}: {e}") from e
+    with whole_file(path) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as e:
+            raise InputError(f"cannot write {path}: {e}") from e
 
 
 def store_calibration(folder: str | os.PathLike, learnt: Calibration, default: bool = False) -> None:
@@ -413,6 +440,7 @@ def load(folder: str | os.PathLike) -> Model:
             training=text["training"],
             calibrations=_calibrations(text),
             grid=grid,
+            archive=_archive(tensors),
         )
     except (ArithmeticError, AttributeError, KeyError, TypeError, IndexError, ValueError) as e:
         if isinstance(e, InputError):
@@ -483,10 +511,22 @@ def _gaussian(
     )
 
 
+def _archive(tensors: dict[str, np.ndarray]) -> Archive | None:
+    if "archive/train" not in tensors:
+        return None
+    train, validation = (_finite(tensors[f"archive/{name}"], f"archive/{name}") for name in ("train", "validation"))
+    rank = len(tensors["gaussian/variance"])
+    for part in (train, validation):
+        if part.ndim != 2 or not len(part) or part.shape[1] != rank:
+            raise ValueError(f"an archive of {train.shape} and {validation.shape} beside {rank} directions")
+    return Archive(train, validation)
+
+
 def fingerprint(model: Model) -> str:
     """16 hex digits that name these weights and all of the description that samples and baselines depend on."""
     digest = hashlib.blake2b(digest_size=8)
-    for leaf in jax.tree.leaves((model.params, model.gaussian, model.anchor)):
+    archive = None if model.archive is None else tuple(vars(model.archive).values())
+    for leaf in jax.tree.leaves((model.params, model.gaussian, model.anchor, archive)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     parts = [
         model.form, model.standardiser.to_json(), dataclasses.asdict(model.network), model.schedule,

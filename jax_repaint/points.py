@@ -40,7 +40,7 @@ _LEVELS = {"levels": "count", "sigma_max": "sigma_max", "sigma_min": "sigma_min"
 }
 
 # Settings of these posterior samplers alone.
-_OF_SOME = {"dps_step": ("dps",), "cg_steps": ("mmps", "kalman_cg", "kalman_jvp")}
+_OF_SOME = {"dps_step": ("dps",), "cg_steps": ("mmps", "kalman_cg", "kalman_jvp", "kalman_ridge")}
 
 
 def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
@@ -219,7 +219,7 @@ def make_program(point: Point, trained: Model) -> Program:
             hyper = {_LEVELS[key]: value for key, value in point.hyper.items()}
             usual = methods.levels_of(trained, point.method).sigma
             ends = {"sigma_max": float(usual[0]), "sigma_min": float(usual[-1])}
-            program = Posterior.create(**(ends | hyper), correction=point.method)
+            program = Posterior.create(**(ends | hyper), correction=methods.FROM_RIDGE.get(point.method, point.method))
         if program is not None:
             methods.check_levels(trained, program)
     except InputError as e:
@@ -273,6 +273,7 @@ def same_program(point: Point, program: Program) -> Hashable:
     return (
         point.model,
         point.method if program is None else type(program).__name__,
+        point.method in methods.FROM_RIDGE,
         point.prior,
         point.consecutive,
         point.members,

@@ -16,7 +16,7 @@ from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
 from jax_repaint.observe import Observation
-from jax_repaint.prior import gp, linear
+from jax_repaint.prior import gp, linear, ridge
 
 SHARES = (1.0, 0.5, 0.1)  # of the training covariance in the linear prior
 EXPECTED = 2048  # frames, evenly spread, at most, from which EM finds what fills gaps
@@ -61,7 +61,7 @@ class Prepared(NamedTuple):
 
     Attributes:
       train, validation: standardised and padded.
-      split, standardiser, gaussian, kernel, choice: see Model and prior/linear.py.
+      split, standardiser, gaussian, kernel, choice, archive: see Model, prior/linear.py and prior/ridge.py.
     """
 
     train: Frames
@@ -71,6 +71,7 @@ class Prepared(NamedTuple):
     gaussian: PrincipalGaussian
     kernel: gp.Kernel
     choice: linear.Choice
+    archive: ridge.Archive | None
 
 
 def prepare(fields: Fields, config: ConfigDict) -> Prepared:
@@ -111,7 +112,9 @@ def prepare(fields: Fields, config: ConfigDict) -> Prepared:
         # level what the present cells hold; zeros would be edges that no field has. The loss counts none of them.
         train = _filled(gaussian, train, present, 0), present[..., None]
         validation = _filled(gaussian, validation, validation_present, 1), validation_present[..., None]
-    return Prepared(train, validation, split, standardiser, gaussian, kernel, choice)
+    whole = (arrays_of(part)[0] for part in (train, validation))
+    archive = ridge.archive(gaussian, *whole) if config.model.archive else None
+    return Prepared(train, validation, split, standardiser, gaussian, kernel, choice, archive)
 
 
 def _filled(gaussian: PrincipalGaussian, x: np.ndarray, present: np.ndarray, seed: int) -> np.ndarray:

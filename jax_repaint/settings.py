@@ -37,6 +37,8 @@ def default_config() -> ConfigDict:
                 # Observations that the linear prior is chosen for, such as "gaps:0.3"; empty: a line, a walk and cells.
                 "patterns": "",
                 "gp_steps": 200,  # of fitting the GP that stands in tables beside the network
+                # Whether the model keeps some frames, by their coefficients in the EOFs, for the method kalman_ridge.
+                "archive": True,
             },
             "noise": {
                 "steps": 250,

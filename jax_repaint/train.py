@@ -115,6 +115,7 @@ class Run:
             lon=fields.lon,
             gaussian=data.gaussian,
             kernel=data.kernel,
+            archive=data.archive,
             schedule={k: float(config.noise[k]) for k in ("steps", "min_beta", "max_beta")},
             sigma=sigma_range(config),
             training={

@@ -993,7 +993,9 @@ def test_every_method_is_in_the_table_of_all():
     path = next(path for path in SWEEPS if path.stem == "methods")
     module = loaded(path)
     usual, full = (read_points(module.get_config(arg)) for arg in ("", "full"))
-    assert {point.method for point in usual} == {*methods.METHODS} - {*methods.DETERMINISTIC, "given", *module.STAGES}
+    assert {point.method for point in usual} == {
+        *methods.REPAINT, *methods.CORRECTIONS, "linear_samples"
+    } - {"given", *module.STAGES}  # fmt: skip
     every = sample.method("multistage")
     for name in module.STAGES:
         stages = sample.method(name)

@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
             if method not in STAGES:
                 own = {} if arg == "full" else {"members": DRAWN}
                 add(method=method, **own | ({"noise_floor": MEAN_WEIGHT} if method == "uniform" else {}))
-        for method in methods.POSTERIOR:
+        for method in methods.CORRECTIONS:
             # It takes a network that is given the observations.
             if method != "given":
                 add(method=method)

@@ -361,24 +361,39 @@ def prior_variance(gaussian: PrincipalGaussian) -> np.ndarray:
     return np.einsum("r,ryxc->yxc", excess, squares) + rest * np.asarray(gaussian.ocean, np.float64)
 
 
+def _analysed(
+    gaussian: PrincipalGaussian, observation: Observation, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """b and w of n estimates from values (n, m, c): mean + E b + rest A^T w; (n, r) and (n, m, c), float64."""
+    gain = gains.exact_gains(gaussian, observation, np.array([np.inf]))
+    misfit = (values - np.asarray(observation.apply(gaussian.mean))) * np.asarray(observation.valid)[:, None]
+    along = np.tensordot(misfit, gain.along[0], ((1, 2), (1, 2)))
+    if gain.by_blocks:
+        left = misfit - np.tensordot(along, gains.seen_by(gaussian, observation)[1], (1, 2))
+        return along, np.einsum("mcd,nmd->nmc", gain.inverse[0], left)
+    return along, np.einsum("mcpd,npd->nmc", gain.inverse[0], misfit)
+
+
 def estimate(gaussian: PrincipalGaussian, observation: Observation, values: np.ndarray) -> np.ndarray:
     """Posterior means (n, y, x, c) of n frames that share a pattern, from values (n, m, c), without the gain itself."""
-    gain = gains.exact_gains(gaussian, observation, np.array([np.inf]))
-    mean = gaussian.mean
-    misfit = (values - np.asarray(observation.apply(mean))) * np.asarray(observation.valid)[:, None]
-    along = np.tensordot(misfit, gain.along[0], ((1, 2), (1, 2)))
+    along, weighed = _analysed(gaussian, observation, values)
     leading = np.tensordot(along, np.asarray(gaussian.direction), 1)
     ocean, weights = np.asarray(gaussian.ocean), np.asarray(observation.weights, np.float64)
-    if gain.by_blocks:
-        corners = leading.reshape(len(values), ocean.size, -1)[:, np.asarray(observation.cells)]
-        left = misfit - np.einsum("mk,nmkc->nmc", weights, corners)
-        weighed = np.einsum("mcd,nmd->nmc", gain.inverse[0], left)
-    else:
-        weighed = np.einsum("mcpd,npd->nmc", gain.inverse[0], misfit)
     scattered = np.zeros((len(weighed), ocean.size, weighed.shape[-1]))
     np.add.at(scattered, (slice(None), np.asarray(observation.cells)), weights[..., None] * weighed[:, :, None])
-    found = np.asarray(mean) + leading + float(gaussian.rest) * scattered.reshape(leading.shape) * ocean
+    found = np.asarray(gaussian.mean) + leading + float(gaussian.rest) * scattered.reshape(leading.shape) * ocean
     return found.astype(np.float32)
+
+
+def coefficients(gaussian: PrincipalGaussian, observation: Observation, values: np.ndarray) -> np.ndarray:
+    """E^T (x - mean) of the posterior means x of n frames that share a pattern, (n, r) float64, without the means.
+
+    Args:
+      values: (n, m, c).
+    """
+    along, weighed = _analysed(gaussian, observation, values)
+    _, leading = gains.seen_by(gaussian, observation)
+    return along + float(gaussian.rest) * np.tensordot(weighed, leading, 2)
 
 
 def select(
