@@ -249,3 +249,13 @@ def test_a_sweep_starts_there_too(trained, tmp_path):
             expected = metrics.mse(one.mean(0), case.truth, data.ocean & ~case.observed)
             assert rows.loc[(method, case.frame), "mse_mean"] == pytest.approx(expected, rel=1e-4)
     assert not np.allclose(rows.loc["kalman_jvp", "mse_mean"], rows.loc["kalman_ridge", "mse_mean"], rtol=1e-4)
+
+
+def test_the_archive_in_the_package_is_of_its_prior():
+    """Principal components of training frames are uncorrelated and have the variances of the prior."""
+    trained = model.load("ram_head")
+    for part, size, loose in ((trained.archive.train, 3000, 0.1), (trained.archive.validation, 600, 0.3)):
+        assert part.shape == (size, 256)
+        np.testing.assert_allclose((part**2).mean(0), trained.gaussian.variance, rtol=loose)
+    correlation = np.corrcoef(trained.archive.train.T) - np.eye(256)
+    assert np.abs(correlation).max() < 0.1
