@@ -17,7 +17,7 @@ from jax_repaint.methods import run_method
 from jax_repaint.prepare import prepare as prepare_data
 from jax_repaint.prior import linear, ridge
 from jax_repaint.study import open_study
-from tests.test_linear import OCEAN, SEA, SHAPE, draw, on_grid, on_sea, truth
+from tests.test_linear import OCEAN, SEA, SHAPE, covariance_of, draw, on_grid, on_sea, truth
 
 ERROR = 0.05
 
@@ -72,13 +72,12 @@ def test_the_regression_is_the_dense_formula(gaussian, kept, frames, monkeypatch
     found = ridge.regression(gaussian, kept, observation)
     assert found.choice.components == 2
     rows = np.repeat(np.asarray(observation.on_grid(SHAPE)[0]).reshape(-1), 2)[SEA]
-    e, mean = on_sea(gaussian.direction), on_sea(gaussian.mean)
-    rest = float(gaussian.rest)
-    covariance = (e.T * (np.asarray(gaussian.variance, float) - rest)) @ e + rest * np.eye(SEA.size)
+    e, mean, covariance = on_sea(gaussian.direction), on_sea(gaussian.mean), covariance_of(gaussian)
     gain = covariance[:, rows] @ np.linalg.inv(covariance[np.ix_(rows, rows)] + ERROR**2 * np.eye(rows.sum()))
-    rng = np.random.default_rng([0, 0x52])
-    errors = ERROR * rng.standard_normal((len(kept.train), observation.size, 2))[:, :1].reshape(len(kept.train), -1)
-    estimated = (kept.train @ e[:, rows] + errors) @ gain.T @ e.T
+    told = ridge.observed(gaussian, observation, kept.train, np.random.default_rng([0, 0x52]))
+    assert told.shape == (300, 3, 2)
+    assert not told[:, 1:].any()
+    estimated = (told[:, 0] - mean[rows]) @ gain.T @ e.T
     centre = estimated.mean(0)
     value, vector = np.linalg.eigh(np.cov(estimated.T, ddof=0))
     whiten = vector[:, :-3:-1] / np.sqrt(value[:-3:-1])
@@ -93,6 +92,48 @@ def test_the_regression_is_the_dense_formula(gaussian, kept, frames, monkeypatch
     offset = found.offset(values[None])[0]
     np.testing.assert_allclose(on_sea(offset), expected, atol=2e-3 * np.abs(expected).max())
     assert not offset[~OCEAN].any()
+
+
+@pytest.mark.parametrize("points", [False, True], ids=["cells", "points"])
+def test_observed_values_have_the_covariance_of_the_prior(points):
+    """That of the part outside the directions too, of which the archive keeps nothing."""
+    prior = linear.fit(draw(truth(10, 0.3), 400, 1), OCEAN, 6)
+    assert float(prior.rest) > 0.05
+    if points:
+        lat, lon = np.array([4.3, 4.6, 5.8]), np.array([1.6, 1.9, 3.2])
+        observation = observe.from_points(lat, lon, np.zeros((3, 2)), ERROR, *map(np.arange, SHAPE), OCEAN, size=4)
+    else:
+        observation = seen(np.zeros((*SHAPE, 2)), 3, size=4)
+    e, rest = on_sea(prior.direction), float(prior.rest)
+    a = np.sqrt(np.asarray(prior.variance)) * np.random.default_rng(3).normal(size=(40000, 6))
+    values = ridge.observed(prior, observation, a, np.random.default_rng(4))
+    assert not values[:, 3].any()
+    units = np.eye(SEA.size).reshape(SEA.size, -1)
+    seen_by = np.stack([np.asarray(observation.apply(on_grid(unit[None])[0]))[:3].reshape(-1) for unit in units], 1)
+    expected = seen_by @ covariance_of(prior) @ seen_by.T + ERROR**2 * np.eye(6)
+    found = np.cov(values[:, :3].reshape(len(a), -1).T)
+    np.testing.assert_allclose(found, expected, atol=0.03 * np.diag(expected).max())
+    np.testing.assert_allclose(
+        values[:, :3].reshape(len(a), -1).mean(0), seen_by @ on_sea(prior.mean), atol=4 * np.sqrt(expected.max() / 4e4)
+    )
+    # Given the coefficients only that part and the errors are left.
+    left = values[:, :3].reshape(len(a), -1) - seen_by @ on_sea(prior.mean) - a @ e @ seen_by.T
+    expected = rest * seen_by @ (np.eye(SEA.size) - e.T @ e) @ seen_by.T + ERROR**2 * np.eye(6)
+    np.testing.assert_allclose(np.cov(left.T), expected, atol=0.03 * np.diag(expected).max())
+
+
+@pytest.mark.parametrize("rest", [0.3, 1.0])
+def test_what_the_directions_leave_is_not_taken_for_a_signal(rest):
+    """Gaussian fields, much of whose variance is outside the directions: nothing is to be found."""
+    plain = draw(truth(3, rest), 800, 5)
+    prior = linear.fit(plain[:300], OCEAN, 3)
+    observation = seen(plain[0], 8)
+    found = ridge.regression(prior, ridge.archive(prior, plain[:300], plain[300:400]), observation)
+    values = np.stack([np.asarray(observation.apply(field)) for field in plain[400:]])
+    estimates = linear.estimate(prior, observation, values)
+    left = [np.mean((estimates + part - plain[400:])[:, OCEAN] ** 2) for part in (0, found.offset(values))]
+    assert left[1] < 1.01 * left[0]
+    assert found.choice is None or found.choice.error > 0.95
 
 
 def test_finds_what_no_covariance_tells(gaussian, kept, frames):
@@ -185,6 +226,14 @@ def test_a_training_keeps_what_its_setting_says(trained, kept, monkeypatch):
         np.testing.assert_allclose(part, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.fixture
+def chosen(monkeypatch):
+    """A regression that adds something: on fields of a few waves none is found."""
+    monkeypatch.setattr(ridge, "select", lambda *_: ridge.Choice(4, 2.0, 1.0, 0.9))
+    monkeypatch.setattr(methods, "_regressions", {})
+
+
+@pytest.mark.usefixtures("chosen")
 def test_a_method_starts_from_the_regression(trained):
     fields = tiny.fields().select(np.arange(51, 53))
     cases = make_cases(trained, fields, [51, 52], ["cells:0.3"])
@@ -201,6 +250,7 @@ def test_a_method_starts_from_the_regression(trained):
         found = ridge.regression(trained.gaussian, trained.archive, case.observation)
         offset = found.offset(np.asarray(case.observation.values)[None])[0][:7, :12] * trained.standardiser.std
         np.testing.assert_allclose((a - b)[0][trained.ocean], offset[trained.ocean], atol=1e-5)
+        assert np.abs(offset).max() > 0.01
     for name in ("ridge", "kalman_ridge"):
         with pytest.raises(InputError, match=rf"{name} starts from a regression .*python -m jax_repaint.archive"):
             run_method(name, dataclasses.replace(trained, archive=None), fields, cases, 2)
@@ -224,6 +274,7 @@ def test_every_pattern_has_its_regression(trained, monkeypatch):
     assert len(made) == 2
 
 
+@pytest.mark.usefixtures("chosen")
 def test_a_sweep_starts_there_too(trained, tmp_path):
     readers.write(tiny.fields(), tmp_path / "tiny.nc")
     data = readers.read(tmp_path / "tiny.nc")

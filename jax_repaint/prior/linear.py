@@ -30,6 +30,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024)
 RESTS = (0.3, 1.0, 3.0)
 MOST_WITH_GAPS = 64  # directions of an EM, whose matrices grow with the square: what fills gaps is of large scale
 PRIOR_FRAMES = 1.0  # frames at zero that EM adds to those of each cell
+FRAMES = 200  # of one pattern that are analysed at a time
 CONVERGED = 1e-4  # change by an iteration of EM, of the largest variance
 
 
@@ -362,10 +363,11 @@ def prior_variance(gaussian: PrincipalGaussian) -> np.ndarray:
 
 
 def _analysed(
-    gaussian: PrincipalGaussian, observation: Observation, values: np.ndarray
+    gaussian: PrincipalGaussian, observation: Observation, values: np.ndarray, gain: gains.Gain | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """b and w of n estimates from values (n, m, c): mean + E b + rest A^T w; (n, r) and (n, m, c), float64."""
-    gain = gains.exact_gains(gaussian, observation, np.array([np.inf]))
+    if gain is None:
+        gain = gains.exact_gains(gaussian, observation, np.array([np.inf]))
     misfit = (values - np.asarray(observation.apply(gaussian.mean))) * np.asarray(observation.valid)[:, None]
     along = np.tensordot(misfit, gain.along[0], ((1, 2), (1, 2)))
     if gain.by_blocks:
@@ -391,9 +393,14 @@ def coefficients(gaussian: PrincipalGaussian, observation: Observation, values: 
     Args:
       values: (n, m, c).
     """
-    along, weighed = _analysed(gaussian, observation, values)
+    gain = gains.exact_gains(gaussian, observation, np.array([np.inf]))
     _, leading = gains.seen_by(gaussian, observation)
-    return along + float(gaussian.rest) * np.tensordot(weighed, leading, 2)
+    found = []
+    # Of thousands of frames the work in float64 would take several times the memory of the values.
+    for number in range(0, len(values), FRAMES):
+        along, weighed = _analysed(gaussian, observation, values[number : number + FRAMES], gain)
+        found.append(along + float(gaussian.rest) * np.tensordot(weighed, leading, 2))
+    return np.concatenate(found)
 
 
 def select(

@@ -1,7 +1,11 @@
 """What training frames know of a pattern of observations beyond their covariance: a kernel ridge regression.
 
 An archive keeps training frames by their coefficients a_j = E^T (x_j - mean) in the directions E of the linear prior.
-For one pattern, y_j = A (mean + E a_j) + e_j with e_j ~ N(0, R) is what would have been observed of each, and
+For one pattern,
+
+    y_j = A (mean + E a_j + rest^1/2 (I - E E^T) n_j) + e_j,   n_j ~ N(0, I),   e_j ~ N(0, R)
+
+is what could have been observed of each, with what the prior says of the part of the field that is not kept, and
 l_j = E^T (x_lin(y_j) - mean) what the linear estimate makes of it. The regression predicts what that leaves,
 
     x(y) = x_lin(y) + E C^T k(y),   C = (K + lambda I)^-1 (a - l),   k(y)_j = exp(-|z(y) - z(y_j)|^2 / (2 s^2))
@@ -75,6 +79,30 @@ def coefficients(gaussian: PrincipalGaussian, x: np.ndarray) -> Float[np.ndarray
     away = (np.asarray(x, np.float32) - np.asarray(gaussian.mean))[:, ocean].reshape(len(x), -1)
     directions = np.asarray(gaussian.direction)[:, ocean].reshape(gaussian.variance.size, -1)
     return (away @ directions.T).astype(np.float16).astype(np.float32)
+
+
+def observed(
+    gaussian: PrincipalGaussian, observation: Observation, a: np.ndarray, rng: np.random.Generator
+) -> Float[np.ndarray, "n m c"]:
+    """y of the module docstring of frames with coefficients a (n, r), float32; 0 in rows that are not used."""
+    ocean = np.asarray(gaussian.ocean)[..., 0].reshape(-1) > 0
+    seen, leading = gains.seen_by(gaussian, observation)
+    seen, leading = seen[:, ocean].astype(np.float32), leading.astype(np.float32)
+    direction = np.asarray(gaussian.direction).reshape(len(gaussian.variance), ocean.size, -1)[:, ocean]
+    background = np.asarray(observation.apply(gaussian.mean))
+    noise = np.linalg.cholesky(np.asarray(gains.noise_covariance(observation), np.float64)).astype(np.float32)
+    valid = np.asarray(observation.valid)[:, None]
+    made = np.empty((len(a), *background.shape), np.float32)
+    for number in range(0, len(a), linear.FRAMES):
+        some = a[number : number + linear.FRAMES]
+        n = rng.standard_normal((len(some), *direction.shape[1:]), np.float32)
+        rough = (seen @ n.transpose(1, 0, 2).reshape(n.shape[1], -1)).reshape(len(valid), len(some), -1)
+        along = np.tensordot(n, direction, ((1, 2), (1, 2)))
+        errors = rng.standard_normal((len(some), *background.shape), np.float32)
+        scale = np.sqrt(np.float32(gaussian.rest))
+        values = background + np.tensordot(some - scale * along, leading, (1, 2)) + scale * rough.transpose(1, 0, 2)
+        made[number : number + linear.FRAMES] = np.where(valid, values + np.einsum("mcd,nmd->nmc", noise, errors), 0)
+    return made
 
 
 def whitening(train: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,17 +196,11 @@ def regression(gaussian: PrincipalGaussian, kept: Archive, observation: Observat
       observation: standardised, on the grid of the prior.
       seed: of the errors of the observations of archived frames.
     """
-    _, leading = gains.seen_by(gaussian, observation)
-    noise = np.linalg.cholesky(np.asarray(gains.noise_covariance(observation), np.float64))
-    valid = np.asarray(observation.valid)[:, None]
-    background = np.asarray(observation.apply(gaussian.mean))
     rng = np.random.default_rng([seed, 0x52])
     parts = []
     for a in (kept.train, kept.validation):
-        errors = np.einsum("mcd,nmd->nmc", noise, rng.standard_normal((len(a), *background.shape)))
-        values = background + np.tensordot(a, leading, (1, 2)) + errors
-        estimated = linear.coefficients(gaussian, observation, np.where(valid, values, 0)).astype(np.float32)
-        parts.append((estimated, a - estimated))
+        estimated = linear.coefficients(gaussian, observation, observed(gaussian, observation, a, rng))
+        parts.append((estimated.astype(np.float32), a - estimated.astype(np.float32)))
     (estimated, targets), validation = parts
     some = spaced(np.arange(len(targets)), SEARCHED)
     choice = select((estimated[some], targets[some]), validation)
