@@ -253,7 +253,7 @@ def main(argv: Sequence[str]) -> None:
     frames, train, members = (2, 40, 4) if f.smoke else (f.frames, f.train, f.members)
     if not f.patterns:
         raise InputError("at least one pattern is needed")
-    methods = [name for name in dict.fromkeys(f.methods) if name != "linear"]
+    methods = [name for name in dict.fromkeys(f.methods) if name not in ("linear", "ridge")]
     check_methods(methods or ["linear"], members)
     trained = model.load(f.model)
     select, split = held_out(trained, f.fields)

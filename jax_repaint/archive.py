@@ -3,14 +3,15 @@
     python -m jax_repaint.archive --model=runs/tiny/model
 
 A training does so itself; this is for models of earlier ones. Of the frames it keeps the coefficients in the directions
-of the linear prior, some megabytes. Samples of other methods stay as they are, and so do calibrations.
+of the linear prior, some megabytes. Samples of other methods stay as they are, and so do calibrations; but for an
+evaluation, a sweep or a training that was stopped halfway it is another model, so that those come first.
 """
 
 import numpy as np
 from absl import flags
 
 from jax_repaint import SHIPPED, command, files, locks, model
-from jax_repaint.cases import held_out
+from jax_repaint.cases import data_of, held_out
 from jax_repaint.data.fields import prepare_with_gaps
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
@@ -20,12 +21,21 @@ FLAGS = flags.FLAGS
 
 
 def make(trained: Model, path: str | None = None) -> ridge.Archive:
-    """The archive of a model from the frames that it was trained on, or from those of a file that stands for them.
+    """The archive of a model from the frames that it was trained on; `path` is where they are now, if not there still.
 
     Raises:
-      InputError: fields that cannot be read, or are on another grid.
+      InputError: fields that cannot be read, are on another grid or not those of the training.
     """
-    select, split = held_out(trained, path)
+    if path or trained.origin["config"]["data"]["fields"]:
+        fields, split = data_of(trained, path)
+        if fields.hash() != trained.origin["fingerprint"]:
+            raise InputError(
+                f"{fields.name} is not what the model was trained on; frames of anything else would count as held out, "
+                "though the model knew them"
+            )
+        select = fields.select
+    else:
+        select, split = held_out(trained)
     parts = []
     for numbers, most in ((split.train, ridge.TRAIN), (split.validation, ridge.VALIDATION)):
         some = ridge.spaced(numbers, most)
@@ -50,6 +60,6 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "Folder of a model, as training writes it.")
-    flags.DEFINE_string("fields", None, "File of fields; by default those that the model was trained on.")
+    flags.DEFINE_string("fields", None, "File of the training's fields, if it was moved.")
     flags.mark_flag_as_required("model")
     command.run(main)

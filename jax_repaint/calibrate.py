@@ -3,9 +3,10 @@
     python -m jax_repaint.calibrate --model=runs/small/model --method=kalman --members=16 --frames=64
 
 The method inpaints frames of the validation part of the model's split; what it learns from them, `calibration.py` says.
-Test frames take no part. The validation part has served before, to choose the best weights and three numbers of the
-linear prior, which is a small leak. Frames count as independent in blocks of time that are as long as it takes the
-errors of the linear estimate to be forgotten, with the pattern where that takes longest; `--block` sets another length.
+Test frames take no part. The validation part has served before, to choose the best weights, three numbers of the linear
+prior and, for methods that start from a regression, those of every pattern's (prior/ridge.py), which is a small leak.
+Frames count as independent in blocks of time that are as long as it takes the errors of the linear estimate to be
+forgotten, with the pattern where that takes longest; `--block` sets another length.
 With --fields=FILE --part=all it learns from a whole file of which no frame had a part in training; what is evaluated
 later should not be of that file.
 

@@ -29,6 +29,7 @@ from jax_repaint.settings import default_config
 
 FRAMES_A_DIRECTION = 4  # of a linear prior, at least; with two, members of a short series spread half of their error
 OBSERVATION_ERROR = 0.005  # m/s, what the methods take the standard error of observations without errors to be
+LARGEST_ERROR = 1e6  # m/s; beyond it is a fill value
 # Standard error over the standard deviation of the currents. In float32 a few observations of one cell that have a
 # smaller one leave nothing right of the inverse of their covariance.
 LEAST_SIGMA = 1e-4
@@ -225,12 +226,13 @@ def make_cases(
 
     Raises:
       InputError: no pattern or one that cannot be drawn, no cell left to observe or to score, another grid, an error
-        that single precision cannot tell from 0.
+        that single precision cannot tell from 0, or that no instrument has.
     """
     if not patterns:
         raise InputError("at least one pattern is needed")
-    if error is not None and not (least := LEAST_SIGMA * float(np.max(trained.standardiser.std))) <= error < math.inf:
-        raise InputError(f"the standard error of observations is {least:.2g} m/s or more, and finite; got {error}")
+    least = LEAST_SIGMA * float(np.max(trained.standardiser.std))
+    if error is not None and not least <= error <= LARGEST_ERROR:
+        raise InputError(f"the standard error of observations is {least:.2g} to {LARGEST_ERROR:g} m/s, got {error}")
     trained.check_grid(fields)
     cases, known = [], {}
     told = OBSERVATION_ERROR if error is None else error

@@ -50,6 +50,7 @@ from jax_repaint.errors import InputError
 from jax_repaint.methods import (
     BASELINES,
     DETERMINISTIC,
+    FROM_RIDGE,
     METHODS,
     POSTERIOR,
     REPAINT,
@@ -115,9 +116,11 @@ def calibrated_name(method: str) -> str:
 
 
 def usual_methods(trained: Model, other_prior: bool = False) -> list[str]:
-    """The baselines, adaptive, kalman and the default of `inpaint`, but for `given` with another prior than its own."""
+    """The baselines, adaptive, kalman and the default of `inpaint`; with another prior, where that needs its own, what
+    it corrects by.
+    """
     default = inpaint.default_method(trained)
-    named = "kalman" if other_prior and default == "given" else default
+    named = {"given": "kalman", **FROM_RIDGE}.get(default, default) if other_prior else default
     return list(dict.fromkeys((*BASELINES, "adaptive", "kalman", named)))
 
 
@@ -447,7 +450,7 @@ def _run_in_parts(
 ) -> Result:
     """`run_method` of PART cases at a time, or as many as fill a chunk, apart from those that are done."""
     size = len(cases)
-    if name in REPAINT or name in POSTERIOR:
+    if name in REPAINT or name in POSTERIOR or name == "ridge":
         size = max(PART, -(-(chunk or device.usual_batch()) // members))
     parts = []
     with command.bar(len(cases), name, "field") as bar:

@@ -71,10 +71,14 @@ def read_table(path: Path, columns: Sequence[str] = (), numbers: Sequence[str] =
 
 
 def check_numbers(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
-    """Raises InputError if one of the columns of the table, which `path` holds, is not of numbers."""
+    """Raises InputError if one of the columns of the table, which `path` holds, is missing or not of numbers."""
     for name in columns:
+        if name not in table:
+            raise InputError(f"{path} has no column {name!r}")
         if len(table) and not pd.api.types.is_numeric_dtype(table[name]):
-            raise InputError(f"{path}: column {name!r} holds {table[name].iloc[0]!r}, which is no number")
+            wrong = table[name][pd.to_numeric(table[name], errors="coerce").isna() & table[name].notna()]
+            shown = (wrong if len(wrong) else table[name]).iloc[0]
+            raise InputError(f"{path}: column {name!r} holds {shown!r}, which is no number")
 
 
 def replace_folder(new: Path, folder: Path, old: Path) -> None:

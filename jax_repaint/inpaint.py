@@ -32,7 +32,7 @@ from jax_repaint import calibration as calibrations
 from jax_repaint import command, device, files, gains, methods, metrics, observe, plots, provenance
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
-from jax_repaint.cases import LEAST_SIGMA, OBSERVATION_ERROR, Case, files_of, hold_out_of, prior_of
+from jax_repaint.cases import LARGEST_ERROR, LEAST_SIGMA, OBSERVATION_ERROR, Case, files_of, hold_out_of, prior_of
 from jax_repaint.checks import check_number, whole_number
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, crop
@@ -50,7 +50,6 @@ DRAWN = 3  # fields in a picture
 OF_FEW = ("kalman_cg", "cov_pigdm")  # methods that are not for dense observations
 DENSE = 0.05  # of the ocean cells; a swath of three cells has up to 0.03 inside of it, `gaps:0.8` 0.15
 MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
-LARGEST_ERROR = 1e6  # m/s
 UNLIKELY = 3  # standard errors between mean and observations; 0.1 to 1.6 for those made of the twin's held-out frames
 CLIMATOLOGICAL = "climatological_standard_deviation"
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
@@ -581,7 +580,7 @@ def to_dataset(trained: Model, estimates: Sequence[Estimate], attributes: Mappin
         "low": (f"lower end of the {calibrated}5 to 95 % interval", "", np.stack([one.low for one in estimates])),
         "high": (f"upper end of the {calibrated}5 to 95 % interval", "", np.stack([one.high for one in estimates])),
         "prior_mean": (
-            "best linear estimate from the same observations, from which the sampler starts",
+            "best linear estimate from the same observations",
             "",
             np.stack([one.prior_mean for one in estimates]),
         ),

@@ -36,6 +36,7 @@ from jax_repaint import command, comparison, distributed, ensemble, guide, locks
 from jax_repaint.batches import Batch, Group, Sampler, Samples, left_of, make_batches, make_groups
 from jax_repaint.cases import note_on
 from jax_repaint.errors import InputError
+from jax_repaint.methods import FROM_RIDGE, ridge_offset
 from jax_repaint.points import Point, calls_by_stage
 from jax_repaint.study import Estimates, Study, Where, open_study
 
@@ -305,6 +306,12 @@ def _describe_group(study: Study, group: Group, left: dict[Where, list[int]]) ->
     cases.make(places[-1:])
     host = (time.perf_counter() - began) * len(places)
     sampler = Sampler.plan(study, group, left, example)
+    if point.method in FROM_RIDGE:
+        began = time.perf_counter()
+        ridge_offset(sampler.trained, example.case.observation)
+        # Lines alone are the same in every frame.
+        fixed = {(one.pattern, "" if one.pattern.startswith("line:") else (one.seed, one.frame)) for one in places}
+        host += (time.perf_counter() - began) * len(fixed)
     batches = make_batches(left, sampler.shape)
     calls = sum(map(len, left.values())) * point.members * calls_by_stage(study.programs[point.number])[-1]
     on_device = calls * _seconds_a_call(study, sampler)

@@ -168,8 +168,8 @@ def test_observations_with_errors(trained, fields, cases):
     velocity = (np.asarray(value)[:, : SHAPE[1]] * SPREAD + OFFSET)[case.observed & ~held]
     np.testing.assert_allclose(velocity, case.seen[case.observed & ~held], atol=1e-6)
     assert (less.error, less.noisy) == (size, case.noisy)
-    for wrong in (0.0, -0.1, np.inf, np.nan, 1e-7):
-        with pytest.raises(InputError, match=r"standard error of observations is .* m/s or more, and finite"):
+    for wrong in (0.0, -0.1, np.inf, np.nan, 1e-7, 1e20):
+        with pytest.raises(InputError, match=r"standard error of observations is .* to 1e\+06 m/s, got"):
             make_cases(trained, fields, NUMBERS, PATTERNS, error=wrong)
 
 
@@ -706,6 +706,8 @@ def test_the_figure_is_a_picture(written):
         ("conditional", None, False, "given"),
         ("conditional", None, True, "kalman"),
         ("conditional", "mmps", True, "mmps"),
+        ("conditional", "kalman_ridge", False, "kalman_ridge"),
+        ("conditional", "kalman_ridge", True, "kalman_jvp"),
     ],
 )
 def test_the_usual_table_has_what_inpaint_does(form, calibrated, other_prior, last):

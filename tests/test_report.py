@@ -620,7 +620,11 @@ def broken(folder, what):
         columns = "epoch,train_loss,held_out_loss,ema_held_out_loss,learning_rate,seconds"
         (folder / "log.csv").write_text(columns + "\n1,low,1,1,1,1\n")
     elif what == "ratios in words":
-        (folder / "table.csv").write_text("pattern,method,ratio,lo,hi\nline:4,linear,good,1,1\n")
+        (folder / "table.csv").write_text(
+            "pattern,method,ratio,lo,hi\nline:4,gp,2,1,3\nline:4,seed_gp,,,\nline:4,linear,good,1,1\n"
+        )
+    elif what == "ratios without intervals":
+        (folder / "table.csv").write_text("pattern,method,ratio\nline:4,linear,1\n")
     elif what == "bytes for a table":
         (folder / "table.csv").write_bytes(b"\xff\xfe\x00method,pattern")
     elif what == "bytes for fields":
@@ -655,6 +659,7 @@ def broken(folder, what):
         ("log of words", "log.csv: column 'train_loss' holds 'low', which is no number"),
         ("table of something else", "table.csv has no column 'pattern'"),
         ("ratios in words", "table.csv: column 'ratio' holds 'good', which is no number"),
+        ("ratios without intervals", "table.csv has no column 'lo'"),
         ("bytes for a table", "table.csv is no table"),
         ("bytes for fields", "cannot read .*fields.nc"),
         ("text for fields", "fields.nc is no NetCDF file"),

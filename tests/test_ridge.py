@@ -206,6 +206,10 @@ def test_the_command_makes_the_archive_of_the_training_frames(trained, tmp_path,
     away = (x - np.asarray(made.gaussian.mean)).reshape(41, -1)
     expected = away @ np.asarray(made.gaussian.direction).reshape(8, -1).T
     np.testing.assert_allclose(found.archive.train, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    readers.write(tiny.fields(70), tmp_path / "longer.nc")
+    monkeypatch.setattr(archive, "FLAGS", SimpleNamespace(**given | {"fields": str(tmp_path / "longer.nc")}))
+    with pytest.raises(InputError, match=r"longer\.nc is not what the model was trained on"):
+        archive.main([])
     monkeypatch.setattr(archive, "FLAGS", SimpleNamespace(model="ram_head", fields=None))
     with pytest.raises(InputError, match="is the model in the package"):
         archive.main([])
