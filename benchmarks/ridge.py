@@ -8,12 +8,12 @@ The pattern is fixed: a random one is drawn once, and all frames observe the sam
 estimate x_lin(y) from the observed values y, `ridge` adds a kernel ridge regression of what it leaves on n training
 frames,
 
-    x(y) = x_lin(y) + k(y) (K + lambda I)^-1 R,   k(y)_j = exp(-|z(y) - z(y_j)|^2 / (2 l^2)),   K_ij = k(y_i)_j
+    x(y) = x_lin(y) + k(y) (K + lambda I)^-1 R,   k(y)_j = exp(-|z(y) - z(y_j)|^2 / (2 s^2 m)),   K_ij = k(y_i)_j
 
 with rows R_j = x_j - x_lin(y_j) on the cells not observed and z the leading principal components of the observed
-values, each scaled to variance 1 on the training frames. Their number, l and lambda are those with the smallest error
-on validation frames of the same pattern. Of other methods the ensemble mean is compared; with --start posterior
-samplers run a second time, from samples of the linear posterior that are moved by x(y) - x_lin(y).
+values, each divided by the root of its standard deviation, m the mean of |z_j|^2. Their number, s and lambda are those
+with the smallest error on validation frames of the same pattern. Of other methods the ensemble mean is compared; with
+--start posterior samplers run a second time, from samples of the linear posterior that are moved by x(y) - x_lin(y).
 
 Observed values are the true ones, of training frames too; with --error all have errors of that size, which every method
 knows.
@@ -51,17 +51,17 @@ from jax_repaint.errors import InputError
 from jax_repaint.methods import POSTERIOR, check_methods, run_method
 from jax_repaint.model import Model
 from jax_repaint.prior import linear
-from jax_repaint.prior.ridge import Choice, kernel, solve, spaced, whitening
+from jax_repaint.prior.ridge import Choice, kernel, solve, spaced, turning
 
-COMPONENTS = (15, 30, 60)
-LENGTHS = (2.8, 4.0, 5.7, 8.0, 16.0)  # thirty components lie 8 apart
+COMPONENTS = (15, 30, 60, 120)
+LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)  # two frames lie 1.4 apart
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)
 VALIDATION = 600  # frames
 
 
-def whitened(train: np.ndarray, others: Sequence[np.ndarray], components: int) -> list[np.ndarray]:
-    """Leading principal components of the rows of `train` (n, d), variance 1 there, and those of each of `others`."""
-    mean, turn = whitening(train, components)
+def turned(train: np.ndarray, others: Sequence[np.ndarray], components: int) -> list[np.ndarray]:
+    """z of the rows of `train` (n, d) and of each of `others`."""
+    mean, turn = turning(train, components)
     return [(rows - mean) @ turn for rows in (train, *others)]
 
 
@@ -92,7 +92,7 @@ def select(
     products, across, total = r @ r.T, r_val @ r.T, float(np.sum(r_val**2))
     best = None
     for count in components:
-        z, z_val = whitened(y, [y_val], count)
+        z, z_val = turned(y, [y_val], count)
         for length, penalty in itertools.product(lengths, penalties):
             w = weights(z, z_val, length, penalty)
             error = 1 + float(np.sum(w * (w @ products - 2 * across))) / total
@@ -154,7 +154,7 @@ def ridge(
     choice = select(*parts)
     truth, seen = (np.stack(fields) for fields in zip(*((case.truth, case.seen) for case in cases), strict=True))
     y_test, _ = seen_and_left(trained, case, truth, seen)
-    z, z_test = whitened(y, [y_test], choice.components)
+    z, z_test = turned(y, [y_test], choice.components)
     found = weights(z, z_test, choice.length, choice.penalty) @ r
     made = base.copy()
     made[:, trained.ocean & ~case.observed] += found.reshape(len(cases), -1, 2).astype(np.float32)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from absl import flags
+from scipy import linalg
 
 from benchmarks import ridge
 from jax_repaint import metrics, model
@@ -21,7 +22,8 @@ def test_weights_are_the_dense_formula():
     train, at, targets = rng.standard_normal((9, 3)), rng.standard_normal((4, 3)), rng.standard_normal((9, 5))
 
     def kernel(a, b):
-        return np.array([[np.exp(-np.sum((p - q) ** 2) / (2 * 1.7**2)) for q in b] for p in a])
+        unit = np.mean(np.sum(train**2, 1))
+        return np.array([[np.exp(-np.sum((p - q) ** 2) / (2 * 1.7**2 * unit)) for q in b] for p in a])
 
     dual = np.linalg.inv(kernel(train, train) + 0.3 * np.eye(9)) @ targets
     np.testing.assert_allclose(ridge.weights(train, at, 1.7, 0.3) @ targets, kernel(at, train) @ dual, atol=1e-12)
@@ -29,16 +31,17 @@ def test_weights_are_the_dense_formula():
     np.testing.assert_allclose(ridge.weights(train, train, 1.7, 1e-12) @ targets, targets, atol=1e-6)
 
 
-def test_components_are_uncorrelated_with_variance_one():
+def test_components_are_uncorrelated_with_the_root_of_their_variance():
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((200, 6)) @ rng.standard_normal((6, 6)) + 3
-    z, same = ridge.whitened(rows, [rows], 4)
-    np.testing.assert_allclose(z.T @ z / 200, np.eye(4), atol=1e-10)
+    z, same = ridge.turned(rows, [rows], 4)
+    variance = np.linalg.eigvalsh(np.cov(rows.T, ddof=0))[::-1][:4]
+    np.testing.assert_allclose(z.T @ z / 200, np.diag(np.sqrt(variance)), atol=1e-10)
     np.testing.assert_array_equal(z, same)
-    # All of them measure the distance of Mahalanobis, and a value that never changes adds no component.
-    (z,) = ridge.whitened(np.concatenate([rows, np.ones((200, 1))], 1), [], 99)
+    # All of them measure distance by the root of the covariance, and a value that never changes adds no component.
+    (z,) = ridge.turned(np.concatenate([rows, np.ones((200, 1))], 1), [], 99)
     anomaly = rows - rows.mean(0)
-    distance = np.einsum("ni,ij,nj->n", anomaly, np.linalg.inv(np.cov(rows.T, ddof=0)), anomaly)
+    distance = np.einsum("ni,ij,nj->n", anomaly, np.linalg.inv(linalg.sqrtm(np.cov(rows.T, ddof=0))), anomaly)
     np.testing.assert_allclose(np.sum(z**2, 1), distance)
 
 
@@ -48,7 +51,7 @@ def test_selects_by_the_error_on_validation_frames():
     choice = ridge.select(*parts, (2, 4), (0.5, 2.0), (0.1, 1.0))
     errors = {}
     for count in (2, 4):
-        z, z_val = ridge.whitened(parts[0][0], [parts[1][0]], count)
+        z, z_val = ridge.turned(parts[0][0], [parts[1][0]], count)
         for length in (0.5, 2.0):
             for penalty in (0.1, 1.0):
                 left = parts[1][1] - ridge.weights(z, z_val, length, penalty) @ parts[0][1]
@@ -69,7 +72,7 @@ def test_finds_what_no_linear_estimate_can():
     assert np.mean((left(test) - test @ line) ** 2) > 0.9 * np.mean(left(test) ** 2)
     choice = ridge.select((train, left(train)), (validation, left(validation)), (2, 3), (1.0, 4.0), (1e-3, 1.0))
     assert choice.components == 3
-    z, z_test = ridge.whitened(train, [test], 3)
+    z, z_test = ridge.turned(train, [test], 3)
     found = ridge.weights(z, z_test, choice.length, choice.penalty) @ left(train)
     assert np.mean((left(test) - found) ** 2) < 0.05 * np.mean(left(test) ** 2)
     # Where nothing is to be found it is no worse than nothing.

@@ -80,15 +80,16 @@ def test_the_regression_is_the_dense_formula(gaussian, kept, frames, monkeypatch
     estimated = (told[:, 0] - mean[rows]) @ gain.T @ e.T
     centre = estimated.mean(0)
     value, vector = np.linalg.eigh(np.cov(estimated.T, ddof=0))
-    whiten = vector[:, :-3:-1] / np.sqrt(value[:-3:-1])
-    z = (estimated - centre) @ whiten
+    turn = vector[:, :-3:-1] / value[:-3:-1] ** 0.25
+    z = (estimated - centre) @ turn
+    unit = np.mean(np.sum(z**2, 1))
     length, penalty = found.choice.length, found.choice.penalty
-    k = np.array([[np.exp(-np.sum((p - q) ** 2) / (2 * length**2)) for q in z] for p in z])
+    k = np.array([[np.exp(-np.sum((p - q) ** 2) / (2 * length**2 * unit)) for q in z] for p in z])
     weights = np.linalg.solve(k + penalty * np.eye(len(z)), kept.train - estimated)
     values = np.asarray(observation.values)
     own = (on_sea(frames[450]) - mean)[rows] @ gain.T @ e.T
-    at = (own - centre) @ whiten
-    expected = np.exp(-np.sum((at - z) ** 2, 1) / (2 * length**2)) @ weights @ e
+    at = (own - centre) @ turn
+    expected = np.exp(-np.sum((at - z) ** 2, 1) / (2 * length**2 * unit)) @ weights @ e
     offset = found.offset(values[None])[0]
     np.testing.assert_allclose(on_sea(offset), expected, atol=2e-3 * np.abs(expected).max())
     assert not offset[~OCEAN].any()

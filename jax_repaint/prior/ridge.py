@@ -8,11 +8,12 @@ For one pattern,
 is what could have been observed of each, with what the prior says of the part of the field that is not kept, and
 l_j = E^T (x_lin(y_j) - mean) what the linear estimate makes of it. The regression predicts what that leaves,
 
-    x(y) = x_lin(y) + E C^T k(y),   C = (K + lambda I)^-1 (a - l),   k(y)_j = exp(-|z(y) - z(y_j)|^2 / (2 s^2))
+    x(y) = x_lin(y) + E C^T k(y),   C = (K + lambda I)^-1 (a - l),   k(y)_j = exp(-|z(y) - z(y_j)|^2 / (2 s^2 m))
 
-with K_ij = k(y_i)_j and z the leading principal components of l, each scaled to variance 1 on the training frames.
-Their number, s and lambda are those with the smallest error on validation frames, of which the archive keeps some; if
-none is better than the linear estimate, nothing is added to it.
+with K_ij = k(y_i)_j and z the leading principal components of l, each divided by the root of its standard deviation:
+that half evens out what is of large scale and what is of small. m is the mean of |z_j|^2 over the training frames.
+The number of components, s and lambda are those with the smallest error on validation frames, of which the archive
+keeps some; if none is better than the linear estimate, nothing is added to it.
 
 Source: Saunders, Gammerman and Vovk, "Ridge regression learning algorithm in dual variables" (1998), eq. 11.
 """
@@ -30,8 +31,8 @@ from jax_repaint.denoise import PrincipalGaussian
 from jax_repaint.observe import Observation
 from jax_repaint.prior import linear
 
-COMPONENTS = (15, 30, 60)
-LENGTHS = (2.8, 4.0, 5.7)  # thirty components lie 8 apart
+COMPONENTS = (30, 60, 120)
+LENGTHS = (0.7, 1.0, 1.4)  # two frames lie 1.4 apart
 PENALTIES = (0.3, 1.0, 3.0)
 TRAIN, VALIDATION = 3000, 600  # frames of an archive, at most
 SEARCHED = 1500  # training frames that numbers are chosen with, at most: each takes n^3 / 3 products
@@ -105,19 +106,21 @@ def observed(
     return made
 
 
-def whitening(train: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
-    """m (d,) and T (d, count): (rows - m) T are leading principal components, of variance 1 on `train` (n, d)."""
+def turning(train: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (d,) and T (d, count): (rows - mean) T are the z of the module docstring, from `train` (n, d)."""
     mean = train.mean(0)
     _, singular, directions = np.linalg.svd(train - mean, full_matrices=False)
     # What is constant on the training frames has no scale.
     count = min(components, int((singular > 1e-6 * singular[0]).sum()))
-    return mean, directions[:count].T * (np.sqrt(train.dtype.type(len(train))) / singular[:count])
+    return mean, directions[:count].T / np.sqrt(singular[:count] / np.sqrt(train.dtype.type(len(train))))
 
 
 def kernel(at: np.ndarray, train: np.ndarray, length: float) -> np.ndarray:
-    """exp(-|z_i - z_j|^2 / (2 s^2)), (m, n), of predictors `at` (m, d) and `train` (n, d)."""
-    squares = (at**2).sum(1)[:, None] + (train**2).sum(1) - 2 * at @ train.T
-    return np.exp(-np.maximum(squares, 0) / (2 * length**2))
+    """exp(-|z_i - z_j|^2 / (2 s^2 m)), (k, n), of predictors `at` (k, d) and `train` (n, d), m the mean of |z_j|^2."""
+    norms = (train**2).sum(1)
+    squares = (at**2).sum(1)[:, None] + norms - 2 * at @ train.T
+    unit = np.maximum(norms.mean(), np.finfo(train.dtype).tiny)
+    return np.exp(-np.maximum(squares, 0) / (2 * length**2 * unit))
 
 
 def solve(matrix: np.ndarray, targets: np.ndarray, penalty: float) -> np.ndarray:
@@ -144,7 +147,7 @@ def select(
     total, best = float(np.sum(np.square(r_val), dtype=np.float64)), None
     if not total:
         return None
-    mean, turn = whitening(y, max(components))
+    mean, turn = turning(y, max(components))
     whole, whole_val = (y - mean) @ turn, (y_val - mean) @ turn
     for count, length in itertools.product(components, lengths):
         z, z_val = whole[:, :count], whole_val[:, :count]
@@ -165,7 +168,7 @@ class Regression:
       gaussian: the linear prior.
       observation: the pattern; its values are not used.
       choice: what was chosen; None if nothing is added to the linear estimate.
-      mean, turn: of `whitening`.
+      mean, turn: of `turning`.
       train: z of the training frames (n, components).
       weights: C (n, r).
     """
@@ -206,7 +209,7 @@ def regression(gaussian: PrincipalGaussian, kept: Archive, observation: Observat
     choice = select((estimated[some], targets[some]), validation)
     if choice is None:
         return Regression(gaussian, observation)
-    mean, turn = whitening(estimated, choice.components)
+    mean, turn = turning(estimated, choice.components)
     z = (estimated - mean) @ turn
     weights = solve(kernel(z, z, choice.length), targets, choice.penalty)
     return Regression(gaussian, observation, choice, mean, turn, z, weights)
