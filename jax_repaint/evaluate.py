@@ -180,7 +180,8 @@ def frame_rows(cases: Sequence[Case], scores: Scores) -> list[dict]:
         mine = [case for case in cases if case.pattern == pattern]
         for i, case in enumerate(mine):
             named = {"pattern": pattern, "frame": case.frame, "time": case.time}
-            rows += [named | {"method": name} | vars(frames[i]) for name, frames in by_method.items()]
+            of = {"error": 0.0 if case.noisy is None else case.error}
+            rows += [named | {"method": name} | of | vars(frames[i]) for name, frames in by_method.items()]
     return rows
 
 

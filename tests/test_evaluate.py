@@ -511,6 +511,7 @@ def test_the_frames_are_those_that_the_table_is_of(written, trained, fields):
     out, _ = written
     frames, table = (pd.read_csv(out / name) for name in ("frames.csv", "table.csv"))
     assert len(frames) == 3 * len(table)
+    assert (frames.error == 0).all()
     assert list(frames.frame.unique()) == list(NUMBERS[:3])
     assert (pd.to_datetime(frames.time[frames.frame == NUMBERS[2]]) == fields.time[2]).all()
     means = frames.groupby(["pattern", "method"])[["mse_member", "mse_mean", "crps", "coverage90"]].mean()
@@ -537,6 +538,7 @@ def test_methods_without_a_baseline_are_compared_with_the_linear_estimate(traine
 
 def test_an_evaluation_says_what_errors_observations_had(trained, fields, cases, results, tmp_path):
     text = evaluate.run(trained, fields, NUMBERS, PATTERNS[:1], ["linear", "gp"], tmp_path, error=0.03)
+    assert (pd.read_csv(tmp_path / "frames.csv").error == 0.03).all()
     assert text.endswith("observed with errors of 0.03 m/s")
     with xr.open_dataset(tmp_path / "fields.nc") as data:
         assert data.attrs["history"].endswith("method gp, seed 0, observations with errors of 0.03 m/s")
