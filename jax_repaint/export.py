@@ -44,7 +44,7 @@ from jax_repaint.data.fields import crop
 from jax_repaint.data.observations import UNKNOWN, Observed
 from jax_repaint.errors import InputError
 from jax_repaint.files import check_writable, whole_file
-from jax_repaint.methods import levels_of
+from jax_repaint.methods import FROM_RIDGE, levels_of
 from jax_repaint.model import Model
 from jax_repaint.observe import Observation
 from jax_repaint.prior.analysis import PrincipalAnalysis
@@ -167,7 +167,8 @@ def export(
 
     Args:
       rows: most observations that the program takes.
-      method: sampler; `inpaint.default_method` by default.
+      method: sampler; by default `inpaint.default_method`, or what that corrects by if it starts from a regression,
+        which takes training frames.
       raw: whether a calibration that came with the model is left out.
       platforms: of jax.export that the program runs on.
 
@@ -175,7 +176,8 @@ def export(
       InputError: a folder that cannot be written or holds other files of these names, flatbuffers is not installed,
         members as for `program`, a calibration with a gate.
     """
-    method = method or inpaint.default_method(trained)
+    default = inpaint.default_method(trained)
+    method = method or FROM_RIDGE.get(default, default)
     calibration = None if raw else inpaint.calibration_of(trained, method, members)
     if calibration is not None and calibration.gate is not None:
         raise InputError(

@@ -2138,8 +2138,12 @@ def test_an_export_without_a_calibration_is_warned_of_once(trained, tmp_path, ca
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_an_export_is_calibrated_as_inpaint_is(trained, tmp_path, monkeypatch, raw):
-    ready, seen = calibrated_with(trained), []
+@pytest.mark.parametrize(("first", "sampler"), [("kalman", "kalman"), ("kalman_ridge", "kalman_jvp")])
+def test_an_export_is_calibrated_as_inpaint_is(trained, tmp_path, monkeypatch, raw, first, sampler):
+    """Of the default, or what that corrects by if it starts from a regression."""
+    names, seen = dict.fromkeys((first, sampler)), []
+    calibrations = [calibrated_with(trained, method=name).calibrations[0] for name in names]
+    ready = dataclasses.replace(trained, calibrations=tuple(calibrations))
 
     def caught(_, members, method, calibration):
         seen.append((members, method, calibration))
@@ -2148,7 +2152,7 @@ def test_an_export_is_calibrated_as_inpaint_is(trained, tmp_path, monkeypatch, r
     monkeypatch.setattr(export, "program", caught)
     with pytest.raises(InputError, match="seen"):
         export.export(ready, tmp_path, members=8, raw=raw)
-    assert seen == [(8, "kalman", None if raw else ready.calibrations[0])]
+    assert seen == [(8, sampler, None if raw else ready.calibrations[-1])]
 
 
 def test_the_program_knows_the_variance_of_the_linear_estimate(trained):
