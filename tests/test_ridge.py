@@ -153,6 +153,15 @@ def test_finds_what_no_covariance_tells(gaussian, kept, frames):
     assert nothing.choice is None or nothing.choice.error > 0.97
 
 
+def test_predictors_that_never_change_tell_nothing():
+    same = np.full((5, 3), 2, np.float32)
+    mean, turn = ridge.turning(same, 3)
+    z = (same - mean) @ turn
+    np.testing.assert_array_equal(ridge.kernel(z, z, 1.0), np.ones((5, 5)))
+    choice = ridge.select((same, np.eye(5, dtype=np.float32)), (same, -np.eye(5, dtype=np.float32)))
+    assert choice is None
+
+
 def test_nothing_is_added_where_it_does_not_help(gaussian, kept):
     observation = seen(np.zeros((*SHAPE, 2)), 4)
     found = ridge.Regression(gaussian, observation)
