@@ -1,6 +1,7 @@
 """The regression of a pattern is the formula, finds what no covariance tells, and samplers start from it."""
 
 import dataclasses
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -286,6 +287,22 @@ def test_every_pattern_has_its_regression(trained, monkeypatch):
     (other,) = make_cases(trained, fields.select([0]), [51], ["line:5"], error=0.2)
     methods.ridge_offset(trained, other.observation)
     assert len(made) == 2
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize(("pattern", "patterns"), [("line:4", 1), ("cells:0.3", 2)])
+def test_a_dry_run_counts_the_regressions(trained, tmp_path, monkeypatch, pattern, patterns):
+    """Of two frames that share a line, or have cells of their own; one takes ten hours by this clock."""
+    model.save(trained, tmp_path / "model")
+    readers.write(tiny.fields(), tmp_path / "tiny.nc")
+    config = points.default_config(lambda add: add(method="kalman_ridge", levels=3))
+    config.update({"model": str(tmp_path / "model"), "fields": str(tmp_path / "tiny.nc"), "patterns": pattern})
+    config.update({"frames": 2, "members": 2})
+    learnt = []
+    monkeypatch.setattr(sweep, "ridge_offset", lambda *_: learnt.append(1))
+    real = time.perf_counter
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(perf_counter=lambda: real() + 36000 * len(learnt)))
+    assert f"about {10 * patterns}.0 h on" in sweep.describe(open_study(config)).splitlines()[-1]
 
 
 @pytest.mark.usefixtures("chosen")
