@@ -2046,7 +2046,7 @@ def test_the_package_is_cheap_to_import_and_brings_a_model():
     assert repr(shipped) == (
         "Model(conditional, network of 2,408,034 parameters with channels (32, 64, 96), 44 x 94 cells at "
         "lat 18.2900..18.3096, lon -64.7248..-64.6800, calibrated for 16 members of kalman_jvp, "
-        "16 of kalman, 16 of kalman_cg)"
+        "16 of kalman, 16 of kalman_cg, 16 of kalman_ridge)"
     )
     assert model.fingerprint(jax_repaint.load("ram_head")) == model.fingerprint(shipped)
     with pytest.raises(InputError, match="no model in elsewhere"):
