@@ -836,8 +836,83 @@ def test_errors_at_the_surface_are_those_of_velocities_there(observed_field, tmp
         given[f"{name}_err"].attrs["standard_name"] = "sea_water_speed standard_error"
     assert {float(frame.observation.sigma[0, 0]) for frame in collect(given, GRID)} == {np.float32(0.005)}
     assert caplog.messages == [
-        "the data set: u_err and v_err are not known as errors of these velocities and are not used"
+        "the data set: u_err and v_err are not known as errors of these velocities and are not used; their "
+        "standard_name would be that of the velocity with standard_error behind it, as "
+        "'eastward_sea_water_velocity standard_error'"
     ]
+
+
+def with_errors(given, dims, called=True, told=True):
+    """A data set whose velocities are called what they are, with errors along `dims` that may say what they are of."""
+    shape = [given.sizes[d] for d in dims]
+    errors = np.random.default_rng(3).uniform(0.01, 0.1, (2, *shape))
+    for name, standard, error in zip("uv", (U, V), errors, strict=True):
+        given[name].attrs = {"units": "m s-1"} | ({"standard_name": standard} if called else {})
+        own = {"standard_name": f"{standard} standard_error"} if told else {}
+        given[f"{name}_err"] = (dims, error, {"units": "m s-1"} | own)
+    return given, errors
+
+
+def both_ways(given, folder):
+    """A data set, and the file that it is saved as."""
+    given.to_netcdf(folder / "radar.nc", engine="h5netcdf")
+    return given, folder / "radar.nc"
+
+
+DAYS = np.arange("2020-01-01", "2020-01-04", dtype="M8[D]").astype("M8[ns]")
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("dims", [("lat", "lon"), ("time",), (), ("depth", "lat", "lon"), ("lon", "time", "lat")])
+def test_errors_may_lack_dimensions_of_their_velocities(observed_field, tmp_path, caplog, dims, called):
+    given = three_times(observed_field, time=DAYS).expand_dims(depth=[0.0], axis=1)
+    given, errors = with_errors(given, dims, called)
+    whole = xr.DataArray(errors, dims=("component", *dims)).isel(depth=0, missing_dims="ignore")
+    whole = whole.broadcast_like(given["u"].isel(depth=0, drop=True)).transpose("time", "lat", "lon", "component")
+    cells = np.isfinite(observed_field[0]).all(-1)
+    for source in both_ways(given, tmp_path):
+        frames = collect(source, GRID, sigma=0.3)
+        assert len(frames) == 3
+        for frame, expected in zip(frames, whole.values, strict=True):
+            got = np.asarray(frame.observation.sigma)[np.asarray(frame.observation.valid)]
+            np.testing.assert_allclose(got, expected[cells], rtol=1e-5)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("dims", [("time", "lat", "lon"), ("lat", "lon"), ("time",), ()])
+def test_errors_without_a_standard_name_are_named_by_a_warning(observed_field, tmp_path, caplog, dims):
+    given, _ = with_errors(three_times(observed_field, time=DAYS), dims, told=False)
+    for source in both_ways(given, tmp_path):
+        caplog.clear()
+        frames = collect(source, GRID, sigma=0.3)
+        assert {float(frame.observation.sigma[0, 0]) for frame in frames} == {np.float32(0.3)}
+        (message,) = caplog.messages
+        assert "u_err and v_err are not known as errors of these velocities and are not used" in message
+    # Only what may be an error is: a depth of the water or a temperature is none.
+    others = {"h": given["u"][0].assign_attrs(standard_name="sea_floor_depth_below_geoid", units="m")}
+    others["temp"] = given["u"].assign_attrs(standard_name="sea_water_temperature", units="degree_Celsius")
+    given = given.drop_vars(["u_err", "v_err"]).assign(others | {"sigma": ("level", [0.0, 1.0])})
+    caplog.clear()
+    collect(given, GRID)
+    assert not caplog.messages
+
+
+def test_cells_whose_errors_are_missing_can_be_left_out(observed_field, tmp_path, caplog):
+    given, errors = with_errors(three_times(observed_field, time=DAYS), ("time", "lat", "lon"))
+    (y, x), (y1, x1), *_ = np.argwhere(np.isfinite(observed_field[0]).all(-1))
+    given["u_err"][1, y, x], given["v_err"][1, y1, x1] = np.nan, 0.0
+    for source in both_ways(given, tmp_path):
+        said = rf"in 2 of 9 observed cells, the first one \(y={y}, x={x}\) at 2020-01-02T00:00:00"
+        with pytest.raises(InputError, match=rf"positive, .* {said}; --leave_out"):
+            collect(source, GRID)
+        caplog.clear()
+        frames = collect(source, GRID, leave_out=True)
+        assert [frame.count for frame in frames] == [3, 1, 3]
+        assert re.search(rf"{said}; they are left out", caplog.text)
+        (left,) = np.asarray(frames[1].observation.sigma)[np.asarray(frames[1].observation.valid)]
+        rest = np.isfinite(observed_field[0]).all(-1)
+        rest[[y, y1], [x, x1]] = False
+        np.testing.assert_allclose(left, errors[:, 1][:, rest][:, 0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -861,7 +936,7 @@ def test_errors_of_cells_are_those_of_their_file(observed_field, tmp_path, liste
             np.testing.assert_allclose(got, np.moveaxis(sigma[:, number], 0, -1)[cells], rtol=1e-5)
     given["v_err"][1] = np.where(cells, 0.0, 1.0)
     with pytest.raises(
-        InputError, match=r"errors u_err and v_err: the errors must be positive, .* 3 of 3 .* 2020-01-02"
+        InputError, match=r"errors u_err and v_err: the errors must be positive, .* 3 of 9 .* 2020-01-02"
     ):
         collect(given, GRID)
 
@@ -1505,6 +1580,79 @@ def test_a_field_without_time_takes_the_one_that_is_given(observed_field, tmp_pa
     assert frame.time == np.datetime64("2021-02-03T04:05")
     with pytest.raises(InputError, match="give it by time"):
         collect(path, GRID)
+
+
+def test_a_time_that_is_given_stands_for_one_that_cannot_be_read(observed_field, tmp_path):
+    still = three_times(observed_field, time=[0.0, 1.0, 2.0])
+    still["time"].attrs["units"] = "furlongs"
+    for variable in still.data_vars.values():
+        variable.attrs["units"] = "m s-1"
+    still.isel(time=[0]).to_netcdf(tmp_path / "still.nc", engine="h5netcdf")
+    (frame,) = collect(tmp_path / "still.nc", GRID, time="2021-02-03T04:05")
+    assert frame.time == np.datetime64("2021-02-03T04:05")
+    with pytest.raises(InputError, match="furlongs"):
+        collect(tmp_path / "still.nc", GRID)
+    still.to_netcdf(tmp_path / "three.nc", engine="h5netcdf")
+    with pytest.raises(InputError, match="furlongs"):
+        collect(tmp_path / "three.nc", GRID, time="2021-02-03T04:05")
+    # Of a track it is that of all rows.
+    content = track()[1].assign(time=("obs", np.arange(9.0), {"standard_name": "time", "units": "furlongs"}))
+    content.to_netcdf(tmp_path / "track.nc", engine="h5netcdf")
+    (frame,) = collect(tmp_path / "track.nc", GRID, time="2021-02-03T04:05")
+    assert (frame.time, frame.count) == (np.datetime64("2021-02-03T04:05"), 9)
+
+
+def test_a_data_set_is_read_as_its_file_is(observed_field, tmp_path, caplog):
+    lat, lon = np.meshgrid(GRID.lat, GRID.lon, indexing="ij")
+    velocity, _ = observed_field
+    places = {"lat_rho": (("y", "x"), lat), "lon_rho": (("y", "x"), lon)}
+    one = xr.Dataset({n: (("y", "x"), velocity[..., c], {"units": "m s-1"}) for c, n in enumerate("uv")})
+    # Where it lies, when it is from and when it was forecast are variables and no coordinates.
+    others = {"ocean_time": np.datetime64("2020-01-02T03:00", "ns"), "reftime": np.datetime64("2020-01-01", "ns")}
+    given = one.assign(places).assign(others)
+    (by_data_set,), (by_file,) = (collect(source, GRID) for source in both_ways(given, tmp_path))
+    assert by_data_set.time == by_file.time == np.datetime64("2020-01-02T03:00")
+    assert by_data_set.count == by_file.count == 3
+    np.testing.assert_array_equal(by_data_set.observation.values, by_file.observation.values)
+    assert not caplog.messages
+    # A forecast's beginning is no time of its field.
+    (frame,) = collect(given.drop_vars("ocean_time"), GRID)
+    assert np.isnat(frame.time)
+    (frame,) = collect(given.drop_vars("ocean_time").assign_coords(time="noon"), GRID)
+    assert np.isnat(frame.time)
+    assert caplog.messages == ["the data set: its time is noon, no date, and does not count"]
+    (frame,) = collect(given.drop_vars("ocean_time").assign_coords(time="noon"), GRID, time="2020-01-02")
+    assert frame.time == np.datetime64("2020-01-02")
+    assert len(caplog.messages) == 1
+
+
+def test_components_whose_places_differ_by_rounding_are_a_pair(observed_field):
+    given = three_times(observed_field, time=DAYS)
+    expected = collect((given["u"], given["v"]), GRID)
+    rounded = given["v"].assign_coords(lat=given["lat"].astype(np.float32), lon=given["lon"] + 1e-6)
+    for v in (rounded, given["v"].drop_vars("time").assign_coords(time=DAYS), given["v"].rename("anything")):
+        assert_same_frames(collect((given["u"], v), GRID), expected)
+    for v in (given["v"].assign_coords(lat=given["lat"] + 0.01), given["v"][:2], given["v"].isel(lon=slice(1, None))):
+        with pytest.raises(InputError, match="u and v do not lie on the same points and times"):
+            collect((given["u"], v), GRID)
+
+
+def test_only_whole_lines_of_a_table_are_comments(tmp_path, caplog):
+    points = table(4, station=["a", "buoy #2", "c", "#4"])
+    rows = points.to_csv(index=False).splitlines()
+    path = tmp_path / "stations.csv"
+    path.write_text("\n".join(["# of 2020, 4 stations", "", *rows[:2], "  # moved since", *rows[2:]]) + "\n")
+    (ours,), (theirs,) = collect(path, GRID), collect(points, GRID)
+    assert ours.count == theirs.count == 4
+    np.testing.assert_allclose(ours.observation.values, theirs.observation.values, rtol=1e-6)
+    assert not caplog.messages
+    # A row that somebody has taken out, or whose first column begins so.
+    path.write_text("\n".join([*rows[:2], "#" + rows[2], *rows[3:]]) + "\n")
+    assert collect(path, GRID)[0].count == 3
+    assert caplog.messages == ["stations.csv: line 3 looks like a row but begins with #, and does not count"]
+    path.write_text("\n".join([rows[0], *(f"#{row}" for row in rows[1:4]), rows[4]]) + "\n")
+    assert collect(path, GRID)[0].count == 1
+    assert "line 2 looks like a row (as 2 more) but begins with #" in caplog.messages[-1]
 
 
 def test_observations_may_have_a_component_that_never_changes(observed_field, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from jax_repaint.data import vertical
+from jax_repaint.data import titles, vertical
 from jax_repaint.data.positions import Component, place
 from jax_repaint.data.source import Choice, Raw, Source, attribute, dims_of, door, in_degrees, instant
 from jax_repaint.errors import InputError
@@ -60,6 +60,7 @@ HOUR, MINUTES = r"([01]\d|2[0-3])", r"([0-5]\d){1,2}|(:[0-5]\d){1,2}|([-_][0-5]\
 CLOCK = re.compile(rf"(T{HOUR}({MINUTES})?|[-_ ]{HOUR}({MINUTES}))(Z|UTC|h)?(?![^\W_])", re.IGNORECASE)
 MESH = re.compile(r"(nele|elem(ent)?|node|nod2d?|face|cell|tri|edge)s?$", re.IGNORECASE)
 ERROR = re.compile(r"\s|standard_(error|deviation)|variance|uncertainty")  # of a velocity, not one itself
+SPREAD = re.compile(r"standard[ _](error|deviation)|uncertainty")
 REFERENCE = re.compile(r"(forecast_)?ref(erence)?_?time", re.IGNORECASE)
 BAD = re.compile(r"bad|fail|suspect|missing|questionable|invalid|poor|reject", re.IGNORECASE)
 FLAGS = ("flag_meanings", "flag_masks", "flag_values")
@@ -87,7 +88,10 @@ def read_cf(path: Path, kind: str, v_path: Path | None, choice: Choice, source: 
         if not np.array_equal(u.time, v.time, equal_nan=True):
             raise source.error(f"{names[0]} and {names[1]} are of different times, {_span(u.time)} and {_span(v.time)}")
         source.facts["pair"] = f"{names[0]}, {names[1]} in {attribute(dataset[names[0]], 'units')}"
-        found = [_errors_of(content, name) for content, name in zip((dataset, other), names, strict=True)]
+        found = [
+            _errors_of(content, name, axis)
+            for content, name, axis in zip((dataset, other), names, ("eastward", "northward"), strict=True)
+        ]
         if all(len(errors) == 1 for errors, _ in found):
             source.facts["errors"] = " ".join(errors[0] for errors, _ in found)
         elif unclear := [name for errors, others in found for name in (*errors, *others)]:
@@ -96,17 +100,32 @@ def read_cf(path: Path, kind: str, v_path: Path | None, choice: Choice, source: 
         return _timed(raw, source)
 
 
-def _errors_of(dataset: xr.Dataset, name: str) -> tuple[list[str], list[str]]:
-    """Variables with the standard errors of a velocity (CF-1.11, 3.3 and 3.4), and those that say less of what."""
+def _errors_of(dataset: xr.Dataset, name: str, axis: str) -> tuple[list[str], list[str]]:
+    """Variables with the standard errors of a velocity (CF-1.11, 3.3 and 3.4), and those that say less of what.
+
+    An error may lack dimensions of its velocity, as one for all times does. A velocity without a standard name is
+    that along its `axis`.
+    """
     x = dataset[name]
-    listed, whole = attribute(x, "ancillary_variables").split(), f"{_standard(x)} standard_error"
-    errors = [
-        str(n)
+    listed = attribute(x, "ancillary_variables").split()
+    whole = f"{_standard(x) or f'{axis}_sea_water_velocity'} standard_error"
+    wide = {n: {d for d in v.dims if dataset.sizes[d] != 1} for n, v in dataset.data_vars.items()}
+    among = {
+        str(n): other
         for n, other in dataset.data_vars.items()
-        if other.dims == x.dims and attribute(other, "standard_name").endswith("standard_error")
-    ]
-    own = [n for n in errors if n in listed or _standard(dataset[n]) == whole]
-    return own, [n for n in errors if n not in own]
+        if n != name and other.dtype.kind in "fiu" and wide[n] <= wide[name] and not is_flag(other, str(n))
+    }
+    errors = [n for n, other in among.items() if attribute(other, "standard_name").endswith("standard_error")]
+    own = [n for n in errors if n in listed or _standard(among[n]) == whole]
+    return own, [n for n, other in among.items() if n not in own and (n in errors or _may_be_error(other, n))]
+
+
+def _may_be_error(variable: xr.DataArray, name: str) -> bool:
+    if titles.plain(name) in (*titles.NAMES["sigma_u"], *titles.NAMES["sigma_v"]):
+        return True
+    told = attribute(variable, "standard_name"), attribute(variable, "long_name")
+    # A coordinate of levels may be called sigma.
+    return variable.ndim >= 2 and bool(titles.ERROR.search(name.lower()) or SPREAD.search(" ".join(told).lower()))
 
 
 def _standard(variable: xr.DataArray) -> str:
@@ -296,7 +315,7 @@ def _northward(eastward: str) -> str:
 def _component(
     dataset: xr.Dataset, grid_file: xr.Dataset, name: str, along: int, choice: Choice, source: Source
 ) -> Component:
-    whole = dataset[name]
+    whole = dataset[name] if choice.over is None else _spread_over(dataset[choice.over[1 - along]], dataset[name])
     axis = vertical.bottom_following(dataset, whole)
     if axis and choice.depth and choice.level is None:
         valid = _within_limits(whole, whole, source)
@@ -347,6 +366,16 @@ def _component(
     )
 
 
+def _spread_over(x: xr.DataArray, variable: xr.DataArray) -> xr.DataArray:
+    """A variable repeated along the dimensions of `x` that it lacks."""
+    alone = [d for d in variable.dims if d not in x.dims]
+    spread = variable.squeeze(alone, drop=True).variable.to_base_variable().set_dims(dict(x.sizes)).transpose(*x.dims)
+    made = xr.DataArray(spread, x.coords, name=variable.name)
+    # Limits of packed numbers need it.
+    made.encoding = variable.encoding
+    return made
+
+
 def _numbers(coordinate: xr.DataArray, source: Source) -> np.ndarray:
     if coordinate.dtype.kind not in "fiu":
         raise source.error(f"{coordinate.name} must hold numbers, got {coordinate.dtype}")
@@ -389,12 +418,12 @@ def _find(dataset: xr.Dataset, axis: str, x: xr.DataArray) -> xr.DataArray | Non
     candidates = [
         dataset[n]
         for n, v in dataset.variables.items()
-        if v.ndim in ranks and set(v.dims) <= set(x.dims) and not _of_forecast(v, str(n)) and not order(dataset[n])[0]
+        if v.ndim in ranks and set(v.dims) <= set(x.dims) and not of_forecast(v, str(n)) and not order(dataset[n])[0]
     ]
     return min(candidates, key=order, default=None)
 
 
-def _of_forecast(variable: xr.Variable, name: str) -> bool:
+def of_forecast(variable: xr.Variable, name: str) -> bool:
     """Whether it is the time at which a forecast began, or how long ago that was."""
     standard = attribute(variable, "standard_name")
     return standard.startswith("forecast_") or (not standard and bool(REFERENCE.fullmatch(name)))
@@ -523,6 +552,8 @@ def _times(x: xr.DataArray, time: xr.DataArray | None, choice: Choice, source: S
     """datetime64[ns] (frames,) of the file, of the choice, or of the file's name."""
     if time is None:
         return np.atleast_1d(_time_elsewhere(x, choice, source))
+    if choice.undated is not None and time.size == 1:
+        return np.atleast_1d(_date(choice.undated, source))
     units = attribute(time, "units")
     if time.dtype.kind != "M" and " since " not in units:
         if not DURATION.fullmatch(units):

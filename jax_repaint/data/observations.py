@@ -23,9 +23,9 @@ from absl import logging
 
 from jax_repaint import observe
 from jax_repaint.data import readers, titles, tracks
-from jax_repaint.data.cf import is_flag, unpack_limits
+from jax_repaint.data.cf import is_flag, of_forecast, unpack_limits
 from jax_repaint.data.fields import Fields, unmasked
-from jax_repaint.data.source import Choice, instant
+from jax_repaint.data.source import Choice, attribute, instant
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
 
@@ -89,7 +89,7 @@ def collect(
     columns, when = _check_columns(columns), None if time is None else _one_time(time)
     name = Path(source).name if isinstance(source, str | Path) else "the observations"
     table = isinstance(source, pd.DataFrame) or Path(name).suffix.lower() in TABLES
-    points = None if table else tracks.points(source, columns, name)
+    points = None if table else tracks.points(source, columns, name, timed=when is None)
     if points is not None:
         return _from_table(points.table, grid, {}, sigma, when, step, name, leave_out, points.lost)
     names = sorted(columns.keys() - {"u", "v"})
@@ -104,10 +104,9 @@ def collect(
         raise InputError("a step to round times to goes with tables of points")
     known = True
     if _is_pair(source):
-        source = xr.Dataset(dict(zip("uv", source, strict=True)))
+        source = _joined(*source)
     if isinstance(source, xr.Dataset):
-        known = any(tracks.dated(variable) for variable in source.coords.values())
-        source, errors = _from_xarray(source, columns)
+        source, errors, known = _from_xarray(source, columns, when)
     if isinstance(source, Fields):
         return _from_fields(source, errors, grid, sigma, when, known, leave_out)
     if isinstance(source, np.ndarray | jax.Array):
@@ -143,16 +142,35 @@ def _is_pair(source: Any) -> bool:
     return isinstance(source, Sequence) and len(source) == 2 and all(isinstance(part, xr.DataArray) for part in source)
 
 
+def _joined(u: xr.DataArray, v: xr.DataArray) -> xr.Dataset:
+    """One data set of both; coordinates that differ by rounding are those of u."""
+    rounded = {n: x for n, x in u.coords.items() if n in v.coords and _same_place(x, v.coords[n])}
+    try:
+        return xr.merge([u.rename("u"), v.assign_coords(rounded).rename("v")], join="exact", compat="no_conflicts")
+    except ValueError as e:
+        raise InputError(f"u and v do not lie on the same points and times: {str(e).strip().splitlines()[0]}") from e
+
+
+def _same_place(one: xr.DataArray, other: xr.DataArray) -> bool:
+    if one.dims != other.dims or one.shape != other.shape or one.dtype.kind != "f" or other.dtype.kind not in "fiu":
+        return False
+    return np.allclose(other.values.astype(float), one.values, rtol=0, atol=readers.SAME_PLACE, equal_nan=True)
+
+
 def _read_table(path: Path) -> pd.DataFrame:
     try:
         with path.open(encoding="utf-8-sig") as file:
-            head = next((line for line in file if line.strip() and not line.startswith("#")), "")
+            lines = file.read().splitlines()
+        comments = [number for number, line in enumerate(lines) if line.lstrip().startswith("#")]
+        first = next((number for number, line in enumerate(lines) if line.strip() and number not in comments), 0)
+        head = lines[first] if lines else ""
         separator = max(",;\t", key=head.count)
+        like_rows = [n for n in comments if n > first and lines[n].count(separator) >= head.count(separator)]
         with warnings.catch_warnings():
             # Rows longer than the header would lose values with a warning only.
             warnings.simplefilter("error")
-            options = {"sep": separator, "dtype": str, "comment": "#", "skipinitialspace": True, "index_col": False,
-                       "encoding": "utf-8-sig"}  # fmt: skip
+            options = {"sep": separator, "dtype": str, "skiprows": comments, "skipinitialspace": True,
+                       "index_col": False, "encoding": "utf-8-sig"}  # fmt: skip
             table = pd.read_csv(path, **options)
             # pandas renames a second column of one name.
             names = pd.read_csv(path, header=None, nrows=1, **options).iloc[0].dropna().str.strip().str.lower()
@@ -164,6 +182,11 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise InputError(f"cannot read {path}: {lines[0] if lines else type(e).__name__}") from e
     if names.duplicated().any():
         raise InputError(f"{path.name} has several columns of one name: {', '.join(names)}")
+    if like_rows:
+        more = f" (as {len(like_rows) - 1} more)" if len(like_rows) > 1 else ""
+        logging.warning(
+            "%s: line %d looks like a row%s but begins with #, and does not count", path.name, like_rows[0] + 1, more
+        )
     return table
 
 
@@ -300,32 +323,40 @@ def _read(
     errors = understood.facts.get("errors", "")
     if not errors:
         if unknown := understood.facts.get("other errors"):
-            logging.warning("%s: %s are not known as errors of these velocities and are not used", fields.name, unknown)
+            logging.warning(
+                "%s: %s are not known as errors of these velocities and are not used; their standard_name would be "
+                "that of the velocity with standard_error behind it, as 'eastward_sea_water_velocity standard_error'",
+                fields.name, unknown,
+            )  # fmt: skip
         return fields, None
     if understood.wet is not None or understood.facts["components"] != "eastward and northward":
         logging.warning("%s: its errors %s are of other directions or points and are not used", fields.name, errors)
         return fields, None
     u, v = errors.split()
-    choice = Choice(u, v, undated=undated, constant=True, directions="east")
+    over = tuple(understood.facts["pair"].partition(" in ")[0].split(", "))
+    choice = Choice(u, v, undated=undated, constant=True, directions="east", over=over)
     return fields, readers.understand(path, choice, name=f"{fields.name}, errors {u} and {v}")[0]
 
 
-def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> tuple[Fields, Fields | None]:
-    """Through a file, so that it is understood as every other file is."""
+def _from_xarray(
+    dataset: xr.Dataset, columns: Mapping[str, str], when: np.datetime64 | None
+) -> tuple[Fields, Fields | None, bool]:
+    """Through a file, so that it is understood as every other file is; and whether its times have dates."""
     for title in (title for title in columns.values() if title in dataset and not tracks.units_of(dataset[title])):
         titles.check_unit(title, "the data set")
-    fields = {
-        name: unpack_limits(tracks.with_units(variable))
-        for name, variable in dataset.data_vars.items()
-        if variable.dtype.kind in "fiu" and (variable.ndim >= 2 or is_flag(variable, str(name)))
-    }
-    plain = xr.Dataset(fields, attrs={}).drop_encoding()
-    if not any(tracks.dated(variable) for variable in plain.coords.values()):
+    kept = {str(n): x for n, x in dataset.data_vars.items() if x.dtype.kind in "fiu" or tracks.dated(x)}
+    plain = xr.Dataset({n: _as_in_files(x, n) for n, x in kept.items()}, attrs={}).drop_encoding()
+    known = any(tracks.dated(x) for n, x in plain.variables.items() if not of_forecast(x, str(n)))
+    if not known:
         times = plain.sizes.get("time", 1)
         if times > 1:
             raise InputError(f"the data set has {times} times without dates; give them dates, or choose one of them")
+        if when is None and "time" in plain.coords and plain["time"].dtype.kind not in "fiu":
+            text = plain["time"].values.ravel()[0]
+            logging.warning("the data set: its time is %s, no date, and does not count", text)
         plain = plain.drop_vars("time", errors="ignore")
-        plain = plain.isel(time=0, missing_dims="ignore").expand_dims(time=[np.datetime64(0, "ns")])
+        plain = plain.isel(time=0, missing_dims="ignore")
+        plain = plain.assign_coords(time=((), np.datetime64(0, "ns"), {"standard_name": "time"}))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "observations.nc"
         try:
@@ -336,7 +367,17 @@ def _from_xarray(dataset: xr.Dataset, columns: Mapping[str, str]) -> tuple[Field
             # Whatever xarray raises on attributes and coordinates that no file can hold.
             lines = str(e).strip().splitlines()
             raise InputError(f"the data set cannot be written as NetCDF: {lines[0] if lines else e}") from e
-        return _read(path, columns, None, "the data set")
+        return *_read(path, columns, None, "the data set"), known
+
+
+def _as_in_files(variable: xr.DataArray, name: str) -> xr.DataArray:
+    """With its limits as files have them, and with units where it may be a velocity or an error of one."""
+    if variable.dtype.kind not in "fiu":
+        return variable
+    place = any(titles.plain(name) in titles.NAMES[axis] for axis in ("lat", "lon", "time"))
+    error = attribute(variable, "standard_name").endswith("standard_error")
+    speed = error or (variable.ndim >= 2 and not place and not is_flag(variable, name))
+    return unpack_limits(tracks.with_units(variable) if speed else variable)
 
 
 def _from_fields(
@@ -350,6 +391,9 @@ def _from_fields(
     if when is None and not known:
         times = [UNKNOWN]
     series = _on_ocean(fields.velocity, grid, fields.name, leave_out)
+    sigmas = np.full_like(series, sigma)
+    if errors is not None:
+        series, sigmas = _with_errors(series, fields, errors, leave_out)
     some = ~np.isnan(series).any(-1).all((1, 2))
     if not some.any():
         raise InputError(f"{fields.name} has no value in the ocean of the model")
@@ -359,8 +403,8 @@ def _from_fields(
             fields.name, np.sum(~some), some.size,
         )  # fmt: skip
     return [
-        _of_cells(velocity, grid, sigma if errors is None else _errors_of(velocity, day, errors), time, fields.name)
-        for time, day, velocity, left in zip(times, fields.time, series, some, strict=True)
+        _of_cells(velocity, grid, sigma[np.isfinite(velocity).all(-1)], time, fields.name)
+        for time, velocity, sigma, left in zip(times, series, sigmas, some, strict=True)
         if left
     ]
 
@@ -382,18 +426,28 @@ def _on_ocean(velocity: np.ndarray, grid: Grid, name: str, leave_out: bool) -> n
     return np.where(ashore[..., None], np.nan, velocity)
 
 
-def _errors_of(velocity: np.ndarray, time: np.datetime64, errors: Fields) -> np.ndarray:
-    """Standard errors (m, 2) of the observed cells of one field."""
-    observed = np.isfinite(velocity).all(-1)
-    found = errors.velocity[errors.time == time]
-    sigma = found[0][observed] if len(found) else np.full((int(observed.sum()), 2), np.nan)
-    bad = int((~(sigma > 0)).any(-1).sum())
-    if bad:
-        raise InputError(
-            f"{errors.name}: the errors must be positive, but are not, or are missing, in {bad} of {len(sigma)} "
-            f"observed cells at {time.astype('datetime64[s]')}"
+def _with_errors(series: np.ndarray, fields: Fields, errors: Fields, leave_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Velocities (time, y, x, 2) whose errors are positive, and those errors.
+
+    Raises:
+      InputError: others have errors that are missing, 0 or negative, and are not to be left out.
+    """
+    numbers = {time: number for number, time in enumerate(errors.time)}
+    none = np.full(series.shape[1:], np.nan)
+    sigmas = np.stack([errors.velocity[numbers[time]] if time in numbers else none for time in fields.time])
+    observed = np.isfinite(series).all(-1)
+    bad = observed & ~(sigmas > 0).all(-1)
+    if bad.any():
+        day, y, x = np.argwhere(bad)[0]
+        time = np.datetime_as_string(fields.time[day], "s")
+        said = (
+            f"{errors.name}: the errors must be positive, but are not, or are missing, in {bad.sum()} of "
+            f"{observed.sum()} observed cells, the first one (y={y}, x={x}) at {time}"
         )
-    return sigma
+        if not leave_out:
+            raise InputError(f"{said}; {LEAVE_OUT}")
+        logging.warning("%s; they are left out", said)
+    return np.where(bad[..., None], np.nan, series), sigmas
 
 
 def _check_grid(fields: Fields, grid: Grid) -> None:
@@ -405,7 +459,7 @@ def _check_grid(fields: Fields, grid: Grid) -> None:
         off = places(fields.lat, fields.lon) - places(grid.lat, grid.lon)
         off[1] = (off[1] + 180) % 360 - 180
         # Ten metres: coordinates in float32 are off by less.
-        same = np.abs(off).max() <= 1e-4
+        same = np.abs(off).max() <= readers.SAME_PLACE
     if not same and not _overlap(fields, grid):
         raise InputError(
             f"{fields.name} does not touch the model's grid, the model is of another place: it is at "

@@ -41,7 +41,11 @@ def instant(time: str | np.datetime64) -> np.datetime64:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What the user says about a file where the file leaves it open; see `readers.read`."""
+    """What the user says about a file where the file leaves it open; see `readers.read`.
+
+    Attributes:
+      over: velocities along whose dimensions u and v, which are their errors, are repeated where they lack some.
+    """
 
     u: str | None = None
     v: str | None = None
@@ -52,6 +56,7 @@ class Choice:
     directions: str | None = None
     undated: str | None = None
     constant: bool = False
+    over: tuple[str, str] | None = None
 
 
 @dataclasses.dataclass

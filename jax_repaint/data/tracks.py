@@ -25,20 +25,24 @@ class Points(NamedTuple):
     lost: np.ndarray
 
 
-def points(source: Any, columns: Mapping[str, str], name: str) -> Points | None:
-    """The table of a file or data set whose velocities lie at points; None of anything else."""
+def points(source: Any, columns: Mapping[str, str], name: str, timed: bool = True) -> Points | None:
+    """The table of a file or data set whose velocities lie at points; None of anything else.
+
+    Args:
+      timed: whether their times count; otherwise the table has none.
+    """
     if isinstance(source, xr.Dataset):
-        return _from_track(source, columns, Source(name))
+        return _from_track(source, columns, Source(name), timed)
     paths = readers.files_of(source) if isinstance(source, str | Path) else []
     # A series of files is one of fields.
     if len(paths) != 1 or readers.kind_of(paths[0]) not in ("netcdf", "zarr"):
         return None
     with opened(paths[0]) as dataset, door(paths[0]):
-        return _from_track(dataset, columns, Source(name), from_file=True)
+        return _from_track(dataset, columns, Source(name), timed, from_file=True)
 
 
 def _from_track(
-    dataset: xr.Dataset, columns: Mapping[str, str], source: Source, from_file: bool = False
+    dataset: xr.Dataset, columns: Mapping[str, str], source: Source, timed: bool, from_file: bool = False
 ) -> Points | None:
     dataset = _along_points(dataset, columns, source)
     if dataset is None:
@@ -53,6 +57,8 @@ def _from_track(
         dataset = dataset.assign({n: _encoded(x.variable) for n, x in dataset.items() if _of_cftime(x)})
     if "sigma" in columns:
         names = {key: name for key, name in names.items() if key not in ("sigma_u", "sigma_v")}
+    if not timed:
+        names.pop("time", None)
     table = pd.DataFrame(read_points(dataset, names, source))
     for n in dataset.variables:
         if _is_depth(dataset[n], n) and n not in names.values():
