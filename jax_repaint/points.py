@@ -143,6 +143,19 @@ class Point:
         return self.method in methods.REPAINT
 
 
+def plain(config: ConfigDict) -> ConfigDict:
+    """The same with Python's own numbers for those of NumPy, as from `np.linspace`, which JSON does not know."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        if isinstance(value, dict):
+            return {key: own(one) for key, one in value.items()}
+        return type(value)(map(own, value)) if isinstance(value, list | tuple) else value
+
+    return ConfigDict(own(config.to_dict()))
+
+
 def read_points(config: ConfigDict) -> list[Point]:
     """The points of a configuration.
 
@@ -173,7 +186,8 @@ def read_points(config: ConfigDict) -> list[Point]:
         ]
         common = {key: own.get(key, config[key]) for key in ("model", "prior", "consecutive", MEMBERS)}
         common[MEMBERS] = whole_number(f"{name}: members", common[MEMBERS], 1)
-        point = Point(number, own.get("label", " ".join([method, *said])), method, hyper=defaults | hyper, **common)
+        label = str(own.get("label", " ".join([method, *said])))
+        point = Point(number, label, method, hyper=defaults | hyper, **common)
         if own.get("prior", "linear") != "linear" and not point.repaint:
             raise InputError(f"{name}: prior has no effect on method {method}, which starts from the linear prior")
         if point.prior not in PRIORS:

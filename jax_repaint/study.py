@@ -34,7 +34,7 @@ from jax_repaint.checks import check_complete
 from jax_repaint.data.fields import Fields, Split, pad
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
-from jax_repaint.points import FREE, Point, Program, default_config, describe, make_program, read_points
+from jax_repaint.points import FREE, Point, Program, default_config, describe, make_program, plain, read_points
 from jax_repaint.sample import Known
 
 # What a picture can show beside settings of the points.
@@ -171,6 +171,7 @@ def open_study(config: ConfigDict) -> Study:
     Raises:
       InputError: a value that cannot work, a model or fields that cannot be read.
     """
+    config = plain(config)
     _check(config)
     points = read_points(config)
     _check_drawn(config, points)

@@ -820,6 +820,18 @@ def test_interval_of_few_frames_is_as_wide_as_that_of_student(level):
     np.testing.assert_allclose((found.lo - 1, found.hi - 1), (-half, half), rtol=0.025)
 
 
+def test_interval_of_four_blocks_is_that_of_all_resamples():
+    """Of 40 frames in blocks of ten there are 31**4, whose percentiles are exact; they lie 1e-4 from the ends."""
+    method, baseline = np.random.default_rng(2).lognormal(0, 1, (2, 40))
+    sums = [np.lib.stride_tricks.sliding_window_view(errors, 10).sum(1) for errors in (method, baseline)]
+    ours, theirs = (np.add.outer(np.add.outer(one, one), np.add.outer(one, one)).ravel() for one in sums)
+    tail = stats.norm.cdf(math.sqrt(4 / 3) * stats.t.ppf(0.025, 3))
+    lo, hi = np.quantile(ours / theirs, (tail, 1 - tail))
+    for seed in range(3):
+        found = scoring.ratio_of_means(method, baseline, 10, seed)
+        np.testing.assert_allclose((found.lo, found.hi), (lo, hi), atol=0.03 * (hi - lo))
+
+
 @pytest.mark.parametrize(("frames", "known"), [(19, False), (20, True)])
 def test_an_interval_takes_two_whole_blocks(frames, known):
     errors = np.random.default_rng(0).uniform(1, 2, (2, frames))

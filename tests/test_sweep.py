@@ -903,6 +903,22 @@ def test_mistakes_are_named(folder, points, changes, message):
         open_study(config)
 
 
+def test_settings_and_labels_may_be_numbers_of_numpy(folder, tmp_path):
+    """A study over `np.arange` is that over Python's numbers, and a number that labels a point is its text."""
+    configs = []
+    for seeds, steps in (([0], (2, 3)), (np.arange(1), np.arange(2, 4))):
+        config = make_config(folder, seeds=tuple(seeds), sizes=(), frames=1, members=2, patterns="cells:0.1")
+        settings = [{"method": "gp_init", "t_start": step, "label": step} for step in steps]
+        config.points = default_config(lambda add, settings=settings: [add(**one) for one in settings]).points
+        configs.append(config)
+    ours, theirs = configs
+    assert open_study(theirs).identity == open_study(ours).identity
+    _, rows = go(theirs, tmp_path)
+    assert set(rows["label"]) == {"2", "3"}
+    _, again = go(ours, tmp_path)
+    pd.testing.assert_frame_equal(rows, again)
+
+
 def test_points_keep_to_the_noise_of_the_training(folder):
     """Of a network that knows the first 101 steps, whose noise is what the betas of the notes make."""
     beta = np.linspace(1e-4, 0.02, 250)
