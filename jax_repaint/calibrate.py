@@ -114,6 +114,7 @@ def learn(
             "%d blocks of time: intervals will be those of Gaussian members; %d blocks allow a promise",
             blocks, calibration.BLOCKS_TO_PROMISE,
         )  # fmt: skip
+    patterns = list(dict.fromkeys(patterns))
     cases = make_cases(trained, fields, numbers, patterns, seed)
     whole, made, evidence = [], [], []
     chunk = chunk or device.usual_batch()
@@ -121,7 +122,7 @@ def learn(
     batches = list(frame_batches(rows, members, chunk, trained.gaussian, methods.LEVELS))
     if unfinished:
         unfinished.begin(trained, {
-            "fields": fields.hash(), "numbers": list(map(int, numbers)), "patterns": list(patterns),
+            "fields": fields.hash(), "numbers": list(map(int, numbers)), "patterns": patterns,
             "members": members, "seed": int(seed), "batches": [list(map(int, batch)) for batch in batches],
         })  # fmt: skip
     with command.bar(len(cases), name, "field") as bar:
@@ -139,7 +140,7 @@ def learn(
             made += [ensemble for _, ensemble in kept]
             if gate and kept:
                 some = [case for case, _ in kept]
-                keep = partial(unfinished.made, f"{name}_held_out", number) if unfinished else None
+                keep = partial(unfinished.made, f"{name}{methods.HELD_OUT}", number) if unfinished else None
                 evidence += methods.gate_evidence(name, trained, fields, some, members, seed, chunk, keep)
             bar.update(len(found))
     if len({case.frame // block for case in whole}) < 2:
@@ -154,7 +155,7 @@ def learn(
         [case.frame // block for case in whole],
         method=name,
         antithetic=name in methods.PAIRED,
-        patterns=list(dict.fromkeys(patterns)),
+        patterns=patterns,
         seed=seed,
         evidence=evidence if gate else None,
     )

@@ -51,6 +51,7 @@ from jax_repaint.methods import (
     BASELINES,
     DETERMINISTIC,
     FROM_RIDGE,
+    HELD_OUT,
     METHODS,
     POSTERIOR,
     REPAINT,
@@ -78,9 +79,12 @@ PART = 16  # cases of a network's method that are kept together when they are do
 
 def calibrated(
     trained: Model, learnt: Calibration, fields: Fields, cases: Sequence[Case], result: Result, seed: int = 0,
-    chunk: int | None = None,
+    chunk: int | None = None, unfinished: Unfinished | None = None,
 ) -> Result:  # fmt: skip
     """What a calibration makes of the raw result of its method; with a gate, after a second run.
+
+    Args:
+      unfinished: has what of the second run is done.
 
     Raises:
       InputError: ensembles of another size than it was learnt with.
@@ -88,7 +92,11 @@ def calibrated(
     began = time.monotonic()
     gates, calls = [1.0] * len(cases), result.calls
     if learnt.gate is not None:
-        evidence = gate_evidence(learnt.method, trained, fields, cases, learnt.members, seed, chunk)
+        evidence, size = [], _part_size(learnt.method, len(cases), learnt.members, chunk)
+        for first in range(0, len(cases), size):
+            keep = partial(unfinished.made, f"{learnt.method}{HELD_OUT}", first) if unfinished else None
+            some = cases[first : first + size]
+            evidence += gate_evidence(learnt.method, trained, fields, some, learnt.members, seed, chunk, keep)
         gates, calls = [learnt.gate.of(one) for one in evidence], 2 * calls
     members, intervals = [], []
     for case, made, gate in zip(cases, result.members, gates, strict=True):
@@ -390,7 +398,7 @@ def run(
             continue
         added = calibrated_name(name)
         if min(map(len, results[name].members)) == members:
-            results[added] = calibrated(trained, learnt[name], fields, cases, results[name], seed, chunk)
+            results[added] = calibrated(trained, learnt[name], fields, cases, results[name], seed, chunk, unfinished)
             continue
         # A calibration is for ensembles of one size.
         logging.warning("members of %s failed; there is no row %s", name, added)
@@ -450,9 +458,7 @@ def _run_in_parts(
     unfinished: Unfinished,
 ) -> Result:
     """`run_method` of PART cases at a time, or as many as fill a chunk, apart from those that are done."""
-    size = len(cases)
-    if name in REPAINT or name in POSTERIOR or name == "ridge":
-        size = max(PART, -(-(chunk or device.usual_batch()) // members))
+    size = _part_size(name, len(cases), members, chunk)
     parts = []
     with command.bar(len(cases), name, "field") as bar:
         for first in range(0, len(cases), size):
@@ -463,6 +469,13 @@ def _run_in_parts(
     seconds = sum(part.seconds * len(part.members) for part in parts) / len(cases)
     made = [one for part in parts for one in part.members]
     return dataclasses.replace(parts[0], members=made, seconds=seconds)
+
+
+def _part_size(name: str, cases: int, members: int, chunk: int | None) -> int:
+    """Cases of a method that are run, and then kept, together."""
+    if name in REPAINT or name in POSTERIOR or name == "ridge":
+        return max(PART, -(-(chunk or device.usual_batch()) // members))
+    return cases
 
 
 FLAGS = flags.FLAGS

@@ -54,6 +54,8 @@ UNLIKELY = 3  # standard errors between mean and observations; 0.1 to 1.6 for th
 CLIMATOLOGICAL = "climatological_standard_deviation"
 CALIBRATED = "5 to 95 %, calibrated on held-out frames"
 
+Keep = Callable[[str, int, Callable[[], methods.Result]], methods.Result]
+
 _compiled: set[tuple] = set()
 
 
@@ -165,7 +167,7 @@ def inpaint(
             if progress:
                 _announce(trained, rows[batch[0]], len(batch), members, method)
             mine = [frames[i] for i in batch]
-            keep = partial(unfinished.made, method, number, len(batch)) if unfinished else None
+            keep = (lambda what, *one, number=number: unfinished.made(what, number, *one)) if unfinished else None
             fields = estimate(trained, mine, members, seed, method, calibration, chunk, keep)
             made |= zip(batch, fields, strict=True)
             bar.update(len(made) - bar.n)
@@ -305,14 +307,14 @@ def estimate(
     method: str,
     calibration: Calibration | None = None,
     chunk: int | None = None,
-    keep: Callable[[Callable[[], methods.Result]], methods.Result] | None = None,
+    keep: Keep | None = None,
 ) -> list[Estimate]:
     """The ensembles of some fields, sampled together where their observations have as many rows.
 
     Args:
       calibration: for ensembles of this method and size; None leaves them as they are.
       chunk: members sampled at a time; what pays on the device by default.
-      keep: gives what a function that samples returns, or what is kept of it.
+      keep: takes a name, the number of fields and what samples them, and gives their result, which it may have kept.
 
     Raises:
       InputError: members that are not finite.
@@ -320,7 +322,7 @@ def estimate(
     chunk = chunk or device.usual_batch()
     cases = [_case(trained, frame, method) for frame in frames]
     sample = partial(methods.run_method, method, trained, None, cases, members, seed, chunk)
-    ensembles = (keep(sample) if keep else sample()).members
+    ensembles = (keep(method, len(cases), sample) if keep else sample()).members
     for case, made in zip(cases, ensembles, strict=True):
         fine = np.isfinite(made[:, trained.ocean]).all((1, 2))
         if fine.sum() < members:
@@ -331,7 +333,7 @@ def estimate(
             )
     weights = [1.0] * len(frames)
     if calibration is not None and calibration.gate is not None:
-        weights = _weights(trained, calibration.gate, frames, cases, members, seed, method, chunk)
+        weights = _weights(trained, calibration.gate, frames, cases, members, seed, method, chunk, keep)
     return [
         _estimate(trained, frame, case, made, calibration, weight, method in methods.PAIRED)
         for frame, case, made, weight in zip(frames, cases, ensembles, weights, strict=True)
@@ -389,6 +391,7 @@ def _weights(
     seed: int,
     method: str,
     chunk: int,
+    keep: Keep | None,
 ) -> list[float]:
     """The weight of each field, from a second run without a tenth of its observations, as it was learnt.
 
@@ -405,7 +408,10 @@ def _weights(
         out[hold_out_of(places[i], seed, cases[i].frame)] = True
         held.append(out)
         less.append(_case(trained, frames[i]._replace(observation=given.rows(jnp.asarray(~out))), method))
-    ensembles = methods.run_method(method, trained, None, less, members, seed, chunk).members if less else []
+    if not some:
+        return weights
+    sample = partial(methods.run_method, method, trained, None, less, members, seed, chunk)
+    ensembles = (keep(f"{method}{methods.HELD_OUT}", len(less), sample) if keep else sample()).members
     for i, case, out, made in zip(some, less, held, ensembles, strict=True):
         given = frames[i].observation
         at_held = given.rows(jnp.asarray(out))

@@ -55,6 +55,7 @@ MERGING = (
 PAIRED = POSTERIOR  # methods whose members come in antithetic pairs
 START = 3.4  # noise level that posterior samplers start from; chosen on validation frames among 3.4, 10, 30 and 130
 LEVELS = 16  # of posterior samplers
+HELD_OUT = "_held_out"  # behind the name of a method whose run lacks a tenth of the observations
 
 
 @dataclasses.dataclass(frozen=True)

@@ -895,6 +895,14 @@ def test_a_stopped_calibration_goes_on_where_it_was(trained, data, tmp_path, mon
     assert len(list(tmp_path.rglob("*.npz"))) == 4
 
 
+def test_a_pattern_counts_once_however_often_it_is_named(trained, data):
+    once, twice = (
+        calibrate.learn(trained, data.select([3, 30]), [3, 30], patterns, "linear_samples", block=9, members=3)
+        for patterns in (["cells:0.3", "line:4"], ["cells:0.3", "line:4", "cells:0.3"])
+    )
+    assert once == twice
+
+
 def test_pairs_are_calibrated_as_pairs(trained, data):
     made = calibrate.learn(trained, data.select([3, 30]), [3, 30], ["line:4"], "kalman", block=9, members=4)
     assert made.antithetic

@@ -15,6 +15,7 @@ import xarray as xr
 from matplotlib import image
 
 from jax_repaint import device, evaluate, guide, methods, metrics, model, provenance, sample, unfinished
+from jax_repaint.calibration import Calibration, Gate
 from jax_repaint.cases import (
     OBSERVATION_ERROR,
     block_length,
@@ -578,9 +579,9 @@ class Asked:
         monkeypatch.setattr(unfinished, "WORTH", 0)
         monkeypatch.setattr(evaluate, "run_method", self.made)
 
-    def __call__(self, stop_at=99, seed=4):
+    def __call__(self, stop_at=99, seed=4, members=2):
         self.parts, self.stop_at = [], stop_at
-        return self.run(members=2, seed=seed)
+        return self.run(members=members, seed=seed)
 
     def made(self, name, trained, fields, cases, *rest):
         self.parts.append((name, [case.frame for case in cases]))
@@ -622,6 +623,38 @@ def test_a_stopped_evaluation_goes_on_where_it_was(trained, fields, tmp_path, mo
         xr.open_dataset(tmp_path / "other" / "fields.nc") as e,
     ):
         xr.testing.assert_identical(found, e)
+
+
+def test_a_second_run_for_a_gate_goes_on_where_it_was(trained, fields, tmp_path, monkeypatch):
+    """It lacks a tenth of the observations, and takes as long as the first."""
+    learnt = Calibration.create(
+        method="kalman", members=4, antithetic=True, centres=(-10.0, -5.0), weight=(0.5, 0.5), spread=(1.0, 1.0),
+        scale=(1.0, 1.0), promised=False, frames=10, patterns=("line:3",), blocks=20, seed=0, gate=Gate(0.3, 0.7, -0.4),
+        held_out=dict.fromkeys(("mse_prior", "mse_raw", "mse_fused", "spread_skill_raw", "spread_skill"), 1.0),
+    )  # fmt: skip
+    trained = dataclasses.replace(trained, calibrations=(learnt,))
+    second = []
+
+    def made(name, trained, fields, cases, *rest):
+        if len(second) == stop_at:
+            raise KeyboardInterrupt
+        second.append([case.frame for case in cases])
+        return run_method(name, trained, fields, cases, *rest)
+
+    monkeypatch.setattr(methods, "run_method", made)
+    asked, stop_at = Asked(trained, fields, tmp_path / "out", monkeypatch), 1
+    with pytest.raises(KeyboardInterrupt):
+        asked(members=4)
+    assert second == [[3, 20]]
+    stop_at = 99
+    asked(members=4)
+    assert (second, asked.parts) == ([[3, 20], [21]], [])
+    second.clear()
+    Asked(trained, fields, tmp_path / "other", monkeypatch)(members=4)
+    assert second == [[3, 20], [21]]
+    found, expected = (pd.read_csv(tmp_path / folder / "frames.csv") for folder in ("out", "other"))
+    pd.testing.assert_frame_equal(found, expected)
+    assert "kalman_calibrated" in set(found["method"])
 
 
 def test_a_full_disk_does_not_stop_an_evaluation(trained, fields, tmp_path, monkeypatch, caplog):

@@ -2127,7 +2127,7 @@ def series(trained, tmp_path, monkeypatch):
             return run_method(method, trained, fields, cases, *rest)
 
         monkeypatch.setattr(methods, "run_method", made)
-        monkeypatch.setattr(inpaint, "FLAGS", options(chunk=8, **changes))
+        monkeypatch.setattr(inpaint, "FLAGS", options(**({"chunk": 8} | changes)))
         inpaint.main([])
 
     return SimpleNamespace(run=run, batches=batches)
@@ -2155,6 +2155,23 @@ def test_a_stopped_series_goes_on_where_it_was(series, tmp_path):
     series.run()
     assert series.batches == whole[2:]
     assert len(list(tmp_path.glob("*unfinished*"))) == 3
+    with xr.open_dataset("fields.nc") as found, xr.open_dataset("whole.nc") as expected:
+        xr.testing.assert_equal(found, expected)
+
+
+def test_a_series_with_a_gate_goes_on_where_it_was(series, trained, tmp_path):
+    """Each batch is sampled twice, the second time without a tenth of the observations."""
+    model.save(calibrated_with(trained, gate=Gate(0.3, 0.7, -0.4)), "gated")
+    series.run(model="gated", members=8, chunk=16, out="whole.nc")
+    whole = list(series.batches)
+    assert len(whole) == 6
+    assert whole[::2] == whole[1::2]
+    with pytest.raises(KeyboardInterrupt):
+        series.run(model="gated", members=8, chunk=16, stop_at=4)
+    kept = sorted(path.name for path in tmp_path.glob("fields.nc_unfinished_*/*"))
+    assert kept == ["kalman_0_2.npz", "kalman_1_2.npz", "kalman_held_out_0_2.npz", "kalman_held_out_1_2.npz"]
+    series.run(model="gated", members=8, chunk=16)
+    assert series.batches == whole[4:]
     with xr.open_dataset("fields.nc") as found, xr.open_dataset("whole.nc") as expected:
         xr.testing.assert_equal(found, expected)
 
