@@ -26,11 +26,11 @@ from absl import flags, logging
 
 from jax_repaint import command
 from jax_repaint.errors import InputError
-from jax_repaint.files import reason, whole_file
+from jax_repaint.files import read_table, reason, whole_file
 from jax_repaint.locks import LOCK
 from jax_repaint.provenance import ENVIRONMENT
 
-CONFIG = "config.json"
+CONFIG, LOG = "config.json", "log.csv"
 BESIDE = 1 << 20  # bytes at most that a state takes beside its numbers
 # What a continued run may change: where things lie, and what it keeps. The data are told by their fingerprint.
 FREE = frozenset(
@@ -59,7 +59,8 @@ def holds_run(
       usual: the configuration by default; a run that began before there was a setting has its usual value.
 
     Raises:
-      InputError: the folder belongs to a run with another configuration or other data, or to something else.
+      InputError: the folder belongs to a run with another configuration or other data, or to something else, or its
+        states are gone and what they have trained would be lost.
     """
     workdir = Path(workdir)
     path = workdir / CONFIG
@@ -82,7 +83,15 @@ def holds_run(
                 f"{workdir} holds a run of another kind ({lines}); choose another workdir, or start one from its "
                 "weights with --config.init_from="
             )
-        return _has_state(workdir)
+        if _has_state(workdir):
+            return True
+        # One that was killed between its first model and its first state has one row, and not much to lose.
+        if (workdir / LOG).exists() and len(read_table(workdir / LOG, numbers=["epoch"])) > 1:
+            raise InputError(
+                f"{workdir} holds a trained model but no state to continue from; choose another workdir, to start from "
+                f"its weights with --config.init_from={workdir}, or remove it to train anew"
+            )
+        return False
     # A killed start may leave the beginning of config.json, under a name with a dot.
     if workdir.exists() and any(not path.name.startswith((LOCK, ".")) for path in workdir.iterdir()):
         raise InputError(f"{workdir} is not empty and holds no run; choose another workdir")
@@ -190,9 +199,10 @@ class Checkpoints:
         except Exception as e:
             # Whatever orbax and tensorstore raise on damaged files; their messages run over pages.
             first = str(e).strip().split("\n")[0][:200]
+            others = len(self.last.all_steps()) > 1
+            advice = "remove that folder to continue from the one before" if others else "there is none before it"
             raise InputError(
-                f"the checkpoint of step {step} in {self.last.directory} cannot be read ({first}); "
-                "remove that folder to continue from the one before"
+                f"the checkpoint of step {step} in {self.last.directory} cannot be read ({first}); {advice}"
             ) from e
         return unpack(like, tree)
 

@@ -5,7 +5,8 @@
 
 Without arguments the network that comes with the package fills a held-out frame of the Ram Head twin. With a file, a
 network is first trained on its training range, briefly; the linear estimate that it starts from is good from the first
-step. Writes table.csv, fields.nc and figure.png; of what is there it replaces what an earlier demo or evaluation wrote.
+step. Writes table.csv, fields.nc and figure.png; of what is there it replaces what an earlier demo or evaluation wrote,
+but never a network, which is in `run`: another file, range or number of steps asks for another --out.
 """
 
 import math
@@ -50,7 +51,12 @@ def fit(path: str, fields: Fields, train_range: str, test_range: str, steps: int
     config.train.batch = max(min(16, parts.train.size) // devices, 1) * devices
     config.train.epochs = max(math.ceil(steps * config.train.batch / parts.train.size), 1)
     config.train.warmup_epochs = 0.1 * config.train.epochs
-    trained = train.train(config, workdir, fields)
+    try:
+        trained = train.train(config, workdir, fields)
+    except InputError as e:
+        # What a training advises, this command has no options for.
+        said, other, _ = str(e).partition("; choose another workdir")
+        raise InputError(f"{said}; give another folder by --out" if other else said) from e
     if trained is None:
         raise InputError("training was stopped; the same command continues it")
     loss, linear = (trained.training[name] for name in ("held_out_loss", "held_out_loss_of_linear"))

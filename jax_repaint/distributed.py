@@ -142,7 +142,7 @@ def training_devices(form: str = "") -> np.ndarray:
     """All devices of all processes.
 
     Cores that are devices because nobody said otherwise (`use_cores`) are one: each would have a copy of the data, and
-    a run that goes on where there are more or fewer of them would not be the same to the last bit.
+    a run that goes on where there are more or fewer of them would sum in another order.
 
     Args:
       form: of the denoiser. Of `conditional` a step factorises matrices, and devices of one CPU that do so wait for

@@ -4,8 +4,9 @@
 
 What the loss of each form is stands in optimise.py, every setting in settings.py.
 
-Starting it again on the same workdir continues the run, bit for bit as if it had never stopped. All devices share each
-batch, those of several processes too (distributed.py); the loss is that of one device but for rounding.
+Starting it again on the same workdir continues the run, bit for bit as if it had never stopped, on as many
+cores. All devices share each batch, those of several processes too (distributed.py); the loss is that of one device but
+for rounding.
 """
 
 import contextlib
@@ -30,9 +31,9 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from jax_repaint import command, distributed, files, model, plots, provenance
+from jax_repaint import SHIPPED, command, distributed, files, model, plots, provenance
 from jax_repaint.array_types import Array, Level
-from jax_repaint.checkpoint import Checkpoints, began_from, claim, holds_run, release
+from jax_repaint.checkpoint import LOG, Checkpoints, began_from, claim, holds_run, release
 from jax_repaint.data.fields import Fields
 from jax_repaint.errors import InputError
 from jax_repaint.locks import locked
@@ -318,8 +319,8 @@ def _go_on(
 
 def _weights_of(config: ConfigDict, network: unet.UNetConfig) -> dict:
     folder, form = config.init_from, config.model.form
-    source = Path(folder)
-    loaded = model.load(source / "model" if (source / "model").is_dir() else source)
+    inside = Path(folder) / "model"
+    loaded = model.load(inside if folder != SHIPPED and inside.is_dir() else folder)
     # A network of another form has learnt another target, and of other steps other positions.
     if form != loaded.form and {loaded.form, form} != {"anchored", "conditional"}:
         raise InputError(f"init_from: the model in {folder} is of form {loaded.form}, not {form}")
@@ -335,14 +336,16 @@ def _weights_of(config: ConfigDict, network: unet.UNetConfig) -> dict:
 def _with_inputs_of(network: unet.UNetConfig, params: dict) -> dict:
     """The same function of the inputs that both have: kernels of others start from 0, or are left out.
 
-    What is left out saw which cells are observed, and 0 where none was.
+    What is left out saw which cells are observed, and 0 where none was. Scales start from 1: behind a scale of 0 no
+    gradient would reach a kernel of 0, nor the other way round.
     """
     shapes = traverse_util.flatten_dict(unet.structure(network)[1])
     flat = traverse_util.flatten_dict(params)
     for name, leaf in flat.items():
         shape = shapes[name].shape
         kept = leaf[tuple(map(slice, shape))]
-        flat[name] = jnp.pad(kept, [(0, new - old) for new, old in zip(shape, kept.shape, strict=True)])
+        more = [(0, new - old) for new, old in zip(shape, kept.shape, strict=True)]
+        flat[name] = jnp.pad(kept, more, constant_values=float(name[-1] == "scale"))
     return traverse_util.unflatten_dict(flat)
 
 
@@ -350,7 +353,7 @@ class Log:
     """log.csv, loss.png and TensorBoard events of a run, one row for each epoch that is scored."""
 
     def __init__(self, workdir: Path, epochs: int, tensorboard: bool, linear_loss: float, words: bool = False):
-        self.path, self.linear_loss, self.words = workdir / "log.csv", linear_loss, words
+        self.path, self.linear_loss, self.words = workdir / LOG, linear_loss, words
         rows = files.read_table(self.path, numbers=["epoch"]).to_dict("records") if self.path.exists() else []
         # Epochs after the checkpoint are run again.
         self.rows = [row for row in rows if row["epoch"] <= epochs]

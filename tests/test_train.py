@@ -19,8 +19,8 @@ import pytest
 import tiny
 from scipy import stats
 
-from jax_repaint import model, observe, prepare, train
-from jax_repaint.checkpoint import Checkpoints
+from jax_repaint import demo, model, observe, prepare, train
+from jax_repaint.checkpoint import Checkpoints, claim, holds_run
 from jax_repaint.data import fields as fields_lib
 from jax_repaint.errors import InputError
 from jax_repaint.nets import unet
@@ -969,6 +969,41 @@ def test_a_network_without_observations_starts_from_one_with_them_and_back():
     np.testing.assert_allclose(back, whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_a_network_did_not_see_before_it_learns(residual):
+    """Of a network whose first block normalises its inputs, too: gradients reach the new channel."""
+    four = unet.UNetConfig((8, 8), residual=residual, embedding=16, inputs=4, heads=1)
+    five = dataclasses.replace(four, inputs=5)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 8, 8, 5)), jnp.float32)
+    x = x.at[..., 4].set((x[..., 4] > 0).astype(jnp.float32))
+    graphdef, params = unet.create(four, 0)
+    more = train._with_inputs_of(five, params)
+    network = unet.structure(five)[0]
+    whole = unet.apply(graphdef, params, x[..., :4], jnp.zeros(2))
+    np.testing.assert_allclose(unet.apply(network, more, x, jnp.zeros(2)), whole, atol=1e-5)
+    gradient = jax.grad(lambda p: jnp.sum(unet.apply(network, p, x, jnp.zeros(2)) ** 2))(more)
+    sizes = np.abs(gradient["encode0_0"]["conv1"]["kernel"]).mean((0, 1, 3))
+    assert sizes[4] > 0.1 * sizes[:4].mean()
+
+
+def test_the_model_of_the_package_can_be_started_from_by_its_name(tmp_path, monkeypatch):
+    """From any folder; of a small network it is another one."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the network of ram_head is another one"):
+        train.train(init_from(tiny.config("anchored"), "ram_head"), tmp_path / "run", tiny.fields())
+
+
+def test_a_demo_of_another_training_is_told_to_write_elsewhere(tmp_path, monkeypatch):
+    """It has no options for what a training advises."""
+    claim(tmp_path / "run", {"epochs": 7}, {})
+    (tmp_path / "run" / "model").mkdir()
+    monkeypatch.setattr(train, "train", lambda config, workdir, fields: holds_run(workdir, {"epochs": 14}, {}))
+    with pytest.raises(InputError) as caught:
+        demo.fit("tiny.nc", tiny.fields(365), "0:250", "275:365", 2, tmp_path / "run")
+    assert str(caught.value).endswith("(config.epochs: 7 there, 14 here); give another folder by --out")
+
+
 def test_init_from_refuses_another_network(finished, tmp_path, monkeypatch):
     wide = dataclasses.replace(tiny.NETWORK, channels=(16,))
     monkeypatch.setitem(unet.NETWORKS, "test", wide)
@@ -1040,12 +1075,40 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     for path in (workdir / "checkpoints" / "last" / "27").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:10])
-    with pytest.raises(InputError, match=r"step 27 .* cannot be read"):
+    with pytest.raises(
+        InputError, match=r"step 27 .* cannot be read .*; remove that folder to continue from the one before"
+    ):
         run(workdir)
     shutil.rmtree(workdir / "checkpoints" / "last" / "27")
     run(workdir)
     assert_same_run(workdir, finished)
     assert json.loads((workdir / "config.json").read_text())["data"]["name"] == "tiny"
+
+
+def test_a_trained_model_without_a_state_is_not_trained_over(finished, tmp_path):
+    """As where somebody has made room: its model would be replaced by that of a first epoch."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    for path in (workdir / "checkpoints" / "last").iterdir():
+        if path.name != "27":
+            shutil.rmtree(path)
+    damaged = next(
+        path for path in (workdir / "checkpoints" / "last" / "27").rglob("*") if path.name == "manifest.ocdbt"
+    )
+    damaged.write_bytes(b"")
+    with pytest.raises(InputError, match=r"step 27 .* cannot be read .*; there is none before it"):
+        run(workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    kept = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(
+        InputError, match=r"run holds a trained model but no state .* --config.init_from=.*run, or remove"
+    ):
+        run(workdir)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == kept
+    # Killed between its first model and its first state.
+    lines = (workdir / "log.csv").read_text().splitlines(keepends=True)
+    (workdir / "log.csv").write_text("".join(lines[:2]))
+    run(workdir)
+    assert_same_run(workdir, finished)
 
 
 @pytest.mark.parametrize(
