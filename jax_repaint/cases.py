@@ -386,10 +386,12 @@ def hold_out(trained: Model, case: Case, seed: int = 0, share: float = 0.1) -> t
     held[hold_out_of(places, seed, case.frame, share)] = True
     held = held.reshape(case.observed.shape)
     observation = observation_of(trained, case.seen, case.observed & ~held, case.error)
+    # Another start would know the cells that are held out.
     less = dataclasses.replace(
         case,
         observed=case.observed & ~held,
         observation=observation,
         analysis=linear.analysis(trained.gaussian, observation),
+        offset=None,
     )
     return less, held

@@ -469,7 +469,9 @@ def _observation(trained: Model, frame: Observed, method: str) -> observe.Observ
     # A field has one row a cell already.
     if method not in methods.MERGING or frame.rows is None:
         return observation
-    return observe.merged(observation)
+    merged = observe.merged(observation)
+    # Thousands of points in a few cells say more than single precision can hold.
+    return merged.replace(sigma=jnp.maximum(merged.sigma, LEAST_SIGMA))
 
 
 def _case(trained: Model, frame: Observed, method: str) -> Case:

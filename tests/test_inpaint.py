@@ -459,6 +459,20 @@ def test_observations_of_one_cell_may_be_as_good_as_single_precision_allows(trai
     np.testing.assert_allclose(found, np.broadcast_to([0.21, -0.12], found.shape), atol=5 * least)
 
 
+def test_very_many_points_of_few_cells_are_no_better_than_single_precision(gaussian_model):
+    """Merged, 900 of them have a thirtieth of their error: where that is too small, members would be far off."""
+    points = table(900).assign(u=0.2, v=-0.1)
+    points = points.assign(lat=18.0401 + 0.005 * (points.lat - points.lat.min()), lon=295.0701)
+    least = 1.01 * inpaint.LEAST_SIGMA * gaussian_model.standardiser.std.max()
+    (frame,) = collect(points, GRID, sigma=least)
+    assert np.asarray(inpaint._observation(gaussian_model, frame, "kalman").sigma).min() == np.float32(
+        inpaint.LEAST_SIGMA
+    )
+    found = both(quietly(gaussian_model, points, sigma=least, method="kalman"))
+    seen = np.asarray(frame.observation.apply(jnp.asarray(np.nan_to_num(found[0, 0]))))[: frame.count]
+    np.testing.assert_allclose(seen, np.broadcast_to([0.2, -0.1], seen.shape), atol=1e-3)
+
+
 def test_an_interval_without_a_promise_is_not_called_calibrated(trained):
     fields = quietly(calibrated_with(trained, promised=False, blocks=7), table(6), members=8)
     assert "its width is not calibrated, as 7 blocks of time are too few" in fields.attrs["interval"]
