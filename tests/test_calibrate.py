@@ -800,6 +800,9 @@ def test_observations_are_held_out_of_the_second_run(trained, data):
     case, *_ = make_cases(trained, data.select([5]), [5], ["cells:0.3"])
     less, held = hold_out(trained, case)
     assert held.sum() == round(0.1 * case.observed.sum()) > 0
+    # A start that was made from all of them knows those that are held out.
+    elsewhere = dataclasses.replace(case, offset=np.ones((7, 12, 2), np.float32))
+    assert hold_out(trained, elsewhere)[0].offset is None
     np.testing.assert_array_equal(less.observed ^ held, case.observed)
     observed, _ = less.observation.on_grid(trained.padded)
     np.testing.assert_array_equal(np.asarray(observed)[:7], less.observed)
