@@ -1,7 +1,7 @@
 #!/bin/bash
 # Runs a command of the package under Slurm; when the time limit stops it, the job queues again and goes on where it was.
 #
-#   one node        sbatch launch/slurm.sh train --config=configs/attn.py --workdir=runs/attn
+#   one node        sbatch launch/slurm.sh train --config=configs/attn_anchored.py --workdir=runs/anchored
 #   several nodes   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 launch/slurm.sh train --config=...
 #   an array        sbatch --array=0-7 launch/slurm.sh sweep --config=configs/sweeps/gamma.py --workdir=sweeps/gamma
 #

@@ -84,14 +84,14 @@ def test_shellcheck_finds_nothing(script):
 def test_one_task_runs_the_command_as_it_is(shell):
     code, output, calls = shell(launching.blocks("slurm.md")[0])
     assert code == 0, output
-    train = SLURM.format(kill=1) + "train --config=configs/attn.py --workdir=runs/"
-    assert calls == [f"{train}attn --config.model.dtype=bfloat16", f"{train}attn4 --config.train.batch=64"]
+    train = SLURM.format(kill=1) + "train --config=configs/attn_anchored.py --workdir=runs/anchored"
+    assert calls == [f"{train} --config.data.fields=currents.nc", f"{train}4 --config.train.batch=64"]
 
 
 def test_several_tasks_train_together(shell):
     code, output, calls = shell(launching.blocks("slurm.md")[1])
     assert code == 0, output
-    options = "train --config=configs/attn.py --workdir=runs/attn8 --config.train.batch=128 --distributed"
+    options = "train --config=configs/attn_anchored.py --workdir=runs/anchored8 --config.train.batch=128 --distributed"
     assert calls == [SLURM.format(kill=1) + options]
     # Where Slurm was told the number of tasks of a node alone.
     told = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_ID": "1"}
@@ -179,9 +179,9 @@ def test_a_tpu_from_creation_to_deletion(shell):
     assert [call.split()[0] for call in calls] == ["create", "scp", "ssh", "ssh", "scp", "delete"]
     (install, run) = (shlex.split(call)[3].removeprefix("--command=") for call in calls if call.startswith("ssh"))
     assert "uv pip install --python=env/bin/python './jax_repaint[tpu]'" in install
-    options = "--config=configs/attn.py --workdir=runs/attn --config.model.dtype=bfloat16"
+    options = "--config=configs/attn_anchored.py --workdir=runs/anchored"
     assert run.split() == f"cd jax_repaint && ../env/bin/python -m jax_repaint.train {options}".split()
-    assert shlex.split(calls[4])[:4] == ["scp", "--recurse", "currents:jax_repaint/runs/attn/*", "runs/attn"]
+    assert shlex.split(calls[4])[:4] == ["scp", "--recurse", "currents:jax_repaint/runs/anchored/*", "runs/anchored"]
 
 
 def test_a_slice_runs_on_every_worker_and_is_fetched_from_each(shell):
