@@ -268,14 +268,14 @@ def describe(point: Point, program: Program) -> dict[str, Any]:
     To six digits, which last bits of another machine do not change.
     """
 
-    def plain(value: Any) -> Any:
+    def rounded(value: Any) -> Any:
         if isinstance(value, (str, bool, int)):
             return value
         return [float(f"{number:.6g}") for number in np.ravel(value)]
 
     parts = () if program is None else program if isinstance(program, tuple) else (program,)
     numbers: dict[str, Any] = {
-        str(place): {field.name: plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
+        str(place): {field.name: rounded(getattr(part, field.name)) for field in dataclasses.fields(part)}
         for place, part in enumerate(parts, start=1)
     }
     return numbers | ({"var_decay": point.var_decay} if point.repaint else {})
