@@ -212,7 +212,7 @@ def to_run(page: Path) -> list[str]:
     trained = {}
     for command in found:
         for folder in re.findall(r"jax_repaint\.train .*--workdir=(\S+)", command):
-            trained[folder] = smaller(command.replace(folder, ""))
+            trained[folder] = same_run(smaller(command.replace(folder, "")))
     # A model that another page trains is the small one.
     known = [
         re.sub(r"--model=(\S+)", lambda m: m[0] if m[1].removesuffix("/model") in trained else "--model=model", text)
@@ -222,7 +222,15 @@ def to_run(page: Path) -> list[str]:
     first = {small: folder for folder, small in reversed(trained.items())}
     same = {folder: first[small] for folder, small in trained.items() if first[small] != folder}
     texts = [re.sub(r"runs/[\w/-]+?(?=/model|\s|$)", lambda m: same.get(m[0], m[0]), text) for text in known]
-    return list(dict.fromkeys(map(smaller, texts)))
+    once: dict[str, str] = {}
+    for text in map(smaller, texts):
+        once.setdefault(same_run(text), text)
+    return list(once.values())
+
+
+def same_run(text: str) -> str:
+    """Equal for commands that differ in the order of their options."""
+    return text if "\n" in text else " ".join(sorted(text.split()))
 
 
 def options_of(path: Path) -> list[str]:
