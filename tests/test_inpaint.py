@@ -1609,6 +1609,12 @@ def test_a_time_that_is_given_stands_for_one_that_cannot_be_read(observed_field,
     still.to_netcdf(tmp_path / "three.nc", engine="h5netcdf")
     with pytest.raises(InputError, match="furlongs"):
         collect(tmp_path / "three.nc", GRID, time="2021-02-03T04:05")
+    # Files with dates of their own are of several times, as one file is.
+    for number, day in enumerate(DAYS[:2]):
+        dated = still.isel(time=[number]).assign_coords(time=[day])
+        dated.to_netcdf(tmp_path / f"day{number}.nc", engine="h5netcdf")
+    with pytest.raises(InputError, match="has 2 times; one time can be given to one field only"):
+        collect(tmp_path / "day*.nc", GRID, time="2021-02-03T04:05")
     # Of a track it is that of all rows.
     content = track()[1].assign(time=("obs", np.arange(9.0), {"standard_name": "time", "units": "furlongs"}))
     content.to_netcdf(tmp_path / "track.nc", engine="h5netcdf")

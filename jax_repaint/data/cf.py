@@ -109,7 +109,7 @@ def _errors_of(dataset: xr.Dataset, name: str, axis: str) -> tuple[list[str], li
     x = dataset[name]
     listed = attribute(x, "ancillary_variables").split()
     whole = f"{_standard(x) or f'{axis}_sea_water_velocity'} standard_error"
-    wide = {n: {d for d in v.dims if dataset.sizes[d] != 1} for n, v in dataset.data_vars.items()}
+    wide = {n: {d for d in v.dims if dataset.sizes[d] != 1} for n, v in dataset.variables.items()}
     among = {
         str(n): other
         for n, other in dataset.data_vars.items()
@@ -552,8 +552,16 @@ def _times(x: xr.DataArray, time: xr.DataArray | None, choice: Choice, source: S
     """datetime64[ns] (frames,) of the file, of the choice, or of the file's name."""
     if time is None:
         return np.atleast_1d(_time_elsewhere(x, choice, source))
-    if choice.undated is not None and time.size == 1:
+    try:
+        return _times_of(time, choice, source)
+    except InputError:
+        if choice.undated is None or time.size != 1:
+            raise
         return np.atleast_1d(_date(choice.undated, source))
+
+
+def _times_of(time: xr.DataArray, choice: Choice, source: Source) -> np.ndarray:
+    """datetime64[ns] (frames,) of a file's times, which may count from the date of the choice."""
     units = attribute(time, "units")
     if time.dtype.kind != "M" and " since " not in units:
         if not DURATION.fullmatch(units):

@@ -66,7 +66,7 @@ def read(
       level: number of a level from 0 on, instead of a depth.
       time: date of a file without times, or from which its times count where they name no date.
       directions: "grid" or "east", where components on a curvilinear grid may run along either.
-      undated: as time, but of no account where a file has several dates of its own.
+      undated: as time, but of no account where a file has dates of its own that can be read.
       constant: whether a component may never change, as among a few observations.
 
     Raises:
