@@ -11,11 +11,12 @@ makes a model of a PyTorch checkpoint (torch_import.py).
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,8 @@ class Checkpoints:
         if step is None:
             return None
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), pack(like))
+        shown = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_show_unless_late, shown)
         try:
             tree = self.last.restore(step, args=ocp.args.StandardRestore(template))
         except Exception as e:
@@ -204,11 +207,19 @@ class Checkpoints:
             raise InputError(
                 f"the checkpoint of step {step} in {self.last.directory} cannot be read ({first}); {advice}"
             ) from e
+        # Not in a `finally`: after a failure the replies are still to come.
+        sys.unraisablehook = shown
         return unpack(like, tree)
 
     def close(self) -> None:
         """Waits for writing to end."""
         self.last.close()
+
+
+def _show_unless_late(shown: Callable[[Any], object], problem: Any) -> None:
+    """Where one array cannot be read, tensorstore reports each of the others to a loop that orbax has closed."""
+    if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
+        shown(problem)
 
 
 def pack(state: Any) -> dict[str, np.ndarray]:

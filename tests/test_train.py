@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1083,6 +1084,24 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     run(workdir)
     assert_same_run(workdir, finished)
     assert json.loads((workdir / "config.json").read_text())["data"]["name"] == "tiny"
+
+
+def test_a_damaged_checkpoint_is_named_without_pages_before(tmp_path, monkeypatch):
+    """One reply of the storage layer that comes too late for each of its arrays."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    checkpoints, state = Checkpoints.open(tmp_path, keep=1), [np.ones((64, 64), np.float32)] * 100
+    checkpoints.save(1, state)
+    checkpoints.close()
+    for path in tmp_path.rglob("manifest.ocdbt"):
+        path.write_bytes(b"")
+    for _ in range(3):
+        with pytest.raises(InputError, match=r"step 1 .* cannot be read"):
+            Checkpoints.open(tmp_path, keep=1).restore(state)
+    time.sleep(0.5)
+    assert not shown
+    sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("another")))
+    assert [str(problem.exc_value) for problem in shown] == ["another"]
 
 
 def test_a_trained_model_without_a_state_is_not_trained_over(finished, tmp_path):
