@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,10 @@ NOT_RUN = (
     (r"python -m jax_repaint\.reproduce ", "takes hours; tests/test_reproduce.py runs it small"),
     (r"python -m jax_repaint\.checkpoint ", "needs a checkpoint of PyTorch; tests/test_torch_import.py runs it"),
 )
-# What needs nothing of its own page, and leaves nothing there that is needed.
+# Pages that a reader follows from the start to the end. Of the others a command is not run where one of the same
+# options ran before: they list the same few commands for many models and tables.
+FOLLOWED = ("README", "tutorial")
+# Of those too what needs nothing of its own page, and leaves nothing there that is needed.
 ONCE = r"jax_repaint\.(demo|data\.twin|inpaint --obs|train .*--workdir=runs/tiny )|^(?!.*--export).*--model=model"
 SHELL, PYTHON = ("sh", "bash", "shell", "console"), ("python", "py")
 COMMAND = re.compile(r"(\w+=\S* )*(python3?|pip|uv|git|gcloud|sbatch|srun|bash|cd|export|ruff|wait|launch/\S+)( |$)")
@@ -198,8 +201,11 @@ def smaller(text: str) -> str:
     return " ".join(options.values())
 
 
-def to_run(page: Path) -> list[str]:
-    """What of a page is run, in its order, each once: programs, and commands of the package."""
+def to_run(page: Path, ran: Set[frozenset[str]] = frozenset()) -> list[str]:
+    """What of a page is run, in its order, each once: programs, and commands of the package.
+
+    `ran` are the options of commands that run anyway, see `options`.
+    """
     found, session = [], ""
     for language, content in blocks(page.read_text()):
         what = kind(language, content)
@@ -209,13 +215,24 @@ def to_run(page: Path) -> list[str]:
             found.append(session)
         elif what == "shell" and not reason(content, BLOCKS_NOT_RUN, re.search):
             found += [command for command in commands(content) if not reason(command, NOT_RUN)]
+    if page.stem not in FOLLOWED:
+        others, found, ran = found, [], set(ran)
+        for text in others:
+            asked = options(smaller(text))
+            if "\n" in text or asked not in ran:
+                found.append(text)
+            ran.add(asked)
     trained = {}
     for command in found:
         for folder in re.findall(r"jax_repaint\.train .*--workdir=(\S+)", command):
             trained[folder] = same_run(smaller(command.replace(folder, "")))
-    # A model that another page trains is the small one.
+    # A model that no command here trains is the small one.
     known = [
-        re.sub(r"--model=(\S+)", lambda m: m[0] if m[1].removesuffix("/model") in trained else "--model=model", text)
+        re.sub(
+            r"(--(?:config\.)?model)=(\S+)",
+            lambda m: m[0] if m[2].removesuffix("/model") in trained else f"{m[1]}=model",
+            text,
+        )
         for text in found
     ]
     # Trainings that are the same when small are one.
@@ -231,6 +248,11 @@ def to_run(page: Path) -> list[str]:
 def same_run(text: str) -> str:
     """Equal for commands that differ in the order of their options."""
     return text if "\n" in text else " ".join(sorted(text.split()))
+
+
+def options(text: str) -> frozenset[str]:
+    """Of a command, its module and the names of its options."""
+    return frozenset(part.split("=")[0] for part in text.split())
 
 
 def options_of(path: Path) -> list[str]:
@@ -250,12 +272,11 @@ def options_of(path: Path) -> list[str]:
 def all_runs() -> list[tuple[Path, str]]:
     """What is run of all pages; of what ONCE names, the first of those that have the same options."""
     runs, ran = [], set()
-    for page in PAGES:
-        for text in to_run(page):
-            options = frozenset(part.split("=")[0] for part in text.split())
-            if not (re.search(ONCE, text) and options in ran):
+    for page in sorted(PAGES, key=lambda page: page.stem not in FOLLOWED):
+        for text in to_run(page, ran):
+            if not (re.search(ONCE, text) and options(text) in ran):
                 runs.append((page, text))
-            ran.add(options)
+            ran.add(options(text))
     return runs
 
 
