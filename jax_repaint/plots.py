@@ -117,7 +117,8 @@ def save(figure: Figure, path: str | Path) -> None:
         temporary.write_bytes(content.getbuffer())
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches which belongs to no window."""
     figure = Figure((width, height), dpi=150, layout="compressed")
     FigureCanvasAgg(figure)
     return figure
@@ -157,7 +158,7 @@ def draw_currents(
     layout = _layout(len(examples), wide, examples[0].truth is not None)
     width = 3.5 if wide else 2.3
     height = width * np.clip(extent[0] / extent[1], 0.3, 3)
-    figure = _new_figure(layout.shape[1] * width + 1.2, layout.shape[0] * (height + 0.25) + 1.0)
+    figure = new_figure(layout.shape[1] * width + 1.2, layout.shape[0] * (height + 0.25) + 1.0)
     axes = figure.subplots(*layout.shape, squeeze=False, sharex=True, sharey=True)
     fields = [_panel_fields(example, ocean) for example in examples]
     speed = _scale([f[name] for f in fields for name in (("truth",) if "truth" in f else ("mean", "member"))], SPEED)
@@ -226,7 +227,7 @@ def draw_stamps(
     columns = int(np.clip(round(np.sqrt(len(shown) * 1.3 * aspect)), 1, 8))
     rows = -(-len(shown) // columns)
     width = 2.3 if aspect < 1 else 1.9
-    figure = _new_figure(columns * width + 0.9, rows * (width * aspect + 0.2) + 0.4)
+    figure = new_figure(columns * width + 0.9, rows * (width * aspect + 0.2) + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False)
     scale = _scale([np.where(land, np.nan, truth)], SPEED)
     for ax, (name, field) in zip(axes.flat, shown.items(), strict=False):
@@ -475,7 +476,7 @@ def draw_loss(
       InputError: lengths differ, nothing was evaluated, or a loss is not positive.
     """
     epoch = np.asarray(epoch, float)
-    figure = _new_figure(7.5, 5)
+    figure = new_figure(7.5, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     curves = (("training", train, "0.6"), ("held out", held_out, BLUE), ("held out, EMA weights", ema_held_out, ORANGE))
     for name, loss, colour in curves:
@@ -540,7 +541,7 @@ def draw_rank_histogram(counts: np.ndarray, title: str = "") -> Figure:
     counts = np.asarray(counts, float)
     if counts.ndim != 1 or len(counts) < 2 or not counts.sum() > 0:
         raise InputError(f"a rank histogram needs counts in at least two bins, got {counts.tolist()}")
-    figure = _new_figure(5.5, 3)
+    figure = new_figure(5.5, 3)
     ax = figure.subplots()
     ax.bar(np.arange(len(counts)), counts / counts.mean(), width=0.9, color=BLUE)
     ax.axhline(1, color="0.1", lw=1, ls="--")
@@ -572,7 +573,7 @@ def draw_reliability(nominal: np.ndarray, observed: Mapping[str, np.ndarray], ti
     values = np.stack([nominal, *map(np.asarray, observed.values())])
     if not ((values >= 0) & (values <= 1)).all():
         raise InputError("levels and coverages are shares between 0 and 1")
-    figure = _new_figure(4.6, 4.6)
+    figure = new_figure(4.6, 4.6)
     ax = figure.subplots()
     ax.plot([0, 1], [0, 1], color="0.1", lw=1, ls="--")
     for number, (name, coverage) in enumerate(observed.items()):
@@ -635,7 +636,7 @@ def draw_spectra(spectra: Mapping[str, structures.Spectrum], title: str = "") ->
             raise InputError(f"the spectrum of {name} is of another truth")
     wavelength = 1 / first.wavenumber
     unit, size = ("km", 1000) if wavelength.max() > 10_000 else ("m", 1)
-    figure = _new_figure(6, 5)
+    figure = new_figure(6, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot(wavelength / size, first.truth, color="0.1", lw=2, label="truth")
     below.axhline(1, color="0.1", lw=1, ls="--")
@@ -689,7 +690,7 @@ def draw_distance(
     if np.isinf(edges[-1]):
         edges[-1] = edges[-2] + (edges[-2] - edges[-3] if len(edges) > 2 else 1)
     middle = (edges[1:] + edges[:-1]) / 2
-    figure = _new_figure(6, 4.6)
+    figure = new_figure(6, 4.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     above.plot(middle, np.sqrt(2 * first.baseline), color="0.1", lw=1.4, ls="--", label=baseline)
     for number, (name, one) in enumerate(errors.items()):
@@ -741,7 +742,7 @@ def draw_denoising(
     values = np.stack([sigma, gaussian, *map(np.asarray, networks.values())])
     if not ((values > 0) & np.isfinite(values)).all():
         raise InputError("noise levels and errors of denoisers are positive numbers")
-    figure = _new_figure(6, 5)
+    figure = new_figure(6, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot(sigma, gaussian, color="0.1", lw=1.4, ls="--", label="Gaussian denoiser")
     below.axhline(1, color="0.1", lw=1, ls="--")
@@ -883,7 +884,7 @@ def _draw_curves(
 ) -> tuple[Figure, Axes, list[Line2D]]:
     _check_curves(curves)
     words = list(dict.fromkeys(x for curve in curves for x in np.asarray(curve.x).tolist() if isinstance(x, str)))
-    figure = _new_figure(6, 4)
+    figure = new_figure(6, 4)
     ax = figure.subplots()
     lines = []
     for number, curve in enumerate(curves):

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 
@@ -109,8 +108,7 @@ def draw(fields: Fields, title: str = "") -> Figure:
     extent = np.ptp(place, axis=(0, 1))
     aspect = float(np.clip(extent[0] / extent[1], 0.3, 3))
     width = 4.5 if aspect < 1.5 else 3
-    figure = Figure((len(panels) * width, width * aspect + 1), dpi=150, layout="compressed")
-    FigureCanvasAgg(figure)
+    figure = plots.new_figure(len(panels) * width, width * aspect + 1)
     axes = figure.subplots(1, len(panels), sharey=True)
     for ax, (label, values, colours) in zip(axes, panels, strict=True):
         _panel(figure, ax, values, fields.ocean, place, colours, label)
