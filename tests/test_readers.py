@@ -494,6 +494,14 @@ class TestChoices:
             in caplog.messages
         )
 
+    def test_a_level_far_below_a_depth_does_not_stand_for_it(self, tmp_path):
+        path = saved(tmp_path, self.deep((100.0, 120.0, 160.0)))
+        np.testing.assert_array_equal(readers.read(path, depth=90).velocity, readers.read(path, level=0).velocity)
+        refused(path, "a depth of 89 m is outside uo, which has 100 to 160 m", depth=89)
+        one = saved(tmp_path, self.deep((5.0, 20.0, 30.0)).isel(depth=[0]), "one.nc")
+        assert readers.read(one, depth=0.5).velocity.shape == readers.read(path).velocity.shape
+        refused(saved(tmp_path, self.deep((6.0, 20.0, 30.0)).isel(depth=[0]), "one.nc"), "6 m only", depth=0.5)
+
     def test_levels_without_metres_are_chosen_by_number(self, tmp_path):
         dataset = self.deep((-0.9, -0.5, -0.1), units="1", standard_name="ocean_s_coordinate_g2")
         path = saved(tmp_path, dataset.rename(depth="s_rho"))

@@ -250,6 +250,14 @@ class TestSyntheticRoms:
         with pytest.raises(InputError, match="mask_u and mask_v do not lie between the points of mask_rho"):
             readers.read(saved(tmp_path, dataset))
 
+    @pytest.mark.parametrize("angle", [False, True], ids=["geometry", "angle"])
+    def test_axes_may_be_stored_in_another_order(self, tmp_path, angle):
+        dataset = roms(angle=angle).isel(eta_rho=slice(0, 7), xi_rho=slice(0, 9))
+        expected = readers.read(saved(tmp_path, dataset))
+        got = readers.read(saved(tmp_path, dataset.transpose("xi_u", "xi_rho", ...), "turned.nc"))
+        for part in ("velocity", "ocean", "lat", "lon"):
+            np.testing.assert_array_equal(getattr(got, part), getattr(expected, part))
+
     def test_cells_in_radians_are_refused(self, tmp_path):
         dataset = roms()
         dataset["lon_rho"] = np.radians(dataset["lon_rho"]).assign_attrs(units="radian")
@@ -320,6 +328,18 @@ class TestDepth:
         ratio = (got.velocity / surface.velocity)[:, surface.ocean & (surface.velocity != 0).all((0, -1))]
         assert (ratio > 0.99).all()
         assert (ratio < 0.9995).all()
+
+    @pytest.mark.parametrize("depth", [-17.0, 10_000.0, np.nan])
+    def test_a_depth_in_the_air_or_the_ground_is_refused(self, tmp_path, depth):
+        path, height = self.file(tmp_path, "g2")
+        with pytest.raises(InputError, match=f"{depth:g} m is outside u, whose bottom lies down to {height.max():g} m"):
+            readers.read(path, depth=depth)
+
+    def test_axes_may_be_stored_in_another_order(self, tmp_path):
+        path, _ = self.file(tmp_path, "g2")
+        with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
+            turned = saved(tmp_path, file.transpose("ocean_time", "xi_u", "xi_rho", ...), "turned.nc")
+        np.testing.assert_array_equal(readers.read(turned, depth=17).velocity, readers.read(path, depth=17).velocity)
 
     def test_above_levels_of_the_lower_half_nothing_is_known(self, tmp_path):
         path, _ = self.file(tmp_path, "g2")
@@ -511,6 +531,28 @@ class TestCollocated:
         np.testing.assert_allclose(got.u[0][got.ocean], EAST, atol=2e-4)
         np.testing.assert_allclose(got.v[1][got.ocean], 2 * NORTH, atol=4e-4)
         assert any("run along the grid and are turned to the east and north" in m for m in caplog.messages)
+
+    @pytest.mark.parametrize("standard", [True, False], ids=["coordinates", "names"])
+    def test_u_may_run_along_the_first_axis(self, tmp_path, standard):
+        path = self.polar_file(tmp_path, standard)
+        expected = readers.read(path, directions="grid").velocity
+        np.testing.assert_allclose(expected[0], [[[EAST, NORTH]] * 8] * 6, atol=2e-4)
+        with xr.open_dataset(path, engine="h5netcdf") as file:
+            dataset = file.load()
+        for number, order in enumerate((("time", "x", "y"), ("x", "y", "time"))):
+            turned = saved(tmp_path, dataset.transpose(*order), f"{number}.nc")
+            np.testing.assert_array_equal(readers.read(turned, directions="grid").velocity, expected)
+        only_u = dataset.assign(u=dataset["u"].transpose("time", "x", "y"))
+        with_angle = only_u.assign(angle=(("y", "x"), np.radians(LON0 - dataset["longitude"].values)))
+        np.testing.assert_allclose(
+            readers.read(saved(tmp_path, with_angle), directions="grid").velocity, expected, atol=2e-4
+        )
+        named = saved(tmp_path, dataset.drop_vars(["x", "y"], errors="ignore").rename(x="i", y="j"), "named.nc")
+        np.testing.assert_array_equal(readers.read(named, directions="grid").velocity, expected)
+        with xr.open_dataset(named, engine="h5netcdf") as file:
+            turned = saved(tmp_path, file.transpose("time", "i", "j"), "turned.nc")
+        with pytest.raises(InputError, match=r"u \(i=8, j=6\) may run along i, .*; transpose to \(j, i\) or rename"):
+            readers.read(turned, directions="grid")
 
     def test_longitudes_of_u_and_v_may_count_to_180_and_to_360(self, tmp_path):
         lat, lon = np.array([10.0, 10.5, 11.0]), np.array([179.0, 179.5, 180.0, 180.5])

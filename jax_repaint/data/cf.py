@@ -15,7 +15,7 @@ import xarray as xr
 
 from jax_repaint.data import titles, vertical
 from jax_repaint.data.positions import Component, place
-from jax_repaint.data.source import Choice, Raw, Source, attribute, dims_of, door, in_degrees, instant
+from jax_repaint.data.source import Choice, Raw, Source, attribute, dims_of, door, in_degrees, instant, rows_first
 from jax_repaint.errors import InputError
 
 PAIRS = (
@@ -330,7 +330,7 @@ def _component(
     frames = () if time is None else time.dims
     # Faces of a staggered grid may do without positions where its cells have them.
     wide = tuple(d for d in x.dims if d not in frames and x.sizes[d] > 1)
-    grid = wide if lost else _grid_dims(x, lat, lon, source)
+    grid = rows_first(wide, dataset) if lost else _grid_dims(dataset, x, lat, lon, source)
     if set(frames) & set(grid):
         raise source.error(f"{name} {dims_of(whole)} lies on points that move with time, not on a grid")
     extra = [d for d in x.dims if d not in (*frames, *grid) and x.sizes[d] > 1]
@@ -383,12 +383,14 @@ def _numbers(coordinate: xr.DataArray, source: Source) -> np.ndarray:
     return coordinate.values.astype(float)
 
 
-def _grid_dims(x: xr.DataArray, lat: xr.DataArray, lon: xr.DataArray, source: Source) -> tuple:
+def _grid_dims(dataset: xr.Dataset, x: xr.DataArray, lat: xr.DataArray, lon: xr.DataArray, source: Source) -> tuple:
     if lat.ndim == 1 and lat.dims == lon.dims:
         raise source.error(f"{x.name} {dims_of(x)} lies on scattered points or a track, not on a grid")
     if lat.ndim != lon.ndim or (lat.ndim == 2 and set(lat.dims) != set(lon.dims)):
         raise source.error(f"latitude {dims_of(lat)} and longitude {dims_of(lon)} do not make a grid")
-    return lat.dims + lon.dims if lat.ndim == 1 else tuple(d for d in x.dims if d in lat.dims)
+    if lat.ndim == 1:
+        return lat.dims + lon.dims
+    return rows_first(tuple(d for d in x.dims if d in lat.dims), dataset)
 
 
 def _find(dataset: xr.Dataset, axis: str, x: xr.DataArray) -> xr.DataArray | None:

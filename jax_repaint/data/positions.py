@@ -8,7 +8,7 @@ import xarray as xr
 
 from jax_repaint.data import staggered
 from jax_repaint.data.arrays import regular
-from jax_repaint.data.source import Choice, Raw, Source, attribute, in_degrees
+from jax_repaint.data.source import Choice, Raw, Source, attribute, in_degrees, rows_first
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,11 +55,13 @@ def place(u: Component, v: Component, grid: xr.Dataset, dataset: xr.Dataset, cho
 
 
 def _static(name: str, *datasets: xr.Dataset) -> np.ndarray | None:
-    """A variable of the grid, without singleton axes; the first data set that has it counts."""
-    found = next((d[name] for d in datasets if name in d.variables), None)
-    if found is None or found.dtype.kind not in "fiub":
+    """A variable of the grid (y, x), without singleton axes; the first data set that has it counts."""
+    dataset = next((d for d in datasets if name in d.variables), None)
+    if dataset is None or dataset[name].dtype.kind not in "fiub":
         return None
-    return found.squeeze([d for d in found.dims if found.sizes[d] == 1 and found.ndim > 2]).values.astype(float)
+    found = dataset[name]
+    found = found.squeeze([d for d in found.dims if found.sizes[d] == 1 and found.ndim > 2])
+    return found.transpose(*rows_first(found.dims, dataset)).values.astype(float)
 
 
 def _shape(component: Component) -> str:
@@ -94,6 +96,11 @@ def _collocated(
             "by directions, 'grid' or 'east'"
         )
     if _static("angle", grid, dataset) is None:
+        if [str(d).lower() for d in u.dims] in (["i", "j"], ["ni", "nj"]):
+            raise source.error(
+                f"{u.name} {_shape(u)} may run along {u.dims[0]}, as in most models, or along the second of two "
+                f"dimensions; transpose to ({u.dims[1]}, {u.dims[0]}) or rename them to (y, x)"
+            )
         raw = _along_growing_axes(raw, u.dims, dataset)
     return _turned(raw, *_angle(raw, (slice(None), slice(None)), grid, dataset, source), source)
 

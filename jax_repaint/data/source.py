@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,17 @@ class Raw:
     ocean: np.ndarray | None = None
 
 
+PROJECTED = {
+    axis: (f"projection_{axis.lower()}_coordinate", f"projection_{axis.lower()}_angular_coordinate", f"grid_{place}")
+    for axis, place in (("X", "longitude"), ("Y", "latitude"))
+}
+# Names of dimensions of which nobody doubts which is which; i and j are used either way.
+ALONG = {
+    "X": re.compile(r"n?x|x[cghqt]|x_\w+|xi(_\w+)?|r?lon(gitude)?|col(umn)?s?", re.IGNORECASE),
+    "Y": re.compile(r"n?y|y[cghqt]|y_\w+|eta(_\w+)?|r?lat(itude)?|rows?", re.IGNORECASE),
+}
+
+
 def attribute(variable: xr.DataArray | xr.Variable, name: str) -> str:
     """An attribute as text, empty where it is absent."""
     return str(variable.attrs.get(name, "")).strip()
@@ -115,6 +127,21 @@ def attribute(variable: xr.DataArray | xr.Variable, name: str) -> str:
 def dims_of(variable: xr.DataArray) -> str:
     """Dimensions and their lengths, such as (time=24, lat=10, lon=12)."""
     return "(" + ", ".join(f"{d}={n}" for d, n in variable.sizes.items()) + ")"
+
+
+def rows_first(dims: tuple, dataset: xr.Dataset) -> tuple:
+    """Two horizontal dimensions as (y, x), where coordinates or names tell that they are (x, y); others as they are."""
+    if len(dims) == 2 and _runs_along(dims[0], "X", dataset) and _runs_along(dims[1], "Y", dataset):
+        return dims[::-1]
+    return dims
+
+
+def _runs_along(dim: Hashable, axis: str, dataset: xr.Dataset) -> bool:
+    coordinate = dataset.variables.get(dim, xr.Variable((), 0))
+    said, standard = attribute(coordinate, "axis").upper(), attribute(coordinate, "standard_name")
+    if said or standard in {name for names in PROJECTED.values() for name in names}:
+        return said == axis or standard in PROJECTED[axis]
+    return bool(ALONG[axis].fullmatch(str(dim)))
 
 
 @contextlib.contextmanager

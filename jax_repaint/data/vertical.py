@@ -12,9 +12,10 @@ import re
 import numpy as np
 import xarray as xr
 
-from jax_repaint.data.source import Choice, Source, attribute, dims_of
+from jax_repaint.data.source import Choice, Source, attribute, dims_of, rows_first
 
 VERTICAL = re.compile(r"depth[tuvw]?|(olevel|lev|level)s?|z|z_?l|z_?t|s_rho|sigma|siglay|st_ocean|nz", re.IGNORECASE)
+NEAR_SURFACE = 5.0  # m, below which an uppermost level still stands for what is above it
 METRES = ("m", "meter", "metre", "meters", "metres")
 
 
@@ -87,8 +88,8 @@ def _nearest(name: str, axis: str, below: np.ndarray | None, unit: str, depth: f
     if below is None or not unit:
         raise source.error(f"the levels of {name} along {axis} are not in metres, so choose by level=, not by depth=")
     order = np.sort(below)
-    reach = (order[-1] - order[-2]) / 2 if order.size > 1 else 0.5
-    if not 0 <= depth <= order[-1] + reach:
+    above, below_last = ((order[1] - order[0]) / 2, (order[-1] - order[-2]) / 2) if order.size > 1 else (0, 0.5)
+    if not max(order[0] - max(above, NEAR_SURFACE), 0) <= depth <= order[-1] + below_last:
         levels = f"{order[0]:g} to {order[-1]:g} m" if order.size > 1 else f"{order[0]:g} m only"
         raise source.error(f"a depth of {depth:g} m is outside {name}, which has {levels}")
     return int(np.abs(below - depth).argmin())
@@ -116,7 +117,7 @@ def at_depth(
       depth: metres below the surface at rest.
 
     Raises:
-      InputError: a term is missing or does not fit.
+      InputError: a term is missing or does not fit; above the surface or below the bottom everywhere.
     """
     terms = dict(re.findall(r"(\w+):\s*(\S+)", attribute(dataset[axis], "formula_terms")))
     found = {}
@@ -127,9 +128,13 @@ def at_depth(
                 f"the depths of the levels of {x.name} need {terms.get(term, term)}, which is missing; choose by level="
             )
         found[term] = content[terms[term]].squeeze()
+        found[term] = found[term].transpose(*rows_first(found[term].dims, content))
+    deepest = float(np.nanmax(found["depth"].values, initial=0))
+    if not 0 <= depth <= deepest:
+        raise source.error(f"a depth of {depth:g} m is outside {x.name}, whose bottom lies down to {deepest:g} m")
     s, stretched = (np.asarray(c, float)[:, None, None] for c in (dataset[axis], found["C"]))
     height, critical = np.asarray(found["depth"], float), float(found["depth_c"])
-    y, width = [d for d in x.dims if d != axis][-2:]
+    y, width = rows_first(tuple(d for d in x.dims if d != axis)[-2:], dataset)
     if {y, width} != set(found["depth"].dims):
         height = _between(height, along, x.sizes[y], x.sizes[width])
     if height.shape != (x.sizes[y], x.sizes[width]) or s.shape != stretched.shape:
