@@ -955,6 +955,34 @@ def test_errors_of_cells_are_those_of_their_file(observed_field, tmp_path, liste
         collect(given, GRID)
 
 
+def test_attributes_lost_in_an_assignment_do_not_change_units(observed_field):
+    """Errors without units are in those of their velocities; of velocities both have units, or m/s."""
+    given = three_times(
+        observed_field, time=np.arange("2020-01-01", "2020-01-04", dtype="datetime64[D]").astype("M8[ns]")
+    )
+    for name, standard in zip("uv", (U, V), strict=True):
+        given[name] = (100 * given[name]).assign_attrs(units="cm/s", standard_name=standard)
+        error = {"standard_name": f"{standard} standard_error"}
+        given[f"{name}_err"] = xr.full_like(given[name], 7.0).assign_attrs(error, units="cm/s")
+    expected = collect(given, GRID)
+    assert float(expected[0].observation.sigma[0, 0]) == pytest.approx(0.07)
+    for name in ("u_err", "v_err"):
+        del given[name].attrs["units"]
+    assert_same_frames(collect(given, GRID), expected)
+    points = track()[1]
+    for dataset, name, other in ((given, "v", "u"), (points, "nsct", "ewct")):
+        units = dataset[other].attrs["units"]
+        del dataset[name].attrs["units"]
+        with pytest.raises(InputError, match=f"{other} is in {units} and {name} has no units; give it"):
+            collect(dataset, GRID)
+        dataset[other] = (dataset[other] / 100).assign_attrs(dataset[other].attrs, units="m s-1")
+        dataset[name] = (dataset[name] / 100).assign_attrs(dataset[name].attrs)
+        for error in (n for n in dataset.data_vars if n.endswith("_err")):
+            dataset[error] = (dataset[error] / 100).assign_attrs(dataset[error].attrs, units="m s-1")
+    assert_same_frames(collect(given, GRID), expected)
+    assert_same_frames(collect(points, GRID), collect(track()[1], GRID))
+
+
 def test_errors_along_a_turned_grid_are_not_used(observed_field, caplog):
     lat, lon = np.meshgrid(GRID.lat, GRID.lon, indexing="ij")
     lat, lon = lat + 0.002 * np.arange(12), lon - 0.002 * np.arange(7)[:, None]
@@ -1262,7 +1290,17 @@ def test_rows_of_a_track_are_counted_as_they_stand_in_it(tmp_path, caplog):
         collect(dataset, GRID)
 
 
-DEPTHS = ["depth", "Depth (m)", "depth_m", "z", "level", "bin", "PRES", "pressure [dbar]", "DEPH"]
+DEPTHS = ["depth", "Depth (m)", "depth_m", "z", "level", "bin", "PRES", "pressure [dbar]", "DEPH", "depth, m", "depSM"]
+DEPTHS += ["Depth water [m]", "DEPTH, water [m]", "Pressure, water [dbar]", "PRES_ADJUSTED", "depth below surface (m)"]
+DEPTHS += [
+    "mean depth",
+    "depth_mean",
+    "instr_depth",
+    "observation_depth",
+    "Depth of observation [m]",
+    "deptht",
+    "depth1",
+]
 
 
 @pytest.mark.parametrize("title", DEPTHS)
@@ -1289,11 +1327,23 @@ def test_a_vehicle_keeps_its_depth_within_two_metres():
             collect(table(9).assign(**{title: depths}), GRID)
 
 
-def test_words_of_depth_and_other_columns():
+def test_words_of_depth_and_other_columns(caplog):
     with pytest.raises(InputError, match="rows are of layer from deep to upper, a field is of one"):
         collect(table(2).assign(layer=["upper", "deep"]), GRID)
     other = {"water_depth": [10.0, 20.0], "bottom_depth": [10.0, 20.0], "zone": [1, 2], "bin_count": [3, 4]}
+    other |= {
+        "air_pressure": [990, 1010],
+        "wave height": [1, 9],
+        "cell": [1.0, 2.0],
+        "bins_used": [3, 90],
+        "press_qc": [1, 9],
+    }
     assert collect(table(2).assign(**other), GRID)[0].count == 2
+    assert not [message for message in caplog.messages if "if it is a depth" in message]
+    for title in ("height above bed", "Depth at cast", "dep", "sensorDepth corrected", "altitude"):
+        collect(table(2).assign(**{title: [1.0, 9.0]}), GRID)
+        said = f"the observations: {title}, from 1 to 9, does not count; if it is a depth, keep the rows of one"
+        assert (said in caplog.text) == (title != "height above bed")
 
 
 def test_a_track_through_several_depths_is_refused(tmp_path):
@@ -1305,6 +1355,12 @@ def test_a_track_through_several_depths_is_refused(tmp_path):
     assert_same_frames(collect(dataset.assign(DEPH=3.0), GRID), collect(track()[0], GRID))
     floor = dataset.assign(depth=dataset.DEPH.assign_attrs(standard_name="sea_floor_depth_below_sea_surface"))
     assert_same_frames(collect(floor.drop_vars("DEPH"), GRID), collect(track()[0], GRID))
+    for attributes in ({"positive": "down"}, {"axis": "Z"}, {"standard_name": "depth"}):
+        named = dataset.drop_vars("DEPH").assign(ZLOC=dataset.DEPH.assign_attrs(attributes))
+        if "standard_name" not in attributes:
+            del named.ZLOC.attrs["standard_name"]
+        with pytest.raises(InputError, match=r"rows are of ZLOC \(m\) from 1 to 30, a field is of one depth"):
+            collect(named, GRID)
     profile = xr.Dataset({n: ("depth", np.full(4, 0.1)) for n in "uv"}, {"depth": range(4)})
     with pytest.raises(InputError, match=r"rows are of depth from 0 to 3, a field is of one depth"):
         collect(profile.assign(lat=18.03, lon=295.08), GRID)
@@ -1486,6 +1542,7 @@ def test_a_column_that_says_another_unit_is_refused(tmp_path, title, unit):
         with pytest.raises(InputError, match=message):
             collect(xr.Dataset(data), GRID, columns={"u": title})
         data[title] = ("obs", 100 * table(3).u, {"units": "cm/s"})
+        data["v"] = ("obs", table(3).v, {"units": "m/s"})
         (one,) = collect(xr.Dataset(data), GRID, columns={"u": title})
         np.testing.assert_allclose(one.observation.values[:3, 0], table(3).u, rtol=1e-6)
 

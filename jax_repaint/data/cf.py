@@ -163,7 +163,7 @@ def read_points(dataset: xr.Dataset, names: Mapping[str, str], source: Source) -
             # An error without units has those of the velocity.
             units = attribute(whole, "units") or attribute(dataset[names["v" if key == "sigma_v" else "u"]], "units")
             x = _without_bad(dataset, _within_limits(whole, whole, source), {}, source) if key in "uv" else whole
-            out[key] = x.values.astype(float) * _factor(units, name, source)
+            out[key] = x.values.astype(float) * factor(units, name, source)
     return out
 
 
@@ -251,7 +251,7 @@ def _choose_pair(dataset: xr.Dataset, other: xr.Dataset, choice: Choice, source:
         return choice.u, choice.v
     pairs = _pairs(dataset, other)
     if not pairs:
-        flat = next((x for n, x in dataset.data_vars.items() if x.ndim == 1 and _is_velocity(x, str(n))), None)
+        flat = next((x for n, x in dataset.data_vars.items() if x.ndim == 1 and is_velocity(x, str(n))), None)
         if flat is not None and _scattered(dataset, list(flat.dims)):
             raise source.error(f"{flat.name} {dims_of(flat)} lies on scattered points or a track, not on a grid")
         alone = _half(dataset) if other is dataset else ""
@@ -297,7 +297,8 @@ def _is_current(standard_name: str) -> bool:
     return "sea_water" in standard_name and "velocity" in standard_name and not ERROR.search(standard_name)
 
 
-def _is_velocity(variable: xr.DataArray, name: str) -> bool:
+def is_velocity(variable: xr.DataArray, name: str) -> bool:
+    """Whether it is a component of a current by its standard name or its own."""
     return _is_current(attribute(variable, "standard_name")) or any(name.lower() in pair for pair in PAIRS)
 
 
@@ -344,7 +345,7 @@ def _component(
     x = _without_bad(dataset, x, chosen, source)
     x = x.squeeze([d for d in x.dims if d not in (*frames, *grid)]).transpose(*frames, *grid)
     values = x.values if frames else x.values[None]
-    values = values * _factor(attribute(whole, "units"), name, source)
+    values = values * factor(attribute(whole, "units"), name, source)
     if lat is not None and lat.ndim == 2:
         lat, lon = lat.transpose(*grid), lon.transpose(*grid)
         nowhere = int(((lat.values == 0) & (lon.values == 0)).sum())
@@ -616,11 +617,15 @@ def _decode_time(time: xr.DataArray, source: Source) -> np.ndarray:
         f"the times in {time.name} cannot be decoded from {attribute(time, 'units')!r}, calendar "
         f"{attribute(time, 'calendar') or 'standard'}; expected the civil calendar and the years 1678..2261"
     )
-    zone = re.search(r"[a-z]{2,}", attribute(time, "units").partition(" since ")[2], re.IGNORECASE)
-    if zone and zone[0].upper() not in ("UTC", "GMT"):
-        # cftime ignores it.
-        raise source.error(undecodable)
-    date = re.match(r"\s*(\d{1,2})([-/.])(\d{1,2})\2\d{4}", attribute(time, "units").partition(" since ")[2])
+    since = attribute(time, "units").partition(" since ")[2]
+    zone = re.search(r"[a-z]{2,}", since, re.IGNORECASE)
+    if zone and (zone[0].upper() not in ("UTC", "GMT") or re.match(r"\s*[+-]", since[zone.end() :])):
+        # cftime ignores it, and turns the sign of what is behind UTC.
+        raise source.error(
+            f"the times in {time.name} cannot be decoded from {attribute(time, 'units')!r}: a zone is understood as UTC "
+            "or as an offset such as +02:00 alone"
+        )
+    date = re.match(r"\s*(\d{1,2})([-/.])(\d{1,2})\2\d{4}", since)
     # 01-01-1950 and 13/02/2020 are one date however they are read.
     if date and (one := int(date[1])) != (other := int(date[3])) and max(one, other) <= 12:
         raise source.error(
@@ -639,13 +644,13 @@ def _decode_time(time: xr.DataArray, source: Source) -> np.ndarray:
         raise source.error(undecodable) from e
     if any(part.dtype.kind != "M" for part in (decoded, start)):
         raise source.error(undecodable)
-    since, until = np.array(["1900-03-01", "2100-03-01"], "datetime64[ns]")
-    if julian and not all((since <= part).all() and (part < until).all() for part in (decoded, start)):
+    first, until = np.array(["1900-03-01", "2100-03-01"], "datetime64[ns]")
+    if julian and not all((first <= part).all() and (part < until).all() for part in (decoded, start)):
         raise source.error(undecodable)
     return np.atleast_1d(decoded)
 
 
-def _factor(units: str, name: str, source: Source) -> float:
+def factor(units: str, name: str, source: Source) -> float:
     """Metres per second in one of `units`."""
     text = units.strip().lower()
     speed = SPEED.fullmatch(text)

@@ -23,7 +23,7 @@ from absl import logging
 
 from jax_repaint import observe
 from jax_repaint.data import readers, titles, tracks
-from jax_repaint.data.cf import is_flag, of_forecast, unpack_limits
+from jax_repaint.data.cf import is_flag, is_velocity, of_forecast, unpack_limits
 from jax_repaint.data.fields import Fields, unmasked
 from jax_repaint.data.source import Choice, attribute, instant
 from jax_repaint.errors import InputError
@@ -91,7 +91,7 @@ def collect(
     table = isinstance(source, pd.DataFrame) or Path(name).suffix.lower() in TABLES
     points = None if table else tracks.points(source, columns, name, timed=when is None)
     if points is not None:
-        return _from_table(points.table, grid, {}, sigma, when, step, name, leave_out, points.lost)
+        return _from_table(points.table, grid, {}, sigma, when, step, name, leave_out, points)
     names = sorted(columns.keys() - {"u", "v"})
     if names and not table:
         raise InputError(f"{name} is no table of points: of fields u and v can be named, not {names[0]}")
@@ -254,7 +254,7 @@ def _from_table(
     step: str | None,
     name: str,
     leave_out: bool,
-    lost: np.ndarray | None = None,
+    points: tracks.Points | None = None,
 ) -> list[Observed]:
     if isinstance(table.index, pd.DatetimeIndex):
         table = table.rename_axis(index=table.index.name or "time")
@@ -262,7 +262,7 @@ def _from_table(
     table, columns = titles.with_whole_times(table.reset_index(levels), columns, name)
     titles.check_units(table, columns, name)
     found = titles.find(table, columns, name)
-    lost = np.zeros(len(table), bool) if lost is None else lost
+    lost, depths = (np.zeros(len(table), bool), []) if points is None else (points.lost, points.depths)
     if lost.all():
         raise InputError(f"no observation: {name} has no row{' with a velocity' * bool(lost.size)}")
     # A column that was named goes before those that are found.
@@ -281,7 +281,7 @@ def _from_table(
     if dated:
         missing[found["time"]] = table[found["time"]].isna().to_numpy() & ~lost
     kept = np.flatnonzero(_usable(missing, lost, numbers["lat"], numbers["lon"], grid, name, leave_out))
-    titles.check_depth(table, kept, found.values(), name)
+    titles.check_depth(table, kept, found.values(), name, depths)
     lat, lon, u, v = (numbers[key][kept] for key in titles.NEEDED)
     errors = np.stack([numbers[key][kept] if key in numbers else np.full(kept.size, float(sigma)) for key in own], -1)
     _check_speed(u, v, name)
@@ -345,7 +345,9 @@ def _from_xarray(
     for title in (title for title in columns.values() if title in dataset and not tracks.units_of(dataset[title])):
         titles.check_unit(title, "the data set")
     kept = {str(n): x for n, x in dataset.data_vars.items() if x.dtype.kind in "fiu" or tracks.dated(x)}
-    plain = xr.Dataset({n: _as_in_files(x, n) for n, x in kept.items()}, attrs={}).drop_encoding()
+    velocities = [x for n, x in kept.items() if n in (columns.get("u"), columns.get("v")) or is_velocity(x, n)]
+    units = tracks.usual_units(velocities, "the data set")
+    plain = xr.Dataset({n: _as_in_files(x, n, units) for n, x in kept.items()}, attrs={}).drop_encoding()
     known = any(tracks.dated(x) for n, x in plain.variables.items() if not of_forecast(x, str(n)))
     if not known:
         times = plain.sizes.get("time", 1)
@@ -370,14 +372,14 @@ def _from_xarray(
         return *_read(path, columns, None, "the data set"), known
 
 
-def _as_in_files(variable: xr.DataArray, name: str) -> xr.DataArray:
-    """With its limits as files have them, and with units where it may be a velocity or an error of one."""
+def _as_in_files(variable: xr.DataArray, name: str, units: str) -> xr.DataArray:
+    """With its limits as files have them, and with the usual `units` where it may be a velocity or an error of one."""
     if variable.dtype.kind not in "fiu":
         return variable
     place = any(titles.plain(name) in titles.NAMES[axis] for axis in ("lat", "lon", "time"))
     error = attribute(variable, "standard_name").endswith("standard_error")
     speed = error or (variable.ndim >= 2 and not place and not is_flag(variable, name))
-    return unpack_limits(tracks.with_units(variable) if speed else variable)
+    return unpack_limits(tracks.with_units(variable, units) if speed else variable)
 
 
 def _from_fields(

@@ -46,10 +46,22 @@ STANDARD_NAMES = {
 NEEDED = ("lat", "lon", "u", "v")
 VELOCITIES = ("u", "v", "sigma", "sigma_u", "sigma_v")
 # Names of columns that say at which depth a row was observed, without the unit behind them; and of quality flags.
-UNIT = re.compile(r"\s*[\[(].*[\])]$|[\s_]+(m|met(er|re)s?|d?bars?)$")
+UNIT = re.compile(r"\s*[\[(].*[\])]$|[\s_,]+(m|met(er|re)s?|d?bars?)$")
+_WATER = r"dep(th(s|\d+|[tuvw])?|h)"
+_AFTER = (
+    r"bin|level|layer|cell|mean|adjusted|water|(below|of)[\s_](the[\s_])?(sea[\s_])?(surface|observation|instrument)"
+)
 DEPTH = re.compile(
-    r"((sensor|instrument|nominal|measurement|obs|sample|drogue|bin|cell)[\s_]?)?(depths?|deph)"
-    r"|z|lev(el)?s?|bins?|layers?|pres(s|sure)?|depth[\s_](bin|level|layer|cell)",
+    rf"((sensor|instr(ument)?|nominal|measurement|obs(ervation)?|sample|drogue|bin|cell|mean)[\s_]?)?{_WATER}"
+    rf"|z|lev(el)?s?|bins?|layers?|pres(s|sure)?|({_WATER}|pres(s|sure)?)[\s_,]+({_AFTER})|depsm|prdm",
+    re.IGNORECASE,
+)
+# Of columns that may say it, but are as often about something else; and of those that surely are.
+HINTS_DEPTH = re.compile(
+    r"(?<![a-z])(z|dep(th|h)?|pres(s|sure)?|height|altitude|lev(el)?|bin|layer)(?![a-z])", re.IGNORECASE
+)
+OTHER_DEPTH = re.compile(
+    r"water[\s_]depth|bottom|floor|bed|bathy|count|size|mixed|air|atm|wave|wind|swell|tid(e|al)|sea[\s_](level|surface)|ssh",
     re.IGNORECASE,
 )
 COUNTED = re.compile(r"lev|bin|layer|cell", re.IGNORECASE)
@@ -291,9 +303,24 @@ def says_depth(title: Any) -> bool:
     return bool(DEPTH.fullmatch(UNIT.sub("", str(title).strip().lower())))
 
 
-def check_depth(table: pd.DataFrame, kept: np.ndarray, used: Collection[Any], name: str) -> None:
-    """Refuses rows of several depths, whose currents would stand for one."""
-    for title in (title for title in table.columns if says_depth(title) and title not in used):
+def hints_depth(title: Any) -> bool:
+    """Whether a title may be that of a depth, or of something else."""
+    bare = re.sub("(?<=[a-z])(?=[A-Z])", " ", str(title))
+    return bool(HINTS_DEPTH.search(bare)) and not OTHER_DEPTH.search(bare) and not FLAG.search(bare)
+
+
+def check_depth(
+    table: pd.DataFrame, kept: np.ndarray, used: Collection[Any], name: str, known: Collection[Any] = ()
+) -> None:
+    """Refuses rows of several depths, whose currents would stand for one; warns where a column may be a depth.
+
+    Args:
+      known: columns that are depths, whatever their titles say.
+    """
+    for title in (title for title in table.columns if title not in used):
+        said = title in known or says_depth(title)
+        if not said and not hints_depth(title):
+            continue
         column = table[title].iloc[kept].dropna()
         numbers = pd.to_numeric(column, errors="coerce")
         values = numbers if numbers.notna().all() else column.astype(str).str.strip()
@@ -303,6 +330,15 @@ def check_depth(table: pd.DataFrame, kept: np.ndarray, used: Collection[Any], na
             several = np.ptp(numbers) > SWAY
         if several:
             low, high = (f"{x:g}" if values is numbers else x for x in (values.min(), values.max()))
+            if not said:
+                logging.warning(
+                    "%s: %s, from %s to %s, does not count; if it is a depth, keep the rows of one",
+                    name,
+                    title,
+                    low,
+                    high,
+                )
+                continue
             raise InputError(
                 f"{name}: rows are of {title} from {low} to {high}, a field is of one depth: keep the rows of one, or "
                 f"leave {title} out if it says something else"

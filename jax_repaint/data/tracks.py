@@ -10,8 +10,9 @@ import pandas as pd
 import xarray as xr
 
 from jax_repaint.data import readers, titles
-from jax_repaint.data.cf import MESH, is_flag, opened, read_points
+from jax_repaint.data.cf import MESH, factor, is_flag, opened, read_points
 from jax_repaint.data.source import Source, attribute, dims_of, door
+from jax_repaint.errors import InputError
 
 OF_POINTS = re.compile(r"(traj(ector(y|ies))?|drifter|buoy|float|glider|profile|station)s?(_?id)?|obs", re.IGNORECASE)
 POINT = "point of a track"  # dimension; no variable is called so
@@ -19,10 +20,17 @@ OF_DEPTH = ("depth", "sea_water_pressure")  # begin the standard names
 
 
 class Points(NamedTuple):
-    """The table of a track, and which of its rows (m,) have no velocity and do not count."""
+    """The table of a track.
+
+    Attributes:
+      table: as of a CSV file.
+      lost: (m,) bool, rows that have no velocity and do not count.
+      depths: its columns that are depths by their attributes.
+    """
 
     table: pd.DataFrame
     lost: np.ndarray
+    depths: list[str]
 
 
 def points(source: Any, columns: Mapping[str, str], name: str, timed: bool = True) -> Points | None:
@@ -53,22 +61,27 @@ def _from_track(
         for key in ("u", "v"):
             if not units_of(dataset[names[key]]):
                 titles.check_unit(names[key], source.name)
-        dataset = dataset.assign({names[key]: with_units(dataset[names[key]]) for key in ("u", "v")})
+        velocities = [dataset[names[key]] for key in ("u", "v")]
+        units = usual_units(velocities, source.name)
+        dataset = dataset.assign({str(x.name): with_units(x, units) for x in velocities})
         dataset = dataset.assign({n: _encoded(x.variable) for n, x in dataset.items() if _of_cftime(x)})
     if "sigma" in columns:
         names = {key: name for key, name in names.items() if key not in ("sigma_u", "sigma_v")}
     if not timed:
         names.pop("time", None)
     table = pd.DataFrame(read_points(dataset, names, source))
+    depths = []
     for n in dataset.variables:
-        if _is_depth(dataset[n], n) and n not in names.values():
+        if _may_be_depth(dataset[n], n) and n not in names.values():
             units = attribute(dataset[n], "units")
-            table[f"{n} ({units})" if units else n] = dataset[n].values
+            title = f"{n} ({units})" if units else n
+            table[title] = dataset[n].values
+            depths += [title] * _is_depth(dataset[n])
     lost = table[["u", "v"]].isna().any(axis=1).to_numpy()
     if lost.any():
         source.notice(f"{lost.sum()} of {len(table)} points have no velocity and are left out")
     source.say()
-    return Points(table, lost)
+    return Points(table, lost, depths)
 
 
 def by_standard_name(dataset: xr.Dataset, columns: Mapping[str, str], among: Iterable[str]) -> dict[str, str]:
@@ -128,7 +141,7 @@ def _along_points(dataset: xr.Dataset, columns: Mapping[str, str], source: Sourc
         )
     along = {d: dataset.sizes[d] for d in whole.dims if d in u}
     within = [n for n in dims if dims[n] <= u]
-    about = [n for n in within if _is_depth(dataset[n], n) or is_flag(dataset[n], n)]
+    about = [n for n in within if _may_be_depth(dataset[n], n) or is_flag(dataset[n], n)]
     # One error may go for all points of a station; vertical coordinates are called sigma too.
     errors = _first_named(
         dataset, columns, [n for n in within if "coordinate" not in attribute(dataset[n], "standard_name")]
@@ -144,9 +157,17 @@ def _says_points(dataset: xr.Dataset, dims: Collection[Hashable]) -> bool:
     return feature.startswith("trajectory") or any(OF_POINTS.fullmatch(str(d)) for d in dims)
 
 
-def _is_depth(variable: xr.DataArray, name: str) -> bool:
+def _is_depth(variable: xr.DataArray) -> bool:
+    """Whether attributes tell it."""
     standard = attribute(variable, "standard_name")
-    return variable.dtype.kind in "fiu" and (standard.startswith(OF_DEPTH) if standard else titles.says_depth(name))
+    vertical = attribute(variable, "axis").upper() == "Z" or attribute(variable, "positive").lower() in ("up", "down")
+    return variable.dtype.kind in "fiu" and (standard.startswith(OF_DEPTH) if standard else vertical)
+
+
+def _may_be_depth(variable: xr.DataArray, name: str) -> bool:
+    if attribute(variable, "standard_name") or variable.dtype.kind not in "fiu":
+        return _is_depth(variable)
+    return _is_depth(variable) or titles.says_depth(name) or titles.hints_depth(name)
 
 
 def _spread(variable: xr.Variable, along: Mapping[str, int]) -> xr.Variable:
@@ -184,6 +205,21 @@ def units_of(variable: xr.DataArray) -> list[Any]:
     return [value for key, value in variable.attrs.items() if key.lower() in ("unit", "units")]
 
 
-def with_units(variable: xr.DataArray) -> xr.DataArray:
-    """With its units as CF calls them, m s-1 where it has none."""
-    return variable.assign_attrs(units=[*units_of(variable), "m s-1"][0])
+def usual_units(velocities: Sequence[xr.DataArray], name: str) -> str:
+    """What velocities and errors without units are in: what the velocities are in, m s-1 where none says.
+
+    Raises:
+      InputError: one of the velocities is in other units than m/s by its attribute, and another has none.
+    """
+    known = {str(x.name): str(units_of(x)[0]) for x in velocities if units_of(x)}
+    lost = [str(x.name) for x in velocities if not units_of(x)]
+    for other, units in known.items() if lost else ():
+        if factor(units, other, Source(name)) != 1:
+            raise InputError(f"{name}: {other} is in {units} and {lost[0]} has no units; give it those that it is in")
+    said = set(known.values())
+    return said.pop() if len(said) == 1 else "m s-1"
+
+
+def with_units(variable: xr.DataArray, usual: str) -> xr.DataArray:
+    """With its units as CF calls them, the usual ones where it has none."""
+    return variable.assign_attrs(units=[*units_of(variable), usual][0])
