@@ -620,6 +620,8 @@ def forms(velocity, points, folder):
     when = np.array(["2020-01-01"], "datetime64[ns]")
     points.to_csv(folder / "plain.csv", index=False)
     points.rename(columns={"lat": " Latitude", "u": "Vx"}).to_csv(folder / "named.csv", index=False, sep=";")
+    rows = points.to_string(index=False).splitlines()
+    (folder / "blanks.txt").write_text("\n".join(["# a vehicle", rows[0], "# on its way", *rows[1:]]) + "\n")
     (folder / "commented.tsv").write_text("# a vehicle\n" + points.to_csv(index=False, sep="\t"))
     fields = Fields.create(velocity[None], GRID.lat, GRID.lon, when, name="gappy")
     for suffix in ("nc", "npz"):
@@ -631,6 +633,7 @@ def forms(velocity, points, folder):
         "csv": (folder / "plain.csv", {}),
         "csv with other names": (str(folder / "named.csv"), {"columns": {"u": "vx"}}),
         "tsv with a comment": (folder / "commented.tsv", {}),
+        "blanks between columns": (folder / "blanks.txt", {}),
         "frame": (points.assign(depth=3.0), {}),
         "frame to the west": (points.assign(lon=points.lon - 360), {}),
         "netcdf": (folder / "gappy.nc", {}),

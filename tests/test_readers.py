@@ -733,6 +733,21 @@ class TestSeries:
         assert sum("is converted from cm/s" in m for m in caplog.messages) == 2
         assert "day0.nc and 2 more: uo is converted from cm/s to m/s (in 3 files)" in caplog.messages
 
+    def test_files_may_count_their_longitudes_apart(self, tmp_path):
+        west = saved(tmp_path, cf(lon=LON - 360).isel(time=slice(3, None)), "west.nc")
+        assert_equal(readers.read([saved(tmp_path, cf().isel(time=slice(0, 3)), "east.nc"), west]), fields())
+
+    def test_a_lost_standard_name_does_not_part_a_pair(self, tmp_path):
+        dataset = cf()
+        dataset["uo"].attrs["standard_name"] = "eastward_sea_water_velocity"
+        assert_equal(readers.read(saved(tmp_path, dataset)), fields())
+        dataset["vo"].attrs["standard_name"] = "northward_wind"
+        refused(saved(tmp_path, dataset), "has no pair of velocities")
+
+    def test_a_workbook_is_called_so(self, tmp_path):
+        (tmp_path / "table.xlsx").write_bytes(b"PK\x03\x04" + bytes(100))
+        refused(tmp_path / "table.xlsx", "table.xlsx is a workbook; save its sheet as CSV")
+
     def test_other_grids_and_no_files_are_refused(self, tmp_path):
         paths = [*self.parts(tmp_path), saved(tmp_path, cf(lat=LAT + 1), "north.nc")]
         refused(paths, "north.nc lies on another grid than part0.nc; a series needs one grid")
@@ -790,7 +805,7 @@ class TestPlainArrays:
     @pytest.mark.parametrize("version", ["v5", "v73"])
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize("square", [False, True])
-    def test_matlab_coordinates_may_be_meshes_of_either_order(self, tmp_path, version, transposed, square):
+    def test_matlab_coordinates_may_be_meshes_of_either_order(self, tmp_path, caplog, version, transposed, square):
         columns = slice(0, Y) if square else slice(None)
         mesh = np.meshgrid(LAT, LON[columns], indexing="ij")
         lat, lon = (a.T for a in mesh) if transposed else mesh
@@ -798,6 +813,8 @@ class TestPlainArrays:
         arrays |= {"u": arrays["u"][columns], "v": arrays["v"][columns]}
         got = readers.read(self.write(tmp_path / f"{version}.mat", arrays))
         assert_equal(got, fields(velocity=velocity()[:, :, columns], lon=LON[columns]))
+        said = f"{version}.mat: its square grid does not tell x from y; u and v are taken as (x, y, time)"
+        assert (said in caplog.messages) == square
 
     def test_datenums_of_any_minute_are_exact(self, tmp_path):
         """As fractions of a day they are rounded, up or down."""
@@ -1048,7 +1065,14 @@ class TestBadFiles:
             (cf(np.full((FRAMES, Y, X), 0.25)), "u is 0.25 m/s everywhere and always"),
             (cf(np.full((FRAMES, Y, X), np.nan)), "no ocean cell"),
             (cf(velocity()[..., 0] + np.float32(1e4)), "reach 1e[+]04 m/s; is a fill value undeclared or a unit"),
-            (cf(time=TIME[::-1]), r"time must increase, but frame 1 \(2001-02-03T15:00:00\) does not follow"),
+            (
+                cf(time=TIME[::-1]),
+                r"time must increase, but frame 1 .2001-02-03T15:00:00. does not follow .*; sort",
+            ),
+            (
+                cf().drop_vars("time"),
+                r"uo .time=5, lat=3, lon=4. has no variable with the times of time; add one",
+            ),
             (cf(time=np.arange(FRAMES)), "times in time cannot be decoded, their units are ''; expected such as"),
             (cf(lat=np.array([0.0, 50.0, 100.0])), "latitude 100.0 is beyond the pole"),
             (cf(lat=np.array([0.0, 2.0, 1.0])), "latitude must increase"),
@@ -1143,12 +1167,15 @@ class TestBadFiles:
         message = r"uo lies on \(lat=3, lon=4\) and vo on \(lat_v=2, lon=4\), a staggered grid without .*by grid"
         refused(saved(tmp_path, dataset), message)
 
-    @pytest.mark.parametrize("units", ["radians", "radian", "rad"])
-    def test_positions_in_radians_are_refused(self, tmp_path, units):
+    @pytest.mark.parametrize(
+        "units", ["radian", "rad", "km", "metres", "degrees_west", "degree_S", "degreeW", "arcmin"]
+    )
+    def test_positions_in_other_units_are_refused(self, tmp_path, units):
         for name in ("lat", "lon"):
             dataset = cf(lat=np.radians(LAT), lon=np.radians(LON))
             dataset[name].attrs["units"] = units
-            refused(saved(tmp_path, dataset, f"{name}.nc"), f"{name} has the units '{units}'; degrees are expected")
+            message = f"{name} has the units '{units}'; degrees east and north are expected"
+            refused(saved(tmp_path, dataset, f"{name}.nc"), message)
 
     def test_a_track_is_no_grid(self, tmp_path):
         values = velocity()[:, 0, 1:, 0]

@@ -261,7 +261,7 @@ class TestSyntheticRoms:
     def test_cells_in_radians_are_refused(self, tmp_path):
         dataset = roms()
         dataset["lon_rho"] = np.radians(dataset["lon_rho"]).assign_attrs(units="radian")
-        with pytest.raises(InputError, match="lon_rho has the units 'radian'; degrees are expected"):
+        with pytest.raises(InputError, match="lon_rho has the units 'radian'; degrees east and north are expected"):
             readers.read(saved(tmp_path, dataset))
 
     def test_an_angle_in_degrees_is_understood_and_a_wrong_one_is_noticed(self, tmp_path, caplog):

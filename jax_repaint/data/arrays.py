@@ -208,6 +208,8 @@ def _from_matlab_order(arrays: Mapping[str, np.ndarray], u: str, v: str, source:
         if lat.ndim == lon.ndim == 2 and shape[0] == shape[1] and np.ptp(lat, 1).mean() > np.ptp(lat, 0).mean():
             lat, lon = lat.T, lon.T
         lat, lon = regular(lat, lon)
+    if shape[0] == shape[1]:
+        source.notice(f"its square grid does not tell x from y; {u} and {v} are taken as (x, y, time)")
     return Raw(arrays[u].T, arrays[v].T, lat, lon, time)
 
 

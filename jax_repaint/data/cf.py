@@ -282,7 +282,15 @@ def _pairs(dataset: xr.Dataset, other: xr.Dataset) -> list[tuple[str, str]]:
     local = [pair[1:] for pair in pairs if "barotropic" not in pair[0]] or [pair[1:] for pair in pairs]
     a_names, b_names = ({n.lower(): n for n in names.get("", [])} for names in (first, second))
     described = [(n, _northward(n)) for n in a_names if re.search("velocity|current", n)]
-    return local + [(a_names[a], b_names[b]) for a, b in [*PAIRS, *described] if a in a_names and b in b_names]
+    named = [(a_names[a], b_names[b]) for a, b in [*PAIRS, *described] if a in a_names and b in b_names]
+    if local or named:
+        return local + named
+    # One may have lost its standard name on the way.
+    a_names, b_names = (
+        {n.lower(): n for standard, group in names.items() if not standard or _is_current(standard) for n in group}
+        for names in (first, second)
+    )
+    return [(a_names[a], b_names[b]) for a, b in PAIRS if a in a_names and b in b_names]
 
 
 def _half(dataset: xr.Dataset) -> str:
@@ -337,6 +345,12 @@ def _component(
     extra = [d for d in x.dims if d not in (*frames, *grid) and x.sizes[d] > 1]
     if lost and len(grid) != 2:
         raise source.error(f"no {lost} found for {name} {dims_of(whole)}")
+    undated = [d for d in extra if time is None and str(d).lower() in AXES["time"][1]]
+    if undated:
+        raise source.error(
+            f"{name} {dims_of(whole)} has no variable with the times of {undated[0]}; add one that counts such as "
+            "'hours since 2020-01-01', by its attribute units"
+        )
     if extra:
         raise source.error(
             f"{name} has the dimensions {dims_of(whole)}; expected time, latitude and longitude only, "
@@ -622,8 +636,8 @@ def _decode_time(time: xr.DataArray, source: Source) -> np.ndarray:
     if zone and (zone[0].upper() not in ("UTC", "GMT") or re.match(r"\s*[+-]", since[zone.end() :])):
         # cftime ignores it, and turns the sign of what is behind UTC.
         raise source.error(
-            f"the times in {time.name} cannot be decoded from {attribute(time, 'units')!r}: a zone is understood as UTC "
-            "or as an offset such as +02:00 alone"
+            f"the times in {time.name} cannot be decoded from {attribute(time, 'units')!r}: a zone is understood as "
+            "UTC, or as an offset such as +02:00 alone"
         )
     date = re.match(r"\s*(\d{1,2})([-/.])(\d{1,2})\2\d{4}", since)
     # 01-01-1950 and 13/02/2020 are one date however they are read.

@@ -280,7 +280,8 @@ def _check_times(time, name) -> None:
         i = int(backwards[0])
         raise InputError(
             f"{name}: time must increase, but frame {i + 1} ({_date(time[i + 1])}) does not follow "
-            f"frame {i} ({_date(time[i])})"
+            f"frame {i} ({_date(time[i])}); sort them, and keep each time once (in xarray "
+            "sortby('time').drop_duplicates('time'))"
         )
 
 

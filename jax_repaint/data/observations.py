@@ -9,6 +9,7 @@
 A row of a table is a point: it sees the ocean cells around it with bilinear weights and has an error of its own.
 """
 
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -165,7 +166,10 @@ def _read_table(path: Path) -> pd.DataFrame:
         first = next((number for number, line in enumerate(lines) if line.strip() and number not in comments), 0)
         head = lines[first] if lines else ""
         separator = max(",;\t", key=head.count)
-        like_rows = [n for n in comments if n > first and lines[n].count(separator) >= head.count(separator)]
+        if separator not in head and len(head.split()) >= len(titles.NEEDED):
+            separator = r"\s+"
+        columns = len(re.split(separator, head.strip()))
+        like_rows = [n for n in comments if n > first and len(re.split(separator, lines[n].strip())) >= columns]
         with warnings.catch_warnings():
             # Rows longer than the header would lose values with a warning only.
             warnings.simplefilter("error")

@@ -32,6 +32,7 @@ from jax_repaint.files import check_store, is_zarr, reason, replace_folder, whol
 FILL = np.float32(9.96921e36)  # NetCDF's own default for floats
 STORES = (".nc", ".zarr")
 RAM_HEAD = arrays.RAM_HEAD
+SHEETS = (".xlsx", ".xlsm", ".ods")
 SAME_PLACE = 1e-4  # degrees, between the files of a series
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -155,9 +156,8 @@ def _series(parts: list[Raw], sources: list[Source], constant: bool, source: Sou
     """The frames of several files in the order of their times, each once."""
     for part, one in zip(parts, sources, strict=True):
         source.take(one)
-        for own, first in ((part.lat, parts[0].lat), (part.lon, parts[0].lon)):
-            if own.shape != first.shape or not np.allclose(own, first, rtol=0, atol=SAME_PLACE, equal_nan=True):
-                raise source.error(f"{one.name} lies on another grid than {sources[0].name}; a series needs one grid")
+        if not (_same(part.lat, parts[0].lat) and _same(part.lon, parts[0].lon, period=360)):
+            raise source.error(f"{one.name} lies on another grid than {sources[0].name}; a series needs one grid")
         if not part.u.shape == part.v.shape == (*part.time.shape, *parts[0].u.shape[1:]):
             raise source.error(f"{one.name} holds u {part.u.shape}, v {part.v.shape} and {part.time.size} times")
     time = np.concatenate([part.time.astype("datetime64[ns]") for part in parts])
@@ -172,6 +172,14 @@ def _series(parts: list[Raw], sources: list[Source], constant: bool, source: Sou
         ocean = np.any(masks, axis=0)
     source.facts["files"] = str(len(parts))
     return Raw(u[keep], v[keep], parts[0].lat, parts[0].lon, time[keep], ocean)
+
+
+def _same(one: np.ndarray, other: np.ndarray, period: float = np.inf) -> bool:
+    """Whether coordinates are those of one place, longitudes however they are counted."""
+    if one.shape != other.shape:
+        return False
+    turns = np.round((one - other) / period) * period if np.isfinite(period) else 0
+    return np.allclose(one, other + turns, rtol=0, atol=SAME_PLACE, equal_nan=True)
 
 
 def _once(
@@ -350,6 +358,8 @@ def kind_of(path: Path) -> str:
         (b"MATLAB", "mat"),
     ):
         if head.startswith(start):
+            if path.suffix.lower() in SHEETS:
+                raise InputError(f"{path} is a workbook; save its sheet as CSV")
             return kind
     by_suffix = {".mat": "mat", ".pickle": "pickle", ".pkl": "pickle"}.get(path.suffix.lower())
     if by_suffix is None:

@@ -108,6 +108,9 @@ class Raw:
     ocean: np.ndarray | None = None
 
 
+NO_DEGREES = re.compile(
+    r"(?i:rad.*|degrees?_(w(est)?|s(outh)?)|k?m|(kilo)?met(er|re)s?|(arc)?_?(min|sec).*)|degrees?[WS]"
+)
 PROJECTED = {
     axis: (f"projection_{axis.lower()}_coordinate", f"projection_{axis.lower()}_angular_coordinate", f"grid_{place}")
     for axis, place in (("X", "longitude"), ("Y", "latitude"))
@@ -226,10 +229,10 @@ def _check_columns(lon: np.ndarray, source: Source) -> None:
 
 
 def in_degrees(coordinate: xr.DataArray, source: Source) -> None:
-    """Refuses a latitude or longitude in radians."""
+    """Refuses a latitude or longitude in radians, minutes or a length, or that counts westward or southward."""
     units = attribute(coordinate, "units")
-    if units.lower().startswith("rad"):
-        raise source.error(f"{coordinate.name} has the units {units!r}; degrees are expected")
+    if NO_DEGREES.fullmatch(units):
+        raise source.error(f"{coordinate.name} has the units {units!r}; degrees east and north are expected")
 
 
 def _north_up(raw: Raw) -> Raw:

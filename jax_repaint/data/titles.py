@@ -333,11 +333,8 @@ def check_depth(
             if not said:
                 logging.warning(
                     "%s: %s, from %s to %s, does not count; if it is a depth, keep the rows of one",
-                    name,
-                    title,
-                    low,
-                    high,
-                )
+                    name, title, low, high,
+                )  # fmt: skip
                 continue
             raise InputError(
                 f"{name}: rows are of {title} from {low} to {high}, a field is of one depth: keep the rows of one, or "
