@@ -187,7 +187,9 @@ def is_claimed(workdir: Path, sweep: Mapping[str, Any], alone: bool = False) -> 
     if names:
         shown = "; ".join(f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:8])
         more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
-        raise InputError(f"{workdir} holds another sweep ({shown}{more}); choose another workdir")
+        # Machines round differently, and each simulates the twin for itself.
+        copied = ", or bring the cache of the machine that began it (~/.cache/jax_repaint)" * (names == ["frames"])
+        raise InputError(f"{workdir} holds another sweep ({shown}{more}); choose another workdir{copied}")
     return True
 
 

@@ -12,7 +12,7 @@
 #   ZONE      such as us-west4-a; by default that of the gcloud configuration
 #   TYPE      of accelerator; v5litepod-8
 #   VERSION   of the TPU software; v2-alpha-tpuv5-lite
-#   WORKERS   machines of the slice; 1
+#   WORKERS   machines of the slice, for v5e one for every four chips; 1
 #   SPOT      1 for a preemptible machine
 
 set -eu
@@ -73,7 +73,9 @@ case $action in
     command=$1
     shift
     [[ $workers -gt 1 ]] && set -- "$@" --distributed
-    on_every_worker "cd jax_repaint && $(printf '%q ' ../env/bin/python -m "jax_repaint.$command" "$@")"
+    # Where another process holds the TPU, JAX would compute on the processor without a word.
+    set -- env JAX_PLATFORMS=tpu,cpu ../env/bin/python -m "jax_repaint.$command" "$@"
+    on_every_worker "cd jax_repaint && $(printf '%q ' "$@")"
     ;;
   fetch)
     if [[ $# -ne 1 ]]; then

@@ -153,6 +153,9 @@ def test_mistakes_start_nothing(shell, given, words):
 # --- TPU ----------------------------------------------------------------------------------------------------
 
 
+PYTHON = "env JAX_PLATFORMS=tpu\\,cpu ../env/bin/python"  # the comma quoted by the shell
+
+
 def printed(output):
     return [line.removeprefix("+ ") for line in output.splitlines() if line.startswith("+ ")]
 
@@ -180,7 +183,7 @@ def test_a_tpu_from_creation_to_deletion(shell):
     (install, run) = (shlex.split(call)[3].removeprefix("--command=") for call in calls if call.startswith("ssh"))
     assert "uv pip install --python=env/bin/python './jax_repaint[tpu]'" in install
     options = "--config=configs/attn_anchored.py --workdir=runs/anchored"
-    assert run.split() == f"cd jax_repaint && ../env/bin/python -m jax_repaint.train {options}".split()
+    assert run.split() == f"cd jax_repaint && {PYTHON} -m jax_repaint.train {options}".split()
     assert shlex.split(calls[4])[:4] == ["scp", "--recurse", "currents:jax_repaint/runs/anchored/*", "runs/anchored"]
 
 
@@ -192,7 +195,7 @@ def test_a_slice_runs_on_every_worker_and_is_fetched_from_each(shell):
     assert "--worker=all" in run
     assert "--distributed" in run
     fetched = [call for call in calls if call.startswith("scp --recurse")]
-    assert [shlex.split(call)[4] for call in fetched] == [f"--worker={number}" for number in range(4)]
+    assert [shlex.split(call)[4] for call in fetched] == [f"--worker={number}" for number in range(8)]
     assert calls[-1] == "python -m jax_repaint.sweep --config=configs/sweeps/gamma.py --workdir=sweeps/gamma"
 
 

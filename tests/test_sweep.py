@@ -697,9 +697,17 @@ def test_other_errors_of_the_device_are_not_hidden(folder, tmp_path, monkeypatch
         go(make_config(folder, 2), tmp_path)
 
 
-def test_a_changed_sweep_is_refused(folder, first):
-    with pytest.raises(InputError, match=r"holds another sweep \(config.members: 4 there, 6 here\)"):
+def test_a_changed_sweep_is_refused(folder, first, tmp_path):
+    with pytest.raises(
+        InputError, match=r"holds another sweep \(config.members: 4 there, 6 here\); choose another \w+$"
+    ):
         go(make_config(folder, members=6), first[0])
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(first[0], elsewhere)
+    (path,) = (p for p in elsewhere.glob("*.json") if "frames" in json.loads(p.read_text()))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"frames": "rounded"}))
+    with pytest.raises(InputError, match="frames: 'rounded' there, .* or bring the cache of the machine that began it"):
+        go(make_config(folder), elsewhere)
 
 
 # --- what is asked for --------------------------------------------------------------------------------------
