@@ -706,7 +706,9 @@ def test_a_changed_sweep_is_refused(folder, first, tmp_path):
     shutil.copytree(first[0], elsewhere)
     (path,) = (p for p in elsewhere.glob("*.json") if "frames" in json.loads(p.read_text()))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"frames": "rounded"}))
-    with pytest.raises(InputError, match="frames: 'rounded' there, .* or bring the cache of the machine that began it"):
+    with pytest.raises(
+        InputError, match=r"frames: 'rounded' there, .* or bring the cache of the machine that began it"
+    ):
         go(make_config(folder), elsewhere)
 
 
