@@ -33,6 +33,9 @@ LARGEST_ERROR = 1e6  # m/s; beyond it is a fill value
 # Standard error over the standard deviation of the currents. In float32 a few observations of one cell that have a
 # smaller one leave nothing right of the inverse of their covariance.
 LEAST_SIGMA = 1e-4
+# Of points between cells, which are nearly alike where they share some: with smaller ones the rounding of that inverse
+# comes into the mean of `kalman_jvp`, up to 0.2 at 1e-4 and 0.001 at this. Those that are smaller count as this.
+LEAST_POINT_SIGMA = 1e-3
 
 
 def data_of(trained: Model, path: str | None, part: str = "test") -> tuple[Fields, Split]:

@@ -59,7 +59,8 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
         mine = mine.sort_values(["frame", "seed"])
         first = mine.iloc[0]
         failed = mine["failed_members"].groupby(mine["frame"]).transform("max") > 0
-        best = min(DETERMINISTIC, key=lambda name, mine=mine: _mean_or_inf(mine[f"mse_{name}"]))
+        scored = ~failed | failed.all()
+        best = min(DETERMINISTIC, key=lambda name, mine=mine, scored=scored: _mean_or_inf(mine[f"mse_{name}"][scored]))
         line = {
             "pattern": pattern, "point": point, "stage": stage, "members": members, "label": first["label"],
             "method": first["method"], "settings": first["settings"], "frames": mine["frame"].nunique(),
@@ -67,7 +68,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
             "failed_at": mine["failed_at"][mine["failed_members"] > 0].iloc[0] if failed.any() else "",
             "coverage": float((mine["observed"] / mine["ocean"]).mean()), "whole": whole,
         }  # fmt: skip
-        line |= {f"mse_{name}": float(mine[f"mse_{name}"][~failed | failed.all()].mean()) for name in DETERMINISTIC}
+        line |= {f"mse_{name}": float(mine[f"mse_{name}"][scored].mean()) for name in DETERMINISTIC}
         if not failed.all():
             line |= _scores(mine[~failed], best)
         lines.append(line)

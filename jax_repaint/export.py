@@ -39,7 +39,7 @@ from jax_repaint import ensemble, gains, guide, inpaint, metrics, observe, prove
 from jax_repaint import model as models
 from jax_repaint.array_types import Array, Field, Float, Values
 from jax_repaint.calibration import Calibration, correct
-from jax_repaint.cases import OBSERVATION_ERROR
+from jax_repaint.cases import LEAST_POINT_SIGMA, OBSERVATION_ERROR
 from jax_repaint.data.fields import crop
 from jax_repaint.data.observations import UNKNOWN, Observed
 from jax_repaint.errors import InputError
@@ -102,7 +102,7 @@ def program(
             cells=cells,
             weights=jnp.where(used, weights, 0.0),
             values=jnp.where(used, (values - mean) / std, 0.0),
-            sigma=jnp.where(used, sigma / std, 1.0),
+            sigma=jnp.where(used, jnp.maximum(sigma / std, LEAST_POINT_SIGMA), 1.0),
             valid=valid,
         )
         observation = observe.pad_grid(observation, trained.ocean.shape, trained.padded)

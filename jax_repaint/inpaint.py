@@ -32,7 +32,16 @@ from jax_repaint import calibration as calibrations
 from jax_repaint import command, device, files, gains, methods, metrics, observe, plots, provenance
 from jax_repaint import model as models
 from jax_repaint.calibration import Calibration, Gate
-from jax_repaint.cases import LARGEST_ERROR, LEAST_SIGMA, OBSERVATION_ERROR, Case, files_of, hold_out_of, prior_of
+from jax_repaint.cases import (
+    LARGEST_ERROR,
+    LEAST_POINT_SIGMA,
+    LEAST_SIGMA,
+    OBSERVATION_ERROR,
+    Case,
+    files_of,
+    hold_out_of,
+    prior_of,
+)
 from jax_repaint.checks import check_number, whole_number
 from jax_repaint.data import readers
 from jax_repaint.data.fields import Fields, crop
@@ -393,19 +402,20 @@ def _weights(
     chunk: int,
     keep: Keep | None,
 ) -> list[float]:
-    """The weight of each field, from a second run without a tenth of its observations, as it was learnt.
+    """The weight of each field, from a second run without the observations of a tenth of its cells, as it was learnt.
 
-    One of a single observation, of which nothing can be held out, has weight 1. The variance at a point between
-    cells is taken to be the weighted mean of theirs, which is never too small.
+    A point counts for its heaviest cell: alone, beside others of its cell, it would tell nothing. A field of one cell,
+    of which nothing can be held out, has weight 1. The variance at a point between cells is taken to be the weighted
+    mean of theirs, which is never too small.
     """
-    places = [np.flatnonzero(np.asarray(frame.observation.valid)) for frame in frames]
-    some = [i for i, valid in enumerate(places) if valid.size > 1]
+    cell = [np.where(f.observation.valid, f.observation.heaviest(), -1) for f in frames]
+    places = [np.unique(each[each >= 0]) for each in cell]
+    some = [i for i, observed in enumerate(places) if observed.size > 1]
     weights = [1.0] * len(frames)
     less, held = [], []
     for i in some:
         given = frames[i].observation
-        out = np.zeros(given.size, bool)
-        out[hold_out_of(places[i], seed, cases[i].frame)] = True
+        out = np.isin(cell[i], hold_out_of(places[i], seed, cases[i].frame))
         held.append(out)
         less.append(_case(trained, frames[i]._replace(observation=given.rows(jnp.asarray(~out))), method))
     if not some:
@@ -467,11 +477,12 @@ def _observation(trained: Model, frame: Observed, method: str) -> observe.Observ
         values=jnp.where(valid, (given.values - mean) / std, 0.0), sigma=jnp.where(valid, given.sigma / std, 1.0)
     )
     # A field has one row a cell already.
-    if method not in methods.MERGING or frame.rows is None:
+    if frame.rows is None:
         return observation
-    merged = observe.merged(observation)
-    # Thousands of points in a few cells say more than single precision can hold.
-    return merged.replace(sigma=jnp.maximum(merged.sigma, LEAST_SIGMA))
+    if method in methods.MERGING:
+        observation = observe.merged(observation)
+    # Points share cells, and thousands of them in a few say more than single precision can hold.
+    return observation.replace(sigma=jnp.maximum(observation.sigma, LEAST_POINT_SIGMA))
 
 
 def _case(trained: Model, frame: Observed, method: str) -> Case:

@@ -59,9 +59,13 @@ class Observation:
         flat = jnp.zeros((shape[0] * shape[1], values.shape[-1]), values.dtype)
         return flat.at[self.cells.reshape(-1)].add(spread.reshape(-1, values.shape[-1])).reshape(*shape, -1)
 
+    def heaviest(self) -> Int[Array, " m"]:
+        """The flat index of the cell that each position is nearest to."""
+        return jnp.take_along_axis(self.cells, jnp.argmax(self.weights, -1)[:, None], -1)[:, 0]
+
     def on_grid(self, shape: tuple[int, int]) -> tuple[Cells, Field]:
         """Observed cells and their values: every position counts for its heaviest cell, several are averaged."""
-        heaviest = jnp.take_along_axis(self.cells, jnp.argmax(self.weights, -1)[:, None], -1)[:, 0]
+        heaviest = self.heaviest()
         one = self.valid.astype(self.values.dtype)
         count = jnp.zeros(shape[0] * shape[1], self.values.dtype).at[heaviest].add(one)
         total = jnp.zeros((shape[0] * shape[1], self.values.shape[-1]), self.values.dtype)

@@ -21,6 +21,7 @@ from jax_repaint.files import whole_file
 DASH = "–"
 TIE = 1e-5  # share of an error by which single precision can differ
 IN_TAIL = 20  # resamples beyond an end of an interval: the ends are then good to a few percent of its width
+FEWEST = 4  # frames, below which a bootstrap has too few to draw
 LEAST_RESAMPLES, MOST_RESAMPLES = 2000, 200_000
 
 
@@ -30,7 +31,7 @@ class Ratio:
 
     Attributes:
       ratio: mean MSE of the method over mean MSE of the baseline.
-      lo, hi: its interval; NaN where fewer than two blocks fit.
+      lo, hi: its interval; NaN where fewer than two blocks fit, or of fewer than four frames.
       wins: fraction of frames where the method's MSE is smaller, by more than TIE of the baseline's.
       wins_lo, wins_hi: Wilson interval of that fraction.
       worst, median: largest and median ratio of a single frame.
@@ -91,7 +92,7 @@ def ratio_of_means(
     n = method.size
     block = max(block, min(_block(method - method.mean() / baseline.mean() * baseline), n // 4))
     lo = hi = math.nan
-    if n >= 2 * block:
+    if n >= max(2 * block, FEWEST):
         rng = np.random.default_rng(seed)
         blocks = n / block
         tail = stats.norm.cdf(math.sqrt(blocks / (blocks - 1)) * stats.t.ppf((1 - level) / 2, blocks - 1))

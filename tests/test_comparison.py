@@ -115,6 +115,17 @@ def test_a_frame_that_failed_with_one_seed_counts_with_none(rows):
         assert line["mse_mean"] == pytest.approx(whole["mse_mean"].mean())
 
 
+def test_a_frame_that_failed_chooses_no_baseline(rows):
+    some = rows.query("point == 0").copy()
+    some.loc[some["frame"] == 20, ["failed_members", "mse_mean", "mse_member"]] = 1, 9.0, 9.0
+    some.loc[some["frame"] == 20, "failed_at"] = "stage 1, iteration 7, t 3"
+    expected = comparison.compare(some)
+    some.loc[some["frame"] == 20, "mse_climatology"] = -1e6
+    found = comparison.compare(some)
+    assert found["best"].tolist() == expected["best"].tolist()
+    assert found["mean_over_best_ratio"].tolist() == expected["mean_over_best_ratio"].tolist()
+
+
 def test_mean_of_more_members_is_that_of_drawn_ones():
     """Two of sixteen independent members tell, on average, the error of the mean of sixteen."""
     rng, cells, frames = np.random.default_rng(1), 400, 300

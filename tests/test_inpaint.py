@@ -151,6 +151,20 @@ def test_a_track_of_many_points_gives_the_posterior_of_dense_algebra(gaussian_mo
     assert float(fields.misfit[0]) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["kalman", "kalman_jvp", "kalman_cg", "cov_pigdm"])
+def test_nearly_exact_points_that_share_cells_are_no_better_than_single_precision(gaussian_model, method):
+    """Two hundred readings of one field in nine cells, each with an error of a ten-thousandth of its variability."""
+    frame = np.nan_to_num(tiny.fields().velocity[50])
+    points = table(200, seed=9)
+    points = points.assign(lat=18.0301 + 0.4 * (points.lat - 18.011), lon=295.0601 + 0.4 * (points.lon - 295.051))
+    points[["u", "v"]] = RegularGridInterpolator((GRID.lat, GRID.lon), frame)(points[["lat", "lon"]].to_numpy())
+    std = gaussian_model.standardiser.std.max()
+    fields = quietly(gaussian_model, points, members=32, method=method, sigma=1.01e-4 * std)
+    mean, _ = dense(gaussian_model, points, np.full(200, 1e-3 * std))
+    error = np.abs(both(fields, "_mean")[0] - mean)[GRID.ocean]
+    assert error.max() < 0.005 * std
+
+
 @pytest.mark.parametrize("method", ["paste", "mmps", "dps", "adaptive"])
 def test_points_are_not_merged_for_methods_that_see_more_than_their_likelihood(trained, monkeypatch, method):
     points, made = table(60, seed=2), []
@@ -408,6 +422,26 @@ def test_members_and_chunks_are_whole_numbers(trained, name, value):
         inpaint.inpaint(trained, table(3), **{name: value}, method="linear_samples")
 
 
+def test_a_gate_holds_out_whole_cells_of_a_dense_track(trained, monkeypatch):
+    """A reading beside others of its cell is told by them, whatever the field is like."""
+    sampled, method = [], "kalman"
+
+    def seen(name, model_, fields, cases, *rest, **options):
+        sampled.append(cases)
+        return run_method(name, model_, fields, cases, *rest, **options)
+
+    monkeypatch.setattr(methods, "run_method", seen)
+    points = table(200, seed=6)
+    quietly(calibrated_with(trained, gate=Gate(0.3, 0.7, -0.4)), points, members=8, method=method)
+    ((case,), (less,)) = sorted(sampled, key=lambda cases: -cases[0].observed.sum())
+    cells = np.argwhere(case.observed).shape[0]
+    out = case.observed & ~less.observed
+    assert out.sum() == round(0.1 * cells)
+    assert not (less.observed & ~case.observed).any()
+    y, x = (np.rint((points[n] - axis[0]) / 0.01).astype(int) for n, axis in (("lat", GRID.lat), ("lon", GRID.lon)))
+    assert (out[y, x]).sum() > out.sum()
+
+
 def test_two_paired_members_have_no_spread_and_are_refused(trained):
     with pytest.raises(InputError, match="for a spread kalman needs 4 members at least, got 2"):
         quietly(trained, table(3), members=2, method="kalman")
@@ -456,7 +490,8 @@ def test_observations_of_one_cell_may_be_as_good_as_single_precision_allows(trai
     points = pd.DataFrame({"lat": GRID.lat[y], "lon": GRID.lon[x], "u": [0.21] * 4, "v": -0.12})
     least = 1.01 * inpaint.LEAST_SIGMA * trained.standardiser.std.max()
     found = both(quietly(trained, points, sigma=least, method="kalman"))[..., y, x, :]
-    np.testing.assert_allclose(found, np.broadcast_to([0.21, -0.12], found.shape), atol=5 * least)
+    counted = least * inpaint.LEAST_POINT_SIGMA / inpaint.LEAST_SIGMA
+    np.testing.assert_allclose(found, np.broadcast_to([0.21, -0.12], found.shape), atol=5 * counted)
 
 
 def test_very_many_points_of_few_cells_are_no_better_than_single_precision(gaussian_model):
@@ -466,7 +501,7 @@ def test_very_many_points_of_few_cells_are_no_better_than_single_precision(gauss
     least = 1.01 * inpaint.LEAST_SIGMA * gaussian_model.standardiser.std.max()
     (frame,) = collect(points, GRID, sigma=least)
     assert np.asarray(inpaint._observation(gaussian_model, frame, "kalman").sigma).min() == np.float32(
-        inpaint.LEAST_SIGMA
+        inpaint.LEAST_POINT_SIGMA
     )
     found = both(quietly(gaussian_model, points, sigma=least, method="kalman"))
     seen = np.asarray(frame.observation.apply(jnp.asarray(np.nan_to_num(found[0, 0]))))[: frame.count]

@@ -832,10 +832,10 @@ def test_interval_of_four_blocks_is_that_of_all_resamples():
         np.testing.assert_allclose((found.lo, found.hi), (lo, hi), atol=0.03 * (hi - lo))
 
 
-@pytest.mark.parametrize(("frames", "known"), [(19, False), (20, True)])
-def test_an_interval_takes_two_whole_blocks(frames, known):
+@pytest.mark.parametrize(("frames", "block", "known"), [(19, 10, False), (20, 10, True), (3, 1, False), (4, 1, True)])
+def test_an_interval_takes_two_whole_blocks_and_four_frames(frames, block, known):
     errors = np.random.default_rng(0).uniform(1, 2, (2, frames))
-    found = scoring.ratio_of_means(*errors, block=10, seed=0)
+    found = scoring.ratio_of_means(*errors, block=block, seed=0)
     assert np.isfinite([found.lo, found.hi]).all() == known
 
 
