@@ -48,7 +48,13 @@ def get_config(arg=""):
     return config
 """
 SWEEP = """
+import pathlib
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
 from jax_repaint.points import default_config, smoke
+
+tiny.compile_once(pathlib.Path({cache!r}))
 
 def sweep(add):
     add(method="gp_init", t_start=3)
@@ -68,7 +74,7 @@ def write_configs(folder: Path) -> None:
     readers.write(tiny.fields(), folder / "tiny.nc")
     fields = {"tests": str(TESTS), "cache": str(folder / "cache"), "fields": str(folder / "tiny.nc")}
     (folder / "train.py").write_text(TRAIN.format(**fields))
-    (folder / "sweep.py").write_text(SWEEP)
+    (folder / "sweep.py").write_text(SWEEP.format(**fields))
 
 
 def xla_flags(devices: int = 1) -> str:

@@ -47,6 +47,7 @@ SMALLER = (
     (r"--methods=\S+", "--methods=linear,kalman"),
     (r"(jax_repaint\.evaluate (?!.*--methods).*)", r"\1 --methods=linear,kalman"),
     (r"(jax_repaint\.(evaluate|calibrate) (?!.*--members).*)", r"\1 --members=4"),
+    (r"(jax_repaint\.evaluate (?!.*--frames).*)", r"\1 --frames=2"),
     (r"(jax_repaint\.calibrate .*)", r"\1 --frames=2 --block=1"),
     (r"(jax_repaint\.levels .*)", r"\1 --frames=2 --levels=2"),
     # On the grid of the model in the package its network would take its time.

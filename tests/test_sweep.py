@@ -436,7 +436,8 @@ def command(folder, workdir, *options):
     """The command as a user types it."""
     return [
         sys.executable, "-m", "jax_repaint.sweep", f"--config={folder / 'config.py'}", f"--workdir={workdir}",
-        f"--config.model={folder / 'model'}", f"--config.fields={folder / 'tiny.nc'}", *options,
+        f"--config.model={folder / 'model'}", f"--config.fields={folder / 'tiny.nc'}", f"--cache={folder / 'cache'}",
+        *options,
     ]  # fmt: skip
 
 
