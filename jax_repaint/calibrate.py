@@ -52,6 +52,9 @@ def block_length(trained: Model, fields: Fields, pattern: str, seed: int = 0, nu
       fields: frames in the order of time; the first 1,024 are used.
       numbers: theirs in the series, in which blocks are counted; consecutive if None.
       pattern: of the observations, the same in all frames but for their gaps.
+
+    Raises:
+      InputError: the pattern does not fit, or meets cells with values in fewer than two frames.
     """
     fields = fields.select(slice(RECORD))
     observed = observe.parse(pattern, fields.ocean, observe.pattern_rng(seed, 0))

@@ -165,7 +165,11 @@ def with_directions(trained: Model, fields: Fields, split: Split, directions: in
 
 
 def pick(split: Split, frames: int, seed: int = 0) -> np.ndarray:
-    """Numbers of `frames` test frames, drawn without replacement, in the order of time."""
+    """Numbers of `frames` test frames, drawn without replacement, in the order of time.
+
+    Raises:
+      InputError: `frames` is not positive.
+    """
     if frames < 1:
         raise InputError(f"at least one frame must be inpainted, got {frames}")
     return np.sort(np.random.default_rng([seed, 0xF4]).choice(split.test, min(frames, split.test.size), replace=False))

@@ -5,8 +5,9 @@
 
 Without arguments the network that comes with the package fills a held-out frame of the Ram Head twin. With a file, a
 network is first trained on its training range, briefly; the linear estimate that it starts from is good from the first
-step. Writes table.csv, fields.nc and figure.png; of what is there it replaces what an earlier demo or evaluation wrote,
-but never a network, which is in `run`: another file, range or number of steps asks for another --out.
+step. Writes the files of an evaluation (table.csv, fields.nc, figure.png and others); of what is there it replaces what
+an earlier demo or evaluation wrote, but never a network, which is in `run`: another file, range or number of steps asks
+for another --out.
 """
 
 import math

@@ -58,7 +58,11 @@ def share(rows: int, devices: int) -> tuple[int, int]:
 
 
 def over_devices(rows: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the one axis "members", over as many as `rows` need of all local devices or those given."""
+    """A mesh with the one axis "members", over as many as `rows` need of all local devices or those given.
+
+    Raises:
+      InputError: there is no device.
+    """
     chosen = np.asarray(jax.local_devices() if devices is None else devices, object)
     if not chosen.size:
         raise InputError("members need at least one device")
@@ -87,6 +91,9 @@ def in_chunks(
 
     Returns:
       Results (n, ...) as numpy arrays.
+
+    Raises:
+      InputError: a chunk of no row.
     """
     if chunk < 1:
         raise InputError(f"a chunk holds at least one member, got {chunk}")

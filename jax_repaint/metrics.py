@@ -41,7 +41,11 @@ def scored_cells(truth: np.ndarray, ocean: np.ndarray, observed: np.ndarray) -> 
 
 
 def on_scored(truth: np.ndarray, members: np.ndarray, scored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Truth (cells, 2) and members (M, cells, 2) on scored cells in float64."""
+    """Truth (cells, 2) and members (M, cells, 2) on scored cells in float64.
+
+    Raises:
+      InputError: shapes do not fit, there is no member or no scored cell, or something scored is not finite.
+    """
     truth, members, scored = np.asarray(truth), np.asarray(members), np.asarray(scored)
     grid = scored.shape
     if scored.dtype != bool or truth.shape != (*grid, 2) or members.ndim != 4 or members.shape[1:] != (*grid, 2):
@@ -63,7 +67,11 @@ def on_scored(truth: np.ndarray, members: np.ndarray, scored: np.ndarray) -> tup
 
 
 def known_cells(truth: np.ndarray, ocean: np.ndarray) -> np.ndarray:
-    """Ocean cells with a finite truth, (y, x) bool."""
+    """Ocean cells with a finite truth, (y, x) bool.
+
+    Raises:
+      InputError: they are of different grids.
+    """
     truth, ocean = np.asarray(truth), np.asarray(ocean, bool)
     if truth.shape != (*ocean.shape, 2):
         raise InputError(f"truth {truth.shape} and ocean {ocean.shape} are of different grids")

@@ -200,7 +200,11 @@ def from_weights(
     sigma: float | np.ndarray,
     size: int | None = None,
 ) -> Observation:
-    """An observation of m positions from flat cell indices and weights (m, k <= 4) and values (m, 2), padded."""
+    """An observation of m positions from flat cell indices and weights (m, k <= 4) and values (m, 2), padded.
+
+    Raises:
+      InputError: there is no position, a value or an error is not finite, or shapes do not fit.
+    """
     count = len(cells)
     if count == 0:
         raise InputError("no observation: at least one observed position is needed")
@@ -339,7 +343,11 @@ def pattern_rng(seed: int, frame: int) -> np.random.Generator:
 
 
 def line(ocean: np.ndarray, row: int) -> np.ndarray:
-    """Every ocean cell of one row (0 is the southernmost): a ferry or a radial of a radar. (y, x) bool."""
+    """Every ocean cell of one row (0 is the southernmost): a ferry or a radial of a radar. (y, x) bool.
+
+    Raises:
+      InputError: the row is outside the grid or without ocean.
+    """
     if not 0 <= row < ocean.shape[0]:
         raise InputError(f"row {row} is outside the grid, which has rows 0..{ocean.shape[0] - 1}")
     observed = np.zeros_like(ocean, bool)
@@ -354,6 +362,9 @@ def walk(ocean: np.ndarray, count: int, rng: np.random.Generator, turn: float = 
 
     At each step the heading is kept with probability 1 - turn; blocked headings are replaced by a random free one,
     new cells before old ones. Starts in the largest connected piece of ocean.
+
+    Raises:
+      InputError: no such walk fits.
     """
     if count < 1:
         raise InputError(f"a walk has at least one cell, got {count}")
@@ -399,7 +410,11 @@ def _inside(ocean: np.ndarray, y: int, x: int) -> bool:
 
 
 def cells(ocean: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """A random fraction of the ocean cells, at least one: moorings or drifters. (y, x) bool."""
+    """A random fraction of the ocean cells, at least one: moorings or drifters. (y, x) bool.
+
+    Raises:
+      InputError: the fraction is not in (0, 1], or there is no ocean.
+    """
     if not 0 < fraction <= 1:
         raise InputError(f"fraction of observed cells must be in (0, 1], got {fraction}")
     flat = np.flatnonzero(ocean)
@@ -412,7 +427,11 @@ def cells(ocean: np.ndarray, fraction: float, rng: np.random.Generator) -> np.nd
 
 
 def swath(ocean: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Ocean cells within width / 2 cells of a random straight line over an ocean cell: an altimeter or an aircraft."""
+    """Ocean cells within width / 2 cells of a random straight line over an ocean cell: an altimeter or an aircraft.
+
+    Raises:
+      InputError: the width is not positive, or there is no ocean.
+    """
     if width < 1:
         raise InputError(f"width of a swath is at least one cell, got {width}")
     if not ocean.any():
@@ -428,6 +447,9 @@ def gaps(ocean: np.ndarray, fraction: float, rng: np.random.Generator) -> np.nda
 
     A cell is hidden where white noise, smoothed by a Gaussian of a twelfth of the shorter side of the grid, is highest.
     (y, x) bool.
+
+    Raises:
+      InputError: the fraction is not in (0, 1), or nothing is left to observe or to fill.
     """
     if not 0 < fraction < 1:
         raise InputError(f"fraction of hidden cells must be in (0, 1), got {fraction}")
@@ -443,7 +465,11 @@ def gaps(ocean: np.ndarray, fraction: float, rng: np.random.Generator) -> np.nda
 
 
 def parse(spec: str, ocean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The observed cells that a text names: `line:22`, `walk:90`, `cells:0.02`, `swath:3`, `gaps:0.3`. (y, x) bool."""
+    """The observed cells that a text names: `line:22`, `walk:90`, `cells:0.02`, `swath:3`, `gaps:0.3`. (y, x) bool.
+
+    Raises:
+      InputError: the text is no pattern, or what it names does not fit the ocean.
+    """
     kind, value = read_pattern(spec)
     try:
         if kind == "line":

@@ -280,7 +280,11 @@ def _plain(rows: Sequence[Mapping[str, object]], key: str, form: str) -> list[st
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows of `summary` as aligned plain text; a dash where a number does not exist, no column of dashes."""
+    """Rows of `summary` as aligned plain text; a dash where a number does not exist, no column of dashes.
+
+    Raises:
+      InputError: there is no row.
+    """
     if not rows:
         raise InputError("a table needs at least one row")
 

@@ -29,6 +29,9 @@ def small_scale_energy(field: np.ndarray, scored: np.ndarray, ocean: np.ndarray,
       scored: (y, x) bool, cells that count.
       ocean: (y, x) bool, cells that the local mean may use; the field must be finite there.
       window: odd width of the window in cells.
+
+    Raises:
+      InputError: shapes do not fit, the window is even or under 3, no ocean is scored, or the field is not finite.
     """
     field, scored, ocean = np.asarray(field, np.float64), np.asarray(scored, bool), np.asarray(ocean, bool)
     if field.shape[-3:] != (*ocean.shape, 2) or scored.shape != ocean.shape:
