@@ -241,18 +241,14 @@ def make_cases(
     if error is not None and not least <= error <= LARGEST_ERROR:
         raise InputError(f"the standard error of observations is {least:.2g} to {LARGEST_ERROR:g} m/s, got {error}")
     trained.check_grid(fields)
-    cases, known = [], {}
+    cases, analysis_of = [], _LatestPattern(partial(linear.analysis, trained.gaussian))
     told = OBSERVATION_ERROR if error is None else error
     for pattern in patterns:
         for number, velocity, when in zip(numbers, fields.velocity, fields.time, strict=True):
             observed = observed_cells(fields, velocity, pattern, int(number), seed)
             noisy = None if error is None else with_errors(velocity, error, int(number), seed)
             observation = observation_of(trained, velocity if noisy is None else noisy, observed, told)
-            # A fixed pattern has one analysis for all its frames.
-            name = observed.tobytes()
-            if name not in known:
-                known = {name: linear.analysis(trained.gaussian, observation)}
-            analysis = known[name]
+            analysis = analysis_of(observed.tobytes(), observation)
             cases.append(Case(pattern, int(number), when, velocity, observed, observation, analysis, told, noisy))
     return cases
 

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from jax_repaint import SHIPPED, calibration, observe
 from jax_repaint.calibration import Calibration
 from jax_repaint.conditional import ConditionalDenoiser
-from jax_repaint.data.fields import Fields, Standardiser, check_grid, crop, padded_shape
+from jax_repaint.data.fields import Fields, Standardiser, check_grid, crop, mesh, padded_shape
 from jax_repaint.denoise import AnchoredDenoiser, Denoiser, EdmDenoiser, EpsDenoiser, PrincipalGaussian
 from jax_repaint.errors import InputError
 from jax_repaint.files import check_parent, publish, replace_folder, whole_file
@@ -229,7 +229,7 @@ def check_same_grid(trained: Model | Fields, fields: Fields) -> None:
     """Raises InputError unless the fields are on the grid of a model, or of the fields that one is to be trained on."""
     same = fields.ocean.shape == trained.ocean.shape and (fields.ocean == trained.ocean).all()
     if same:
-        lat, lon = _places(fields.lat, fields.lon) - _places(trained.lat, trained.lon)
+        lat, lon = mesh(fields.lat, fields.lon) - mesh(trained.lat, trained.lon)
         # The same meridian may be written as -65 or 295. Ten metres: coordinates in float32 are off by less.
         apart = np.abs([lat, (lon + 180) % 360 - 180])
         same = bool((apart <= 1e-4).all())
@@ -247,11 +247,6 @@ def same_parts(one: Model, other: Model) -> bool:
     first, second = one.origin, other.origin
     blocks = [text["config"]["data"].get("block_split", False) for text in (first, second)]
     return all(first[key] == second[key] for key in ("fingerprint", "parts")) and blocks[0] == blocks[1]
-
-
-def _places(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
-    """(2, y, x) degrees, also of a regular grid."""
-    return np.stack(np.meshgrid(lat, lon, indexing="ij") if lat.ndim == 1 else (lat, lon))
 
 
 def make_schedule(numbers: dict[str, float]) -> Schedule:

@@ -272,6 +272,11 @@ def check_grid(lat: np.ndarray, lon: np.ndarray, shape: tuple[int, int], name: s
             raise InputError(f"{name}: {what} must increase along its axis; row 0 is the southernmost")
 
 
+def mesh(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+    """(2, y, x) degrees, also of a regular grid."""
+    return np.stack(np.meshgrid(lat, lon, indexing="ij") if lat.ndim == 1 else (lat, lon))
+
+
 def _check_times(time, name) -> None:
     if np.isnat(time).any():
         raise InputError(f"{name}: the time of frame {int(np.isnat(time).argmax())} is missing")

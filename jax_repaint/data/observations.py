@@ -25,7 +25,7 @@ from absl import logging
 from jax_repaint import observe
 from jax_repaint.data import readers, titles, tracks
 from jax_repaint.data.cf import is_flag, is_velocity, of_forecast, unpack_limits
-from jax_repaint.data.fields import Fields, unmasked
+from jax_repaint.data.fields import Fields, mesh, unmasked
 from jax_repaint.data.source import Choice, attribute, instant
 from jax_repaint.errors import InputError
 from jax_repaint.observe import Observation
@@ -457,12 +457,9 @@ def _with_errors(series: np.ndarray, fields: Fields, errors: Fields, leave_out: 
 
 
 def _check_grid(fields: Fields, grid: Grid) -> None:
-    def places(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
-        return np.stack(np.meshgrid(lat, lon, indexing="ij") if lat.ndim == 1 else (lat, lon))
-
     same = fields.shape == grid.ocean.shape
     if same:
-        off = places(fields.lat, fields.lon) - places(grid.lat, grid.lon)
+        off = mesh(fields.lat, fields.lon) - mesh(grid.lat, grid.lon)
         off[1] = (off[1] + 180) % 360 - 180
         # Ten metres: coordinates in float32 are off by less.
         same = np.abs(off).max() <= readers.SAME_PLACE
