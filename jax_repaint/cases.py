@@ -34,7 +34,7 @@ LARGEST_ERROR = 1e6  # m/s; beyond it is a fill value
 # smaller one leave nothing right of the inverse of their covariance.
 LEAST_SIGMA = 1e-4
 # Of points between cells, which are nearly alike where they share some: with smaller ones the rounding of that inverse
-# comes into the mean of `kalman_jvp`, up to 0.2 at 1e-4 and 0.001 at this. Those that are smaller count as this.
+# comes into the mean of `kalman_jvp`, up to 0.3 at 1e-4 (tests/test_inpaint.py). Those that are smaller count as this.
 LEAST_POINT_SIGMA = 1e-3
 
 

@@ -11,7 +11,8 @@ The program takes a fixed number of rows, the rest of which are padded, and solv
     cells     (rows, 4) int32      flat index y X + x of up to four cells that a position lies between
     weights   (rows, 4) float32    of these cells, with sum 1; 0 in unused corners and rows
     values    (rows, 2) float32    u, v in m/s
-    sigma     (rows, 2) float32    their standard error in m/s, > 0, also in unused rows
+    sigma     (rows, 2) float32    their standard error in m/s, > 0, also in unused rows; what is below
+                              a thousandth of the standard deviation of the currents counts as that
     valid     (rows,) bool         whether a row is used
     seed      () int32             of the members
     ->        members (M, y, x, 2), mean, standard deviation, 5 % and 95 % (y, x, 2) in m/s, NaN on land

@@ -12,7 +12,7 @@
 #   ZONE      such as us-west4-a; by default that of the gcloud configuration
 #   TYPE      of accelerator; v5litepod-8
 #   VERSION   of the TPU software; v2-alpha-tpuv5-lite
-#   WORKERS   machines of the slice, for v5e one for every four chips; 1
+#   WORKERS   machines of the slice, for v5e of more than 8 chips one for every four of them; 1
 #   SPOT      1 for a preemptible machine
 
 set -eu
