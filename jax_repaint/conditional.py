@@ -11,14 +11,12 @@ the pattern, and has to be trained on patterns.
 With F = 0 it is the best linear estimate from x and y together. Without observations it is `denoise.AnchoredDenoiser`.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
 from jax_repaint import gains, guide
 from jax_repaint.array_types import Array, Field, Float, Key, Level
-from jax_repaint.denoise import PrincipalGaussian, floating, precondition
-from jax_repaint.nets import unet
+from jax_repaint.denoise import PrincipalGaussian, anchored, floating
 
 
 @struct.dataclass
@@ -32,10 +30,9 @@ class ConditionalDenoiser:
     def __call__(self, x: Field, sigma: Level, dropout: Key | None = None) -> Field:
         """E[x0 | x]."""
         x, sigma = x * self.gaussian.ocean, floating(sigma)
-        observed = jnp.zeros_like(self.gaussian.ocean)
-        return self._correct(
-            x, self.gaussian(x, sigma), self.gaussian.residual_variance(sigma), observed, sigma, dropout
-        )
+        nowhere = jnp.zeros_like(self.gaussian.ocean)
+        error = self.gaussian.residual_variance(sigma)
+        return self._correct(x, sigma, self.gaussian(x, sigma), error, nowhere, dropout)
 
     def given(self, x: Field, sigma: Level, evidence: guide.Evidence, dropout: Key | None = None) -> Field:
         """E[x0 | x, y].
@@ -47,15 +44,12 @@ class ConditionalDenoiser:
         x, sigma = x * self.gaussian.ocean, floating(sigma)
         estimate = guide.kalman(lambda x: self.gaussian(x, sigma), x, sigma, sigma, evidence)
         error = gains.remaining_variance(self.gaussian, evidence.observation, evidence.gain, sigma)
-        return self._correct(x, estimate, error, share_observed(evidence), sigma, dropout)
+        return self._correct(x, sigma, estimate, error, share_observed(evidence), dropout)
 
     def _correct(
-        self, x: Field, estimate: Field, error: Level, observed: Array, sigma: Level, dropout: Key | None
+        self, x: Field, sigma: Level, estimate: Field, error: Level, observed: Array, dropout: Key | None
     ) -> Field:
-        removed = (x - estimate) * jax.lax.rsqrt(self.gaussian.removed_variance(sigma))
-        seen = jnp.concatenate([removed, estimate, observed], axis=-1)
-        f = unet.apply(self.graphdef, self.params, seen[None], precondition(sigma).position[None], dropout)[0]
-        return estimate + jnp.sqrt(error) * self.gaussian.ocean * f
+        return anchored(self.params, self.graphdef, self.gaussian, x, sigma, estimate, error, [observed], dropout)
 
 
 def share_observed(evidence: guide.Evidence) -> Float[Array, "y x 1"]:

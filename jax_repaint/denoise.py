@@ -5,7 +5,7 @@ package sees nothing else of a network. Networks take a key more, which turns th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -208,10 +208,31 @@ class AnchoredDenoiser:
     graphdef: nnx.GraphDef = struct.field(pytree_node=False)
 
     def __call__(self, x: Field, sigma: Level, dropout: Key | None = None) -> Field:
-        ocean, sigma = self.gaussian.ocean, floating(sigma)
-        x = x * ocean
-        linear = self.gaussian(x, sigma)
-        removed = (x - linear) * jax.lax.rsqrt(self.gaussian.removed_variance(sigma))
-        seen = jnp.concatenate([removed, linear], axis=-1)
-        f = unet.apply(self.graphdef, self.params, seen[None], precondition(sigma).position[None], dropout)[0]
-        return linear + jnp.sqrt(self.gaussian.residual_variance(sigma)) * ocean * f
+        x, sigma = x * self.gaussian.ocean, floating(sigma)
+        linear, error = self.gaussian(x, sigma), self.gaussian.residual_variance(sigma)
+        return anchored(self.params, self.graphdef, self.gaussian, x, sigma, linear, error, dropout=dropout)
+
+
+def anchored(
+    params: dict,
+    graphdef: nnx.GraphDef,
+    gaussian: PrincipalGaussian,
+    x: Field,
+    sigma: Level,
+    estimate: Field,
+    error: Level,
+    also: Sequence[Array] = (),
+    dropout: Key | None = None,
+) -> Field:
+    """G + c F((x - G) / r, G, also; sigma), an estimate of x0 with what a network makes of the rest.
+
+    Args:
+      x: (y, x, c), zero on land.
+      estimate: (y, x, c), G.
+      error: c^2, the expected mean square error of G per ocean value.
+      also: more channels that the network sees, (y, x, n) each.
+    """
+    removed = (x - estimate) * jax.lax.rsqrt(gaussian.removed_variance(sigma))
+    seen = jnp.concatenate([removed, estimate, *also], axis=-1)
+    f = unet.apply(graphdef, params, seen[None], precondition(sigma).position[None], dropout)[0]
+    return estimate + jnp.sqrt(error) * gaussian.ocean * f

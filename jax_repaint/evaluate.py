@@ -50,7 +50,6 @@ from jax_repaint.errors import InputError
 from jax_repaint.methods import (
     BASELINES,
     DETERMINISTIC,
-    FROM_RIDGE,
     HELD_OUT,
     METHODS,
     POSTERIOR,
@@ -58,6 +57,7 @@ from jax_repaint.methods import (
     Result,
     check_archive,
     check_methods,
+    correction_of,
     gate_evidence,
     levels_of,
     run_method,
@@ -128,7 +128,9 @@ def usual_methods(trained: Model, other_prior: bool = False) -> list[str]:
     it corrects by.
     """
     default = inpaint.default_method(trained)
-    named = {"given": "kalman", **FROM_RIDGE}.get(default, default) if other_prior else default
+    named = default
+    if other_prior:
+        named = "kalman" if default == "given" else correction_of(default)
     return list(dict.fromkeys((*BASELINES, "adaptive", "kalman", named)))
 
 
@@ -391,21 +393,12 @@ def run(
         "fields": fields.hash(), "numbers": list(map(int, numbers)), "patterns": patterns, "members": members,
         "seed": int(seed), "error": error,
     })  # fmt: skip
-    results = {}
-    for name in methods:
-        results[name] = _run_in_parts(name, trained, fields, cases, members, seed, chunk, unfinished)
-        if name not in learnt:
-            continue
+    results = _run_all(methods, learnt, trained, fields, cases, members, seed, chunk, unfinished)
+    for name in learnt:
         added = calibrated_name(name)
-        if min(map(len, results[name].members)) == members:
-            results[added] = calibrated(trained, learnt[name], fields, cases, results[name], seed, chunk, unfinished)
-            continue
-        # A calibration is for ensembles of one size.
-        logging.warning("members of %s failed; there is no row %s", name, added)
-        written.pop(_file_of(added), None)
-        if shown == added:
-            shown = name
-            written[FIELDS] = name
+        if added not in results:
+            written.pop(_file_of(added), None)
+            written[FIELDS] = name if written[FIELDS] == added else written[FIELDS]
     # Everything that members depend on, calibrations too, so that the files of two evaluations are told apart.
     parts = [unfinished.folder.name, [one.to_json() for one in trained.calibrations]]
     told = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -419,8 +412,8 @@ def run(
         history += f", observations with errors of {error:g} m/s" if error else ""
         data = to_dataset(cases, results[name], fields, history).assign_attrs(method=name, evaluation=told)
         readers.write_netcdf(data, out / file)
-    examples = _examples(trained, cases, results[shown])
-    title = f"{fields.name}, {shown}"
+    examples = _examples(trained, cases, results[written[FIELDS]])
+    title = f"{fields.name}, {written[FIELDS]}"
     plots.currents(out / FIGURE, examples, fields.ocean, fields.metres(), title, fields.convergence())
     unfinished.remove()
     return format_rows(rows) + note_on(error)
@@ -445,6 +438,32 @@ def _examples(trained: Model, cases: Sequence[Case], result: Result) -> list[plo
     for i, case in enumerate(cases):
         first.setdefault(case.pattern, i)
     return [example(trained, cases[i], result.members[i], result.spread(i)) for i in first.values()]
+
+
+def _run_all(
+    methods: Sequence[str],
+    learnt: dict[str, Calibration],
+    trained: Model,
+    fields: Fields,
+    cases: Sequence[Case],
+    members: int,
+    seed: int,
+    chunk: int | None,
+    unfinished: Unfinished,
+) -> dict[str, Result]:
+    """What each method made, and its calibration of it where it has learnt one and no member failed."""
+    results: dict[str, Result] = {}
+    for name in methods:
+        results[name] = _run_in_parts(name, trained, fields, cases, members, seed, chunk, unfinished)
+        if name not in learnt:
+            continue
+        added = calibrated_name(name)
+        # A calibration is for ensembles of one size.
+        if min(map(len, results[name].members)) < members:
+            logging.warning("members of %s failed; there is no row %s", name, added)
+            continue
+        results[added] = calibrated(trained, learnt[name], fields, cases, results[name], seed, chunk, unfinished)
+    return results
 
 
 def _run_in_parts(

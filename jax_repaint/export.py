@@ -45,7 +45,7 @@ from jax_repaint.data.fields import crop
 from jax_repaint.data.observations import UNKNOWN, Observed
 from jax_repaint.errors import InputError
 from jax_repaint.files import check_writable, whole_file
-from jax_repaint.methods import FROM_RIDGE, levels_of
+from jax_repaint.methods import correction_of, levels_of
 from jax_repaint.model import Model
 from jax_repaint.observe import Observation
 from jax_repaint.prior.analysis import PrincipalAnalysis
@@ -177,8 +177,7 @@ def export(
       InputError: a folder that cannot be written or holds other files of these names, flatbuffers is not installed,
         members as for `program`, a calibration with a gate.
     """
-    default = inpaint.default_method(trained)
-    method = method or FROM_RIDGE.get(default, default)
+    method = method or correction_of(inpaint.default_method(trained))
     calibration = None if raw else inpaint.calibration_of(trained, method, members)
     if calibration is not None and calibration.gate is not None:
         raise InputError(

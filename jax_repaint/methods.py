@@ -1,7 +1,6 @@
 """Every method by its name: baselines, the RePaint family, posterior samplers; and what one makes of some cases."""
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from jax_repaint.ensemble import (
 )
 from jax_repaint.errors import InputError
 from jax_repaint.guide import Evidence, prior_draw
+from jax_repaint.latest import Latest
 from jax_repaint.model import Model
 from jax_repaint.observe import Observation
 from jax_repaint.posterior import Posterior, evidence_for
@@ -104,8 +104,13 @@ def levels_of(trained: Model, name: str, count: int = LEVELS) -> Posterior:
         raise InputError("the method given needs the linear prior that its network was trained on")
     if name in FROM_RIDGE:
         check_archive(trained, name)
-    correction = FROM_RIDGE.get(name, name)
-    return Posterior.create(min(START, trained.sigma[1]), max(trained.sigma[0], 0.01), count, correction=correction)
+    sigma_max, sigma_min = min(START, trained.sigma[1]), max(trained.sigma[0], 0.01)
+    return Posterior.create(sigma_max, sigma_min, count, correction=correction_of(name))
+
+
+def correction_of(name: str) -> str:
+    """What a method corrects by, of guide.CORRECTIONS; another method by its own name."""
+    return FROM_RIDGE.get(name, name)
 
 
 def check_archive(trained: Model, name: str) -> None:
@@ -178,68 +183,92 @@ def run_method(
     began = time.monotonic()
     chunk = chunk or device.usual_batch()
     calls = 0
-    frames = [case.frame for case in cases]
-    if name == "climatology":
-        made = [trained.to_velocity(trained.gaussian.mean)[None] for _ in cases]
-    elif name in ("seed_gp", "gp"):
-        baseline = GPBaseline(trained, fields, name)
-        made = [baseline.mean(case)[None] for case in cases]
-    elif name == "linear":
-        made = [trained.to_velocity(case.analysis.mean(case.observation.values))[None] for case in cases]
-    elif name == "ridge":
-        check_archive(trained, name)
-        made = [
-            trained.to_velocity(case.analysis.mean(case.observation.values) + ridge_offset(trained, case.observation))[
-                None
-            ]
-            for case in cases
-        ]
-    elif name == "linear_samples":
-        made, chunk = [], min(chunk, members)
-        for case in cases:
-
-            def drawn(chunk: int, case: Case = case) -> np.ndarray:
-                return linear_samples(trained, case, members, seed, chunk)
-
-            x, chunk = device.with_less_memory(drawn, chunk)
-            made.append(trained.to_velocity(x))
-    elif name in REPAINT:
-        stages = stages_of(trained, name)
-        known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[known_of(trained, case) for case in cases])
-
-        def repainted(chunk: int) -> Outcome:
-            return repaint_ensemble(
-                trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk,
-                last=True,
-            )  # fmt: skip
-
-        # Half of a chunk that is never filled would be the same call again.
-        outcome, _ = device.with_less_memory(repainted, min(chunk, members * len(cases)))
-        made = [trained.to_velocity(x[:, -1]) for x in survivors(name, stages, frames, outcome)]
-        calls = sum(stage.calls for stage in stages)
+    if name in REPAINT:
+        made, calls = _repainted(name, trained, cases, members, seed, chunk)
     elif name in POSTERIOR:
-        hyper = levels_of(trained, name, count)
-        made = [np.empty(0)] * len(cases)
-        rows = [gains.rows_of(trained.gaussian, case.observation) for case in cases]
-        for batch in frame_batches(rows, members, chunk, trained.gaussian, hyper.calls):
-            mine = [cases[i] for i in batch]
-            evidence = [evidence_of(trained, name, hyper, case) for case in mine]
-
-            def sampled(chunk: int, mine: Sequence[Case] = mine, evidence: Sequence[Evidence] = evidence) -> np.ndarray:
-                return posterior_ensemble(
-                    trained.denoiser, evidence, trained.gaussian, [case.analysis for case in mine], hyper,
-                    frames=[case.frame for case in mine], members=members, seed=seed, chunk=chunk,
-                )  # fmt: skip
-
-            x, chunk = device.with_less_memory(sampled, chunk)
-            for i, one in zip(batch, x, strict=True):
-                made[i] = trained.to_velocity(one)
-        calls = hyper.calls
+        made, calls = _sampled(name, trained, cases, members, seed, chunk, count)
+    elif name == "linear_samples":
+        made = _drawn(trained, cases, members, seed, chunk)
+    elif name in METHODS:
+        made = _estimated(name, trained, fields, cases)
     else:
         raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
     if name == "linear_samples" or name in POSTERIOR:
-        made = finite_members(name, frames, made, trained.ocean, name in PAIRED)
+        made = finite_members(name, [case.frame for case in cases], made, trained.ocean, name in PAIRED)
     return Result(made, (time.monotonic() - began) / len(cases), calls * members, name in PAIRED)
+
+
+def _estimated(name: str, trained: Model, fields: Fields, cases: Sequence[Case]) -> list[np.ndarray]:
+    """The one field, (1, y, x, 2) in m/s of each case, of a method that has no members."""
+    if name in ("seed_gp", "gp"):
+        baseline = GPBaseline(trained, fields, name)
+        return [baseline.mean(case)[None] for case in cases]
+    if name == "ridge":
+        check_archive(trained, name)
+
+    def standardised(case: Case) -> jax.Array:
+        if name == "climatology":
+            return trained.gaussian.mean
+        mean = case.analysis.mean(case.observation.values)
+        return mean + ridge_offset(trained, case.observation) if name == "ridge" else mean
+
+    return [trained.to_velocity(standardised(case))[None] for case in cases]
+
+
+def _drawn(trained: Model, cases: Sequence[Case], members: int, seed: int, chunk: int) -> list[np.ndarray]:
+    """Members (M, y, x, 2) in m/s of each case, drawn from the posterior of the linear prior."""
+    made, chunk = [], min(chunk, members)
+    for case in cases:
+
+        def drawn(chunk: int, case: Case = case) -> np.ndarray:
+            return linear_samples(trained, case, members, seed, chunk)
+
+        x, chunk = device.with_less_memory(drawn, chunk)
+        made.append(trained.to_velocity(x))
+    return made
+
+
+def _repainted(
+    name: str, trained: Model, cases: Sequence[Case], members: int, seed: int, chunk: int
+) -> tuple[list[np.ndarray], int]:
+    """Finite members (M, y, x, 2) in m/s of each case, and network calls of one, of the RePaint family."""
+    stages = stages_of(trained, name)
+    known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[known_of(trained, case) for case in cases])
+    frames = [case.frame for case in cases]
+
+    def repainted(chunk: int) -> Outcome:
+        return repaint_ensemble(
+            trained.denoiser, known, trained.steps, stages, frames=frames, members=members, seed=seed, chunk=chunk,
+            last=True,
+        )  # fmt: skip
+
+    # Half of a chunk that is never filled would be the same call again.
+    outcome, _ = device.with_less_memory(repainted, min(chunk, members * len(cases)))
+    made = [trained.to_velocity(x[:, -1]) for x in survivors(name, stages, frames, outcome)]
+    return made, sum(stage.calls for stage in stages)
+
+
+def _sampled(
+    name: str, trained: Model, cases: Sequence[Case], members: int, seed: int, chunk: int, count: int
+) -> tuple[list[np.ndarray], int]:
+    """Members (M, y, x, 2) in m/s of each case, and network calls of one, of a posterior sampler."""
+    hyper = levels_of(trained, name, count)
+    made = [np.empty(0)] * len(cases)
+    rows = [gains.rows_of(trained.gaussian, case.observation) for case in cases]
+    for batch in frame_batches(rows, members, chunk, trained.gaussian, hyper.calls):
+        mine = [cases[i] for i in batch]
+        evidence = [evidence_of(trained, name, hyper, case) for case in mine]
+
+        def sampled(chunk: int, mine: Sequence[Case] = mine, evidence: Sequence[Evidence] = evidence) -> np.ndarray:
+            return posterior_ensemble(
+                trained.denoiser, evidence, trained.gaussian, [case.analysis for case in mine], hyper,
+                frames=[case.frame for case in mine], members=members, seed=seed, chunk=chunk,
+            )  # fmt: skip
+
+        x, chunk = device.with_less_memory(sampled, chunk)
+        for i, one in zip(batch, x, strict=True):
+            made[i] = trained.to_velocity(one)
+    return made, hyper.calls
 
 
 def evidence_of(trained: Model, name: str, hyper: Posterior, case: Case) -> Evidence:
@@ -253,21 +282,16 @@ def evidence_of(trained: Model, name: str, hyper: Posterior, case: Case) -> Evid
     return made
 
 
-_regressions: dict[bytes, ridge.Regression] = {}
-KEPT_REGRESSIONS = 8  # of some megabytes each
+# Of some megabytes each.
+_latest_regressions: Latest[ridge.Regression] = Latest(8, lambda _: 1)
 
 
 def ridge_offset(trained: Model, observation: Observation) -> jax.Array:
-    """From the linear estimate to that of the regression, (Y, X, c), standardised; the latest patterns are kept."""
-    blank = observation.replace(values=jnp.zeros_like(observation.values))
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves((trained.gaussian, vars(trained.archive), blank)):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    name = digest.digest()
-    found = _regressions.pop(name, None) or ridge.regression(trained.gaussian, trained.archive, observation)
-    _regressions[name] = found
-    while len(_regressions) > KEPT_REGRESSIONS:
-        _regressions.pop(next(iter(_regressions)))
+    """From the linear estimate to that of the regression, (Y, X, c), standardised."""
+    others = trained.gaussian, vars(trained.archive)
+    found = _latest_regressions.of_pattern(
+        observation, others, lambda: ridge.regression(trained.gaussian, trained.archive, observation)
+    )
     return jnp.asarray(found.offset(np.asarray(observation.values)[None])[0])
 
 

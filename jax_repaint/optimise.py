@@ -227,52 +227,32 @@ def make_steps(
     key = jax.random.key(t.seed)
     # XLA on CPUs runs the gradients of convolutions more than ten times slower inside a loop.
     on_cpu = jax.default_backend() == "cpu"
-    stratified = config.model.form != "eps"
     mirrored = _make_mirrors(ocean, grid or ocean.shape[:2], standardiser) if t.flips else None
+    gradient_of = jax.value_and_grad(_make_batch_loss(config, loss, mirrored, mesh))
 
-    def batch_loss(params: dict, frames: tuple[Array, ...], key: Key) -> Level:
-        x0, *present = frames
-        where, noise, mirror = jax.random.split(key, 3)
-        if mirrored:
-            x0, present = mirrored(mirror, x0, present)
-        places = make_places(where, len(x0), stratified)
-        keys = jax.random.split(noise, len(x0))
-        x0, keys, places, *present = distributed.split((x0, keys, places, *present), mesh)
-        axes = (None, 0, 0, 0, None, *(0 for _ in present))
-        return jnp.mean(jax.vmap(loss, axes)(params, x0, keys, places, True, *present))
-
-    def one(state: State, order: Array, data: Frames) -> tuple[State, Array]:
-        count = t.batch * t.accumulate
-        begin = (state.step % steps.epoch) * count
-        index = jax.lax.dynamic_slice(order, (begin,), (count,)).reshape(t.accumulate, t.batch)
-        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, NOISE), state.step), t.accumulate)
+    def mean_gradient(params: dict, data: Frames, index: Array, key: Key) -> tuple[Level, dict]:
+        """Of batches (accumulate, batch) of frames."""
 
         def add(total: tuple, part: tuple) -> tuple[tuple, None]:
             rows, part_key = part
-            frames = tuple(part[rows] for part in arrays_of(data))
-            new = jax.value_and_grad(batch_loss)(state.params, frames, part_key)
+            new = gradient_of(params, tuple(frames[rows] for frames in arrays_of(data)), part_key)
             return jax.tree.map(jnp.add, total, new), None
 
-        total = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        keys = jax.random.split(key, t.accumulate)
+        total = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         if on_cpu:
             for part in range(t.accumulate):
                 total, _ = add(total, (index[part], keys[part]))
         else:
             total, _ = jax.lax.scan(add, total, (index, keys))
-        value, gradient = total
-        value, gradient = jax.tree.map(lambda x: x / t.accumulate, (value, gradient))
-        # optax mixes whole numbers and fractions, which strict promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
-            params = optax.apply_updates(state.params, updates)
-        n = state.step.astype(jnp.float32)
-        decay = jnp.minimum(t.ema, (1 + n) / (10 + n))
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
-        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
-        sums = state.sums + jnp.stack([value, norm])
-        # A gradient that is not finite ruins the parameters before the loss shows it.
-        value = jnp.where(jnp.isfinite(norm), value, norm)
-        return State(params, ema, optimiser_state, state.step + 1, sums, state.best), value
+        return jax.tree.map(lambda x: x / t.accumulate, total)
+
+    def one(state: State, order: Array, data: Frames) -> tuple[State, Array]:
+        count = t.batch * t.accumulate
+        begin = (state.step % steps.epoch) * count
+        index = jax.lax.dynamic_slice(order, (begin,), (count,)).reshape(t.accumulate, t.batch)
+        noise = jax.random.fold_in(jax.random.fold_in(key, NOISE), state.step)
+        return _stepped(state, *mean_gradient(state.params, data, index, noise), optimiser, t.ema)
 
     @partial(distributed.jit, mesh=mesh, donate_argnums=0, static_argnums=2)
     def run(state: State, data: Frames, count: int) -> tuple[State, Array]:
@@ -295,6 +275,42 @@ def make_steps(
         return state, jnp.stack(losses)
 
     return dispatch
+
+
+def _make_batch_loss(config: ConfigDict, loss: Loss, mirrored: Callable | None, mesh: Mesh | None) -> Loss:
+    """batch_loss(params, frames, key): mean loss of frames, each with noise, level and mirrors of its own."""
+    stratified = config.model.form != "eps"
+
+    def batch_loss(params: dict, frames: tuple[Array, ...], key: Key) -> Level:
+        x0, *present = frames
+        where, noise, mirror = jax.random.split(key, 3)
+        if mirrored:
+            x0, present = mirrored(mirror, x0, present)
+        places = make_places(where, len(x0), stratified)
+        keys = jax.random.split(noise, len(x0))
+        x0, keys, places, *present = distributed.split((x0, keys, places, *present), mesh)
+        axes = (None, 0, 0, 0, None, *(0 for _ in present))
+        return jnp.mean(jax.vmap(loss, axes)(params, x0, keys, places, True, *present))
+
+    return batch_loss
+
+
+def _stepped(
+    state: State, value: Level, gradient: dict, optimiser: optax.GradientTransformation, ema: float
+) -> tuple[State, Level]:
+    """The state after a step, and the loss of the step."""
+    # optax mixes whole numbers and fractions, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+    n = state.step.astype(jnp.float32)
+    decay = jnp.minimum(ema, (1 + n) / (10 + n))
+    averaged = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
+    sums = state.sums + jnp.stack([value, norm])
+    # A gradient that is not finite ruins the parameters before the loss shows it.
+    value = jnp.where(jnp.isfinite(norm), value, norm)
+    return State(params, averaged, optimiser_state, state.step + 1, sums, state.best), value
 
 
 def make_held_out(config: ConfigDict, loss: Loss, data: Frames, mesh: Mesh | None = None) -> Callable[[dict], Level]:

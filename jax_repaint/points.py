@@ -28,7 +28,7 @@ from jax_repaint import methods, sample
 from jax_repaint.checks import check_number, whole_number
 from jax_repaint.errors import InputError
 from jax_repaint.model import Model
-from jax_repaint.posterior import Posterior
+from jax_repaint.posterior import CG_STEPS, Posterior
 from jax_repaint.sample import Repaint
 
 PRIORS = ("linear", "seed_gp", "gp")
@@ -39,8 +39,8 @@ _LEVELS = {"levels": "count", "sigma_max": "sigma_max", "sigma_min": "sigma_min"
     name: name for name in ("eta", "dps_step", "cg_steps", "second_order", "stop_sigma")
 }
 
-# Settings of these posterior samplers alone.
-_OF_SOME = {"dps_step": ("dps",), "cg_steps": ("mmps", "kalman_cg", "kalman_jvp", "kalman_ridge")}
+# Settings of some posterior samplers alone, and the corrections that have them.
+_OF_SOME = {"dps_step": ("dps",), "cg_steps": tuple(CG_STEPS)}
 
 
 def default_config(sweep: Callable[[Callable[..., None]], None]) -> ConfigDict:
@@ -206,7 +206,7 @@ def _settings(method: str) -> set[str]:
     """Names of the settings of a method."""
     if method in methods.REPAINT:
         return {*inspect.signature(Repaint.create).parameters, *sample.METHODS[method], "var_decay"}
-    others = {name for name, owners in _OF_SOME.items() if method not in owners}
+    others = {name for name, owners in _OF_SOME.items() if methods.correction_of(method) not in owners}
     return set(_LEVELS) - others if method in methods.POSTERIOR else set()
 
 
@@ -233,7 +233,7 @@ def make_program(point: Point, trained: Model) -> Program:
             hyper = {_LEVELS[key]: value for key, value in point.hyper.items()}
             usual = methods.levels_of(trained, point.method).sigma
             ends = {"sigma_max": float(usual[0]), "sigma_min": float(usual[-1])}
-            program = Posterior.create(**(ends | hyper), correction=methods.FROM_RIDGE.get(point.method, point.method))
+            program = Posterior.create(**(ends | hyper), correction=methods.correction_of(point.method))
         if program is not None:
             methods.check_levels(trained, program)
     except InputError as e:

@@ -10,7 +10,6 @@ and the output is the last corrected x0. Started from noise alone, N(0, sigma_1^
 variance exceeds sigma_1^2 are lost; from the linear mean, their spread is.
 """
 
-import hashlib
 import math
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from jax_repaint.array_types import Array, Field, Float, Key, Level
 from jax_repaint.checks import check_number, whole_number
 from jax_repaint.denoise import Denoiser, PrincipalGaussian, Regimes
 from jax_repaint.errors import InputError
+from jax_repaint.latest import Latest
 from jax_repaint.observe import Observation
 from jax_repaint.prior.analysis import Analysis
 from jax_repaint.sample import Draw
@@ -156,26 +156,18 @@ def evidence_for(
     return known.replace(gaussian=gaussian, gain=found[0])
 
 
-_kept: dict[bytes, gains.Gain] = {}
-KEPT_BYTES = 2**28
+# Of 256 MB at most.
+_latest_gains: Latest[gains.Gain] = Latest(2**28, lambda gain: sum(leaf.nbytes for leaf in jax.tree.leaves(gain)))
 
 
 def _gains(
     gaussian: PrincipalGaussian, observation: Observation, sigma: np.ndarray, correlation: float | np.ndarray
 ) -> gains.Gain:
     """gains.kalman_gains, from those of the latest patterns where it has been made before."""
-    blank = observation.replace(values=jnp.zeros_like(observation.values))
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves((gaussian, blank, sigma, np.asarray(correlation, np.float32))):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    name = digest.digest()
-    gain = _kept.pop(name, None)
-    if gain is None:
-        gain = gains.kalman_gains(gaussian, observation, sigma, correlation)
-    _kept[name] = gain
-    while len(_kept) > 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(_kept)) > KEPT_BYTES:
-        _kept.pop(next(iter(_kept)))
-    return gain
+    others = gaussian, sigma, np.asarray(correlation, np.float32)
+    return _latest_gains.of_pattern(
+        observation, others, lambda: gains.kalman_gains(gaussian, observation, sigma, correlation)
+    )
 
 
 def antithetic(key: Key, members: int) -> tuple[Key, Float[Array, " members"]]:

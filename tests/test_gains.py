@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_repaint import gains, guide, memory, observe
+from jax_repaint import gains, guide, memory, observe, posterior
 from jax_repaint.conditional import share_observed
 from jax_repaint.denoise import PrincipalGaussian, Regimes
 from jax_repaint.ensemble import frame_batches, own_bytes, posterior_ensemble, stack_analyses, stack_evidence
@@ -300,7 +300,7 @@ def test_samples_are_the_same_either_way(gaussian, observation, correction, monk
     np.testing.assert_allclose(both[1], alone[0], atol=2e-5)
     monkeypatch.setattr(gains, "rows_of", lambda _, one: gains.Rows(one.size, False))
     # Kept gains are of the other kind.
-    monkeypatch.setattr("jax_repaint.posterior._kept", {})
+    monkeypatch.setattr(posterior._latest_gains, "_kept", {})
     whole, gain = sampled([observation, second])
     assert not gain.by_blocks
     np.testing.assert_allclose(both, whole, atol=2e-4)

@@ -245,7 +245,7 @@ def test_a_training_keeps_what_its_setting_says(trained, kept, monkeypatch):
 def chosen(monkeypatch):
     """A regression that adds something: on fields of a few waves none is found."""
     monkeypatch.setattr(ridge, "select", lambda *_: ridge.Choice(4, 2.0, 1.0, 0.9))
-    monkeypatch.setattr(methods, "_regressions", {})
+    monkeypatch.setattr(methods._latest_regressions, "_kept", {})
 
 
 @pytest.mark.usefixtures("chosen")
@@ -278,7 +278,7 @@ def test_every_pattern_has_its_regression(trained, monkeypatch):
     made = []
     learn = ridge.regression
     monkeypatch.setattr(methods.ridge, "regression", lambda *given: made.append(1) or learn(*given))
-    monkeypatch.setattr(methods, "_regressions", {})
+    monkeypatch.setattr(methods._latest_regressions, "_kept", {})
     fields = tiny.fields().select(np.arange(51, 54))
     line = make_cases(trained, fields, [51, 52, 53], ["line:5"])
     offsets = [methods.ridge_offset(trained, case.observation) for case in line]
