@@ -1,6 +1,7 @@
 """Losses, steps and schedules of training against formulas; whole tiny runs that are killed, stopped and refused."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -200,7 +201,7 @@ def test_a_prior_says_how_much_of_it_is_from_training_frames():
 def test_a_prior_is_chosen_for_the_patterns_of_the_setting():
     """Few directions can be told apart from few cells, many from nearly all; of frames that had no part in it too."""
     data, errors = tiny.fields(160), []
-    found = {patterns: prepare.prepare(data, with_patterns(patterns)) for patterns in ("", "gaps:0.3")}
+    found = {patterns: prepared(patterns) for patterns in ("", "gaps:0.3")}
     few, many = (one.gaussian for one in found.values())
     assert few.variance.size < 32 < many.variance.size
     split, standardiser = found[""].split, found[""].standardiser
@@ -222,18 +223,22 @@ def test_a_prior_is_chosen_for_the_patterns_of_the_setting():
 )
 def test_a_prior_has_no_more_directions_than_observations_tell_apart(monkeypatch, error, fewest, patterns):
     """Fewer where errors hide small scales, or where more gain little; the usual patterns know nothing of either."""
-    data, config = tiny.fields(160), with_patterns(patterns)
-    config.observed.error = 0.01
-    usual = prepare.prepare(data, config).choice
+    usual, config = prepared(patterns).choice, with_patterns(patterns)
     config.observed.error = error
     monkeypatch.setattr(prepare, "FEWEST", fewest)
-    found = prepare.prepare(data, config).choice
+    found = prepare.prepare(tiny.fields(160), config).choice
     assert found == usual if not patterns else found.rank < usual.rank
+
+
+@functools.cache
+def prepared(patterns):
+    return prepare.prepare(tiny.fields(160), with_patterns(patterns))
 
 
 def with_patterns(patterns):
     config = tiny.config("anchored")
     config.model.update({"rank": 64, "patterns": patterns})
+    config.observed.error = 0.01
     return config
 
 
@@ -268,7 +273,9 @@ def test_focus_draws_its_share_of_levels_from_its_range_and_the_others_evenly():
 def test_focus_moves_the_level_of_a_place_and_nothing_else(form, standardised, gaussian):
     x0, key = jnp.asarray(standardised[0][3]), jax.random.key(5)
     focussed, even = tiny.config(form, focus=0.6, focus_min=0.5, focus_max=8.0), tiny.config(form)
-    losses = [make_loss(config, gaussian, None) for config in (focussed, even)]
+    for config in (focussed, even):
+        config.observed.patterns, config.observed.rows = 8, 4
+    losses = [jax.jit(make_loss(config, gaussian, None), static_argnums=4) for config in (focussed, even)]
     for place in (0.1, 0.5, 0.95):
         same = np.log(float(level_at(jnp.float32(place), focussed)) / 0.01) / np.log(130 / 0.01)
         assert abs(same - place) > 0.01
@@ -962,11 +969,12 @@ def test_a_network_without_observations_starts_from_one_with_them_and_back():
     x = jnp.asarray(rng.normal(size=(1, 8, 12, 5)), jnp.float32).at[..., 4].set(0)
     four, five = (dataclasses.replace(tiny.NETWORK, inputs=count) for count in (4, 5))
     graphdef, params = unet.create(five, 0)
-    whole = unet.apply(graphdef, params, x, jnp.zeros(1))
+    apply = jax.jit(unet.apply, static_argnums=0)
+    whole = apply(graphdef, params, x, jnp.zeros(1))
     fewer = train._with_inputs_of(four, params)
-    found = unet.apply(unet.structure(four)[0], fewer, x[..., :4], jnp.zeros(1))
+    found = apply(unet.structure(four)[0], fewer, x[..., :4], jnp.zeros(1))
     np.testing.assert_allclose(found, whole, atol=1e-6)
-    back = unet.apply(graphdef, train._with_inputs_of(five, fewer), x.at[..., 4].set(1), jnp.zeros(1))
+    back = apply(graphdef, train._with_inputs_of(five, fewer), x.at[..., 4].set(1), jnp.zeros(1))
     np.testing.assert_allclose(back, whole, atol=1e-6)
 
 
@@ -981,9 +989,10 @@ def test_what_a_network_did_not_see_before_it_learns(residual):
     graphdef, params = unet.create(four, 0)
     more = train._with_inputs_of(five, params)
     network = unet.structure(five)[0]
-    whole = unet.apply(graphdef, params, x[..., :4], jnp.zeros(2))
-    np.testing.assert_allclose(unet.apply(network, more, x, jnp.zeros(2)), whole, atol=1e-5)
-    gradient = jax.grad(lambda p: jnp.sum(unet.apply(network, p, x, jnp.zeros(2)) ** 2))(more)
+    apply = jax.jit(unet.apply, static_argnums=0)
+    whole = apply(graphdef, params, x[..., :4], jnp.zeros(2))
+    np.testing.assert_allclose(apply(network, more, x, jnp.zeros(2)), whole, atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(unet.apply(network, p, x, jnp.zeros(2)) ** 2)))(more)
     sizes = np.abs(gradient["encode0_0"]["conv1"]["kernel"]).mean((0, 1, 3))
     assert sizes[4] > 0.1 * sizes[:4].mean()
 
