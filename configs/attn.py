@@ -2,8 +2,8 @@
 
     python -m jax_repaint.train --config=configs/attn.py --workdir=runs/attn
 
-Made for a GPU or TPU: with `--config.model.dtype=bfloat16` there. docs/results.md, Large networks, has a shorter recipe
-and what came of it.
+Made for a GPU or TPU: with `--config.model.dtype=bfloat16` there. docs/results_training.md, Large networks, has a
+shorter recipe and what came of it.
 `configs/attn.py:smoke` shrinks data and run to less than a minute on two cores, to see that everything works.
 """
 

@@ -1,8 +1,9 @@
-"""The attention UNet of 23 million parameters on the best linear estimate: the lowest held-out loss of this project.
+"""The attention UNet of 23 million parameters on the best linear estimate, with the lowest error of
+all networks that docs/results_training.md compares at noise levels up to 3.4.
 
     python -m jax_repaint.train --config=configs/attn_anchored.py --workdir=runs/attn_anchored
 
-For a GPU, in bfloat16. An H100 that three or four trainings shared took six minutes (docs/results.md, Large
+For a GPU, in bfloat16. An H100 that three or four trainings shared took six minutes (docs/results_training.md, Large
 networks).
 `configs/attn_anchored.py:smoke` takes less than a minute on two cores.
 """

@@ -4,8 +4,8 @@
 
 A quarter of the width of configs/standard.py, from half the grid on: 0.5 million parameters and 0.13 GFLOP a call, for
 experiments of many thousand calls a field. It starts from the best linear estimate: with `--config.model.form=eps`, as
-the large ones, it is worse than that estimate after four epochs (docs/results.md, Recipes). Six take a quarter of an
-hour on two quiet cores.
+the large ones, it is worse than that estimate after four epochs (docs/results_training.md, Recipes). Six take a quarter
+of an hour on two quiet cores.
 `configs/micro.py:smoke` takes less than a minute.
 """
 

@@ -2,9 +2,9 @@
 
     python -m jax_repaint.evaluate --model=runs/small/model --frames=64 --out=results
 
-Baselines stand in every table: the mean of the training frames (climatology), the Gaussian process of earlier results
-(seed_gp), one fitted to the training frames (gp), the best linear estimate from their covariance (linear) and samples
-of its posterior (linear_samples). The networks' methods start from the linear estimate. A ratio compares ensemble mean
+Unless --methods names others, these baselines stand beside them: the mean of the training frames (climatology), the
+Gaussian process of earlier results (seed_gp), one fitted to the training frames (gp), the best linear estimate from
+their covariance (linear) and samples of its posterior (linear_samples). The networks' methods start from the linear estimate. A ratio compares ensemble mean
 with ensemble mean, over the same frames, against the best of the baselines.
 
 The model's frames are split again as in its training; the frames that are scored are drawn from the test part, or with

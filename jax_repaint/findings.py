@@ -548,7 +548,8 @@ def row_of_frames(evidence: Evidence) -> Judged:
             checks.append(Check(name, value, math.nan, math.nan, BELOW, "beside"))
     remark = (
         "A row of a dozen frames is far shorter than one decorrelation time: it is about one frame. Rows all over the "
-        "season are as hard as random frames, unless each flatters; the claim is of half the notes' difference. What "
+        "season are as hard as random frames, unless each flatters; the claim is of half the notes' difference, not "
+        "of any, which so few rows could not tell. What "
         "one row may show by chance is the range from the lowest to the highest."
     )
     notes = {"multistage, row": "0.802", "multistage, random": "1.001"}
@@ -581,8 +582,9 @@ def attention(evidence: Evidence) -> Judged:
     )
     remark = (
         f"Held-out losses: {losses}. The two networks differ in residual paths as well as in attention, as the "
-        "notes' do, so that this is the effect of both. [results.md](results.md#recipes-form-and-architecture) takes "
-        "the two apart: of networks of 0.6 million parameters the residual paths alone do nearly all of it."
+        "notes' do, so that this is the effect of both. "
+        "[results_training.md](results_training.md#recipes-form-and-architecture) takes the two apart: of "
+        "networks of 0.6 million parameters the residual paths alone do nearly all of it."
     )
     return Judged(checks, versus_gp(points, {}), remark)
 
@@ -718,7 +720,7 @@ FINDINGS = (
     ),
     Finding(
         "Ten stages improve on one",
-        "From .894 to .725 of the GP's error, 17 % on one stage.",
+        "From .894 to .725 of the GP's error, 17 points off one stage.",
         "stages", ten_stages,
     ),
     Finding(

@@ -175,7 +175,7 @@ def kalman_jvp(
 
     A covariance is symmetric, and so is J of an exact denoiser. Of a network J v is smooth, and small for v that is
     noise, as training asks. J^T v is neither, and dense observations, which tell small scales apart, amplify that
-    (docs/results.md, Forwards or backwards).
+    (docs/results_samplers.md, Forwards or backwards).
     """
     with convolution.forwards():
         x0, push = jax.linearize(denoise, x)

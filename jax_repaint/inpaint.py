@@ -1,10 +1,10 @@
 """Fills a field in from a few observations, with an ensemble that says how sure it is.
 
-    python -m jax_repaint.inpaint --observations=track.csv --out=fields.nc
+    python -m jax_repaint.inpaint --observations=track.csv --step=1h --out=fields.nc
     python -m jax_repaint.inpaint --export=vehicle --rows=64
 
     import jax_repaint
-    fields = jax_repaint.load().inpaint("track.csv")
+    fields = jax_repaint.load().inpaint("track.csv", step="1h")
 
 Observations are points or cells (data/observations.py). The result is a CF-1.11 data set, in which only the members
 carry the standard names of currents: programs that drift particles choose their variables by these. A command that was
@@ -276,7 +276,7 @@ def _warn_of_times(frames: Sequence[Observed]) -> None:
 
 
 def _warn_of_dense(method: str, frames: Sequence[Observed], grid: Grid) -> None:
-    """Where observations are dense single fields of OF_FEW go astray (docs/results.md, Forwards or backwards)."""
+    """Single fields of OF_FEW go astray where observations are dense (docs/results_samplers.md, Forwards or backwards)."""
     inside = 0
     for frame in frames:
         observed = np.asarray(frame.observation.on_grid(grid.ocean.shape)[0])
@@ -686,7 +686,12 @@ def _define_flags() -> None:
     flags.DEFINE_string("observations", None, "CSV of points (lat, lon, u, v), or a file of fields with gaps.")
     flags.DEFINE_string("out", None, "NetCDF file or Zarr store to write, by its suffix.")
     flags.DEFINE_string("figure", None, "Picture to write too (.png, .svg, .pdf), of up to three of the fields.")
-    flags.DEFINE_integer("members", 16, "Members of the ensemble.", lower_bound=2)
+    flags.DEFINE_integer(
+        "members",
+        16,
+        "Members of the ensemble: two or more, or four and an even number for samplers in pairs, as the default is.",
+        lower_bound=2,
+    )
     flags.DEFINE_integer("seed", 0, "Of the members.", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_string("time", None, "The one time that all observations count for.")
     flags.DEFINE_string("step", None, "Times of points are rounded to multiples of this, such as 1h.")

@@ -29,7 +29,7 @@ from jax_repaint.prior.analysis import Analysis
 from jax_repaint.sample import Draw
 from jax_repaint.schedule import levels
 
-CG_STEPS = {"mmps": 1, "kalman_cg": 2, "kalman_jvp": 3}  # docs/results.md, The length of a step
+CG_STEPS = {"mmps": 1, "kalman_cg": 2, "kalman_jvp": 3}  # docs/results_samplers.md, The length of a step
 
 
 @struct.dataclass

@@ -10,8 +10,8 @@ The notes, ten frames, average of MSE over that of the GP (consecutive frames, t
 
 In the notes' units the decayed variance falls below the threshold of its normalisation at stage 8, on the twin at
 stage 10, and the noise weight becomes 1 everywhere (sample.repaint_stages); with `normalise="prior"` it does not.
-Whether that makes the turn: docs/results.md, What a decayed variance does to ten stages. 2,635 network calls a member,
-and all ten stages are rows of one run. `:smoke` tries it in a minute on two cores.
+Whether that makes the turn: docs/results_samplers.md, What a decayed variance does to ten stages. 2,635 network calls
+a member, and all ten stages are rows of one run. `:smoke` tries it in a minute on two cores.
 """
 
 from jax_repaint.points import default_config, smoke

@@ -3,7 +3,7 @@
     python -m jax_repaint.sweep --config=configs/sweeps/start_level.py --workdir=sweeps/start_level
 
 The argument names other levels, as in `configs/sweeps/start_level.py:0.3,1,3.4`. A higher start gives means that are
-better by one per cent and members that spread less (docs/results.md).
+better by one per cent and members that spread less (docs/results_training.md, Levels that matter).
 `:smoke` tries it in a minute on two cores.
 """
 
