@@ -26,7 +26,7 @@ from absl import flags, logging
 
 from jax_repaint import SHIPPED, calibration, command, device, files, gains, locks, methods, metrics, model, observe
 from jax_repaint.calibration import Calibration
-from jax_repaint.cases import data_of, make_cases, observation_of, prior_of
+from jax_repaint.cases import OBSERVATION_ERROR, data_of, make_cases, observation_of, prior_of
 from jax_repaint.data.fields import Fields, Split
 from jax_repaint.ensemble import frame_batches
 from jax_repaint.errors import InputError
@@ -93,6 +93,7 @@ def learn(
     seed: int = 0,
     chunk: int | None = None,
     gate: bool = False,
+    error: float = OBSERVATION_ERROR,
     unfinished: Unfinished | None = None,
 ) -> Calibration:
     """Inpaints and learns.
@@ -102,6 +103,8 @@ def learn(
       name: of the method, one of METHODS.
       block: frames of the series in a block of time.
       gate: also learns a weight for single frames, which takes a second run without a tenth of the observations.
+      error: standard error of the observations, m/s; 0 for the true values, which methods take to be off by
+        OBSERVATION_ERROR.
       unfinished: keeps the members of a batch until it is told to remove them.
 
     Raises:
@@ -118,7 +121,7 @@ def learn(
             blocks, calibration.BLOCKS_TO_PROMISE,
         )  # fmt: skip
     patterns = list(dict.fromkeys(patterns))
-    cases = make_cases(trained, fields, numbers, patterns, seed)
+    cases = make_cases(trained, fields, numbers, patterns, seed, error or None)
     whole, made, evidence = [], [], []
     chunk = chunk or device.usual_batch()
     rows = [gains.rows_of(trained.gaussian, case.observation) for case in cases]
@@ -126,7 +129,8 @@ def learn(
     if unfinished:
         unfinished.begin(trained, {
             "fields": fields.hash(), "numbers": list(map(int, numbers)), "patterns": patterns,
-            "members": members, "seed": int(seed), "batches": [list(map(int, batch)) for batch in batches],
+            "members": members, "seed": int(seed), "error": float(error),
+            "batches": [list(map(int, batch)) for batch in batches],
         })  # fmt: skip
     with command.bar(len(cases), name, "field") as bar:
         for number, batch in enumerate(batches):
@@ -160,6 +164,7 @@ def learn(
         antithetic=name in methods.PAIRED,
         patterns=patterns,
         seed=seed,
+        error=float(error),
         evidence=evidence if gate else None,
     )
 
@@ -219,6 +224,10 @@ def _define_flags() -> None:
         "patterns", [], "Observation patterns, such as line:22,walk:90,cells:0.02; by default the model's."
     )
     flags.DEFINE_integer("block", None, "Frames in a block of time; by default measured.", lower_bound=1)
+    flags.DEFINE_float(
+        "error", OBSERVATION_ERROR, "Standard error in m/s of the observations, which get errors of that size; 0 for "
+        f"true values, which methods take to be off by {OBSERVATION_ERROR}.", lower_bound=0.0,
+    )  # fmt: skip
     flags.DEFINE_bool("gate", False, "Also learn a weight for single frames; twice the work, here and in use.")
     flags.DEFINE_bool("replace", False, "Replace a calibration from more blocks of time, too.")
     flags.DEFINE_bool("default", False, "Make the method the default of inpaint, as that of the first calibration is.")
@@ -251,7 +260,7 @@ def main(_) -> None:
     learnt = learn(
         trained, fields.select(numbers), numbers, patterns, name,
         block=block, members=FLAGS.members, seed=FLAGS.seed, chunk=FLAGS.chunk, gate=FLAGS.gate,
-        unfinished=unfinished,
+        error=FLAGS.error, unfinished=unfinished,
     )  # fmt: skip
     if FLAGS.gate and learnt.gate is None:
         logging.warning("the gate does not lower the error of blocks that it was not learnt from, and is not kept")

@@ -10,7 +10,9 @@ have
 
     mean = mean_m x_m,    std^2 = `metrics.ensemble_variance`
 
-Everything is in m/s, on ocean cells that were not observed. What is learnt holds in expectation for frames that are
+Everything is in m/s, on ocean cells that were not observed. In observed cells, of which nothing is learnt, c is at
+least v^(1/2) / std: a sampler of few levels loses most of its spread where an observation is precise, and v is the
+variance that the error of the observation leaves. What is learnt holds in expectation for frames that are
 exchangeable with the calibration frames: no worse than the prior, spread equal to error, 90 % inside. A single frame is
 promised nothing. A gate moves the mean alone: c and q are those of g = 1, and with one nothing is promised of spread
 and interval.
@@ -107,6 +109,7 @@ class Calibration:
         fused mean (mse_prior, mse_raw, mse_fused), spread over error before and after (spread_skill_raw,
         spread_skill).
       gate: for frames with a second run, or None. Spread and scale are those without it.
+      error: standard error of the observations that it was learnt from, m/s; 0 if those were true values.
     """
 
     method: str
@@ -123,6 +126,7 @@ class Calibration:
     seed: int
     held_out: Mapping[str, float]
     gate: Gate | None = None
+    error: float = 0.0
 
     @property
     def promises(self) -> bool:
@@ -138,12 +142,14 @@ class Calibration:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         content.setdefault("gate", None)
+        content.setdefault("error", 0.0)
         if content.keys() != names:
             odd = sorted(content.keys() ^ names)
             raise InputError(f"a calibration has the entries {', '.join(sorted(names))}; missing or unknown: {odd}")
         try:
             for name in ("centres", "weight", "spread", "scale"):
                 content[name] = tuple(float(value) for value in content[name])
+            content["error"] = float(content["error"])
             content["patterns"] = tuple(str(pattern) for pattern in content["patterns"])
             content["held_out"] = {str(name): float(value) for name, value in content["held_out"].items()}
             if isinstance(content["gate"], Mapping):
@@ -157,7 +163,12 @@ class Calibration:
         return made
 
     def apply(
-        self, prior_mean: np.ndarray, prior_variance: np.ndarray, members: np.ndarray, gate: float = 1.0
+        self,
+        prior_mean: np.ndarray,
+        prior_variance: np.ndarray,
+        members: np.ndarray,
+        gate: float = 1.0,
+        observed: np.ndarray | None = None,
     ) -> np.ndarray:
         """Corrected members: fused + c (members - mean), fused = prior + gate w (mean - prior).
 
@@ -165,6 +176,7 @@ class Calibration:
           prior_mean, prior_variance: (y, x, 2) m/s and (m/s)^2, of the linear estimate.
           members: (M, y, x, 2) m/s; where they are NaN (land) the result is.
           gate: of this frame, from `Gate.of`.
+          observed: (y, x) bool, cells where members spread at least as the linear estimate says.
 
         Returns:
           (M, y, x, 2), in the precision of `members`; partners stay partners.
@@ -180,6 +192,8 @@ class Calibration:
         if prior_mean.shape != members.shape[1:]:
             raise InputError(f"prior mean {prior_mean.shape} and members {members.shape} are of different grids")
         _require_prior(prior_mean, members)
+        if observed is not None:
+            spread = at_least(spread, np.asarray(prior_variance), _variance(members, self.antithetic), observed)
         return correct(prior_mean, members, gate * weight, spread).astype(members.dtype)
 
     def interval(self, prior_variance: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -239,12 +253,13 @@ class Calibration:
             lines.append(f"{math.exp(place / 2):24.4f}  {weight:6.3f}  {spread:6.3f}  {scale:8.3f}")
         score = self.held_out
         ratios = [score[name] / score["mse_prior"] for name in ("mse_raw", "mse_fused")]
+        of = f"with errors of {self.error:g} m/s" if self.error else "of true values"
         what = "promised" if self.promised else f"Gaussian, as {self.blocks} blocks are too few for a promise"
         if self.gate is not None:
             what = "without a promise, as a gate weighs every field after a second run"
         lines += [
             f"{self.method}, {self.members} members; {self.frames} fields in {self.blocks} blocks of time; "
-            f"{', '.join(self.patterns)}; 90 % interval {what}",
+            f"{', '.join(self.patterns)} {of}; 90 % interval {what}",
             f"held-out blocks: error of the mean over that of the linear estimate {ratios[0]:.3f} raw, "
             f"{ratios[1]:.3f} calibrated; spread over error {score['spread_skill_raw']:.2f} raw, "
             f"{score['spread_skill']:.2f} calibrated",
@@ -291,6 +306,19 @@ def correct(prior_mean: np.ndarray, members: np.ndarray, weight: np.ndarray, spr
     return fused[None] + spread[None] * (members - mean[None])
 
 
+def at_least(spread: np.ndarray, least: np.ndarray, variance: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """c, in observed cells at least what gives members the variance `least`; of arrays of NumPy or of JAX.
+
+    Args:
+      spread, least, variance: (y, x, 2), c, and variances of a member: the one wanted and the one before.
+      observed: (y, x) bool.
+    """
+    xp = variance.__array_namespace__()
+    # Members that agree cannot be spread.
+    needed = xp.sqrt(least / xp.where(variance > 0, variance, xp.inf))
+    return xp.where(observed[..., None], xp.maximum(spread, needed), spread)
+
+
 HELD_OUT = ("mse_prior", "mse_raw", "mse_fused", "spread_skill_raw", "spread_skill")
 
 
@@ -315,6 +343,8 @@ def _check(made: Calibration) -> None:
         raise InputError(f"spread and scale of a calibration are positive, got {made.spread} and {made.scale}")
     if made.held_out.keys() != set(HELD_OUT) or not np.isfinite(list(made.held_out.values())).all():
         raise InputError(f"held_out of a calibration has the numbers {', '.join(HELD_OUT)}, got {made.held_out}")
+    if not 0 <= made.error < math.inf:
+        raise InputError(f"the error of a calibration's observations is a number from 0, got {made.error}")
     if made.gate is not None and not np.isfinite(dataclasses.astuple(made.gate)).all():
         raise InputError(f"the gate of a calibration has three finite numbers, got {made.gate}")
 
@@ -392,6 +422,7 @@ def fit(
     antithetic: bool = False,
     patterns: Sequence[str] = (),
     seed: int = 0,
+    error: float = 0.0,
     evidence: Sequence[np.ndarray] | None = None,
 ) -> Calibration:
     """Learns a calibration from fields whose truth is known; sums run over the scored values of one bin.
@@ -417,7 +448,7 @@ def fit(
       members: (M, y, x, 2) each, m/s.
       scored: (y, x) bool each, as `metrics.scored_cells` gives them.
       block: number of the block of time of each; blocks are taken as independent.
-      method, antithetic, patterns, seed: see Calibration; the seed also draws the bootstrap.
+      method, antithetic, patterns, seed, error: see Calibration; the seed also draws the bootstrap.
       evidence: `Gate.evidence` or NO_EVIDENCE of each, or None. A gate is kept if it lowers the error of blocks left
         out one by one.
 
@@ -478,6 +509,7 @@ def fit(
         patterns=patterns,
         blocks=blocks,
         seed=seed,
+        error=float(error),
         held_out=_held_out(values, residual, std, factor),
         gate=None if evidence is None else _gate(values, weight, np.asarray(evidence, np.float64), len(truth)),
     )

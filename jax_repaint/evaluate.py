@@ -4,8 +4,8 @@
 
 Unless --methods names others, these baselines stand beside them: the mean of the training frames (climatology), the
 Gaussian process of earlier results (seed_gp), one fitted to the training frames (gp), the best linear estimate from
-their covariance (linear) and samples of its posterior (linear_samples). The networks' methods start from the linear estimate. A ratio compares ensemble mean
-with ensemble mean, over the same frames, against the best of the baselines.
+their covariance (linear) and samples of its posterior (linear_samples). The networks' methods start from the linear
+estimate. A ratio compares ensemble mean with ensemble mean, over the same frames, against the best of the baselines.
 
 The model's frames are split again as in its training; the frames that are scored are drawn from the test part, or with
 --fields=FILE --part=all from a whole file of which no frame had a part in training, such as another season. To choose a
@@ -101,7 +101,7 @@ def calibrated(
     members, intervals = [], []
     for case, made, gate in zip(cases, result.members, gates, strict=True):
         mean, variance = prior_of(trained, case)
-        members.append(learnt.apply(mean, variance, made, gate))
+        members.append(learnt.apply(mean, variance, made, gate, case.observed))
         intervals.append(learnt.interval(variance, members[-1]))
     seconds = result.seconds + (time.monotonic() - began) / len(cases)
     return Result(members, seconds, calls, result.antithetic, intervals)

@@ -39,7 +39,7 @@ from jax import export as jax_export
 from jax_repaint import ensemble, gains, guide, inpaint, metrics, observe, provenance
 from jax_repaint import model as models
 from jax_repaint.array_types import Array, Field, Float, Values
-from jax_repaint.calibration import Calibration, correct
+from jax_repaint.calibration import Calibration, at_least, correct
 from jax_repaint.cases import LEAST_POINT_SIGMA, OBSERVATION_ERROR
 from jax_repaint.data.fields import crop
 from jax_repaint.data.observations import UNKNOWN, Observed
@@ -106,6 +106,7 @@ def program(
             sigma=jnp.where(used, jnp.maximum(sigma / std, LEAST_POINT_SIGMA), 1.0),
             valid=valid,
         )
+        observed, _ = observation.on_grid(trained.ocean.shape)
         observation = observe.pad_grid(observation, trained.ocean.shape, trained.padded)
         noise = gains.noise_covariance(observation)
 
@@ -123,6 +124,7 @@ def program(
             prior = standardiser.restore(crop(analysis.mean(observation.values), trained.ocean.shape))
             variance = standardiser.restore_variance(crop(analysis.variance, trained.ocean.shape))
             weight, spread, scale = _corrections(calibration, variance)
+            spread = at_least(spread, variance, jnp.square(_spread(made)), observed)
             made = correct(prior, made, weight, spread)
         centre, half = made.mean(0), scale * _spread(made)
         return made, centre, _spread(made), centre - half, centre + half

@@ -150,10 +150,13 @@ def mmps(
     """x0 + sigma^2 J^T A^T v, (sigma^2 A J^T A^T + R) v = y - A x0, v by conjugate gradients from 0.
 
     Moment matching posterior sampling (Rozet et al. 2024, "Learning Diffusion Priors from Observations by Expectation
-    Maximization"). The Jacobian of a network is not symmetric: more than 3 steps may make it worse.
+    Maximization"). The Jacobian of a network is not symmetric: more than 3 steps may make it worse. Rows are scaled by
+    (sigma^2 / (1 + sigma^2) + R_ii)^(-1/2), which changes nothing where all errors are equal: without it the largest
+    error would rule the length of the first step.
     """
     x0, pull = jax.vjp(denoise, x)
-    return _matched(x0, lambda v: pull(v)[0], sigma, evidence, cg_steps, None)
+    scale = jax.lax.rsqrt(sigma**2 / (1 + sigma**2) + jnp.diagonal(evidence.noise, axis1=-2, axis2=-1))
+    return _matched(x0, lambda v: pull(v)[0], sigma, evidence, cg_steps, None, scale)
 
 
 def kalman_cg(
@@ -189,13 +192,15 @@ def _matched(
     evidence: Evidence,
     cg_steps: int,
     precondition: Callable[[Values], Values] | None,
+    scale: float | Values = 1.0,
 ) -> Field:
-    def operator(v: Values) -> tuple[Values, Field]:
+    def operator(w: Values) -> tuple[Values, Field]:
+        v = scale * w
         covariance = sigma**2 * jacobian(evidence.spread(v))
         noise = jnp.einsum("mcd,md->mc", evidence.noise, v, precision=HIGHEST)
-        return noise + evidence.observation.apply(covariance), covariance
+        return scale * (noise + evidence.observation.apply(covariance)), covariance
 
-    return x0 + conjugate_gradients(operator, evidence.misfit(x0), cg_steps, precondition)
+    return x0 + conjugate_gradients(operator, scale * evidence.misfit(x0), cg_steps, precondition)
 
 
 def dps(denoise: Denoise, x: Field, sigma: Level, sigma_next: Level, evidence: Evidence, *, step: Level = 0.3) -> Field:

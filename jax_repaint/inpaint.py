@@ -57,6 +57,7 @@ EPOCH = np.datetime64(0, "ns")  # stands for a time that is not known
 STRANGE, IMPOSSIBLE = 20, 100  # standard deviations from the mean that are warned of, and refused
 DRAWN = 3  # fields in a picture
 OF_FEW = ("kalman_cg", "cov_pigdm")  # methods that are not for dense observations
+EXACT = (*methods.REPAINT, "paste", "dps")  # methods that take observations as exact, whatever their standard errors
 DENSE = 0.05  # of the ocean cells; a swath of three cells has up to 0.03 inside of it, `gaps:0.8` 0.15
 MANY, FEW = 24, 3  # fields; more come from a table whose every row has its own time
 UNLIKELY = 3  # standard errors between mean and observations; 0.1 to 1.6 for those made of the twin's held-out frames
@@ -159,6 +160,8 @@ def inpaint(
     _warn_of_times(frames)
     if method in OF_FEW:
         _warn_of_dense(method, frames, grid)
+    if method in EXACT:
+        _warn_of_errors(method, frames)
     calibration = None if raw else calibration_of(trained, method, members)
     made: dict[int, Estimate] = {}
     rows = [gains.rows_of(trained.gaussian, _observation(trained, frame, method)) for frame in frames]
@@ -275,8 +278,22 @@ def _warn_of_times(frames: Sequence[Observed]) -> None:
         )
 
 
+def _errors(frames: Sequence[Observed]) -> np.ndarray:
+    """Standard errors of all observations, m/s."""
+    return np.concatenate([np.asarray(f.observation.sigma)[np.asarray(f.observation.valid)].ravel() for f in frames])
+
+
+def _warn_of_errors(method: str, frames: Sequence[Observed]) -> None:
+    """Where standard errors are said that the method has no use for."""
+    if (largest := _errors(frames).max()) > OBSERVATION_ERROR * (1 + 1e-6):
+        logging.warning(
+            "%s takes observations as exact: it does not use their standard errors, of up to %.3g m/s, but where it "
+            "starts from the linear estimate", method, largest,
+        )  # fmt: skip
+
+
 def _warn_of_dense(method: str, frames: Sequence[Observed], grid: Grid) -> None:
-    """Single fields of OF_FEW go astray where observations are dense (docs/results_samplers.md, Forwards or backwards)."""
+    """Single fields of OF_FEW go astray where most is observed (docs/results_samplers.md, Forwards or backwards)."""
     inside = 0
     for frame in frames:
         observed = np.asarray(frame.observation.on_grid(grid.ocean.shape)[0])
@@ -361,7 +378,7 @@ def _estimate(
     """What members (M, y, x, 2) in m/s say of a field, corrected by the calibration."""
     prior_mean, prior_variance = prior_of(trained, case)
     if calibration is not None:
-        made = calibration.apply(prior_mean, prior_variance, made, weight)
+        made = calibration.apply(prior_mean, prior_variance, made, weight, case.observed)
     if len(made) < metrics.least_members(antithetic):
         std = np.full(made.shape[1:], np.nan, np.float32)
     else:
@@ -532,7 +549,7 @@ def _attributes(
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     fingerprint = models.fingerprint(trained)
     unknown = any(np.isnat(frame.time) for frame in frames)
-    errors = np.concatenate([np.asarray(frame.observation.sigma)[: frame.count].ravel() for frame in frames])
+    errors = _errors(frames)
     error = " to ".join(dict.fromkeys(f"{extreme:.3g}" for extreme in (errors.min(), errors.max())))
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
@@ -545,7 +562,7 @@ def _attributes(
         "seed": seed,
         "members": members,
         "observations": sum(frame.count for frame in frames),
-        "observation_standard_error": f"{error} m s-1",
+        "observation_standard_error": f"{error} m s-1" + ", not used by the sampler" * (method in EXACT),
         **words_on(calibration),
         "versions": words,
     } | ({"comment": "The time of the observations is not known; 1970-01-01 stands for it."} if unknown else {})

@@ -673,6 +673,85 @@ def test_samples_of_the_linear_posterior_have_nothing_to_add(learnt):
     assert learnt.held_out["mse_raw"] / learnt.held_out["mse_prior"] == pytest.approx(7 / 6, rel=0.1)
 
 
+def identity(method, members, **changed):
+    """A calibration that leaves members as they are."""
+    held_out = dict.fromkeys(calibration.HELD_OUT, 1.0)
+    content = {"method": method, "members": members, "antithetic": True, "centres": [0.0], "weight": [1.0],
+               "spread": [1.0], "scale": [metrics.half_width(members, True)], "promised": False, "frames": 2,
+               "patterns": ["line:4"], "blocks": 2, "seed": 0, "held_out": held_out}  # fmt: skip
+    return Calibration.create(**content | changed)
+
+
+def test_members_spread_in_observed_cells_as_the_errors_of_observations_leave_it(trained, data):
+    """Of an exact denoiser, whose sampler of few levels does not, by draws of its prior."""
+    exact = dataclasses.replace(trained, params=jax.tree.map(np.zeros_like, trained.params))
+    some = data.select(np.arange(12))
+    cases = make_cases(exact, some, np.arange(12), ["cells:0.4"], 0, 0.003)
+    raw = run_method("kalman", exact, some, cases, 16)
+    made = evaluate.calibrated(exact, identity("kalman", 16), some, cases, raw)
+    as_sampled = [(m.mean(0) - f, m.mean(0) + f) for m, f in (
+        (members, metrics.half_width(16, True) * raw.spread(i)) for i, members in enumerate(raw.members)
+    )]  # fmt: skip
+
+    def inside(intervals, where):
+        return np.mean(np.concatenate([
+            ((low <= case.truth) & (case.truth <= high))[where(case)].ravel()
+            for case, (low, high) in zip(cases, intervals, strict=True)
+        ]))  # fmt: skip
+
+    def observed(case):
+        return case.observed
+
+    assert inside(as_sampled, observed) < 0.75
+    assert 0.87 < inside(made.intervals, observed) < 0.96
+    for case, before, after in zip(cases, raw.members, made.members, strict=True):
+        others = some.ocean & ~case.observed
+        np.testing.assert_allclose(after[:, others], before[:, others], atol=1e-6)
+        np.testing.assert_allclose(after.mean(0)[some.ocean], before.mean(0)[some.ocean], atol=1e-6)
+
+
+def test_observed_cells_keep_a_spread_that_is_larger_and_members_that_agree():
+    members = np.array([1.0, -1.0, 2.0, -2.0])[:, None, None, None] * np.array([[1.0, 1.0], [0.01, 0.0]])[None, None]
+    prior, variance, seen = np.zeros((1, 2, 2)), np.full((1, 2, 2), 0.25), np.array([[True, True]])
+    made = identity("kalman", 4, spread=[1.5]).apply(prior, variance, members, observed=seen)
+    std = np.sqrt(metrics.ensemble_variance(members, True))
+    np.testing.assert_allclose(made[:, 0, 0], 1.5 * members[:, 0, 0])
+    np.testing.assert_allclose(made[:, 0, 1, 0], members[:, 0, 1, 0] * 0.5 / std[0, 1, 0])
+    assert (made[:, 0, 1, 1] == 0).all()
+
+
+def test_a_calibration_learns_from_observations_with_errors(trained, data):
+    """As large as methods take them to be, unless another size is given."""
+    some, numbers = data.select(np.arange(8)), np.arange(8)
+
+    def learn(**settings):
+        return calibrate.learn(trained, some, numbers, ["cells:0.3"], "linear_samples", block=2, members=6, **settings)
+
+    def expected(error):
+        cases = make_cases(trained, some, numbers, ["cells:0.3"], 0, error)
+        prior = [prior_of(trained, case) for case in cases]
+        return calibration.fit(
+            [case.truth for case in cases], [mean for mean, _ in prior], [variance for _, variance in prior],
+            run_method("linear_samples", trained, some, cases, 6).members,
+            [metrics.scored_cells(case.truth, some.ocean, case.observed) for case in cases], numbers // 2,
+            method="linear_samples", patterns=["cells:0.3"], error=error or 0.0,
+        )  # fmt: skip
+
+    usual, large, true = learn(), learn(error=0.2), learn(error=0)
+    assert usual == expected(0.005)
+    assert large == expected(0.2)
+    assert true == expected(None)
+    assert large.held_out["mse_prior"] > 1.1 * true.held_out["mse_prior"]
+    assert usual != true
+    assert "cells:0.3 with errors of 0.2 m/s;" in large.describe()
+    assert "cells:0.3 of true values;" in true.describe()
+    older = true.to_json()
+    del older["error"]
+    assert Calibration.from_json(older) == true
+    with pytest.raises(InputError, match="the error of a calibration's observations is a number from 0, got -1"):
+        Calibration.from_json(older | {"error": -1})
+
+
 def test_the_table_has_the_raw_and_the_calibrated_row(trained, data, learnt, tmp_path):
     numbers = np.arange(40, 60)
     ready = dataclasses.replace(trained, calibrations=(learnt,))
@@ -1056,7 +1135,7 @@ def test_the_command_replaces_a_better_calibration_only_when_told(learnt, tmp_pa
     model.store_calibration(tmp_path / "model", better)
     flags = {"model": str(tmp_path / "model"), "fields": str(tmp_path / "tiny.nc"), "part": "validation",
              "method": "linear_samples", "members": 4, "frames": 3, "block": 1, "patterns": ["line:4"], "seed": 0,
-             "chunk": None, "gate": False, "replace": False, "default": False}  # fmt: skip
+             "chunk": None, "gate": False, "error": 0.005, "replace": False, "default": False}  # fmt: skip
 
     def run(**changed):
         monkeypatch.setattr(calibrate, "FLAGS", SimpleNamespace(**flags | changed))

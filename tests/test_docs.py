@@ -306,7 +306,7 @@ def fork(tasks: list[dict], cache: Path) -> list[int]:
     return [int(code) for code in done.stdout.split()]
 
 
-TABLE = "lat,lon,u,v,sigma\n18.3,-64.7,0.12,-0.05,0.02\n"
+TABLE = "lat,lon,u,v,sigma,time\n18.3,-64.7,0.12,-0.05,0.02,2021-09-17T18:00\n"
 
 
 def furnish(folder: Path, page: Path) -> None:

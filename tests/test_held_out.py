@@ -17,7 +17,14 @@ from tests import tiny
 
 COMMANDS = {
     evaluate: {"methods": ["linear"], "out": "out", "keep": [], "raw": False, "directions": None, "error": None},
-    calibrate: {"method": "linear_samples", "block": 1, "gate": False, "replace": False, "default": False},
+    calibrate: {
+        "method": "linear_samples",
+        "block": 1,
+        "gate": False,
+        "error": 0.005,
+        "replace": False,
+        "default": False,
+    },
     levels: {"levels": 2, "pattern": "", "out": ""},
 }
 TAKERS = {evaluate: "run", calibrate: "learn", levels: "denoising_errors"}

@@ -568,6 +568,31 @@ def test_the_file_is_cf_and_its_members_alone_have_the_names_of_currents(trained
     np.testing.assert_array_equal(read.observed.sum(("lat", "lon")) > 0, [True, True])
 
 
+@pytest.mark.parametrize("method", ["paste", "dps", "gp_init", "kalman"])
+def test_methods_that_do_not_use_standard_errors_say_so(trained, caplog, method):
+    """Not where they are the usual ones, which nobody gave."""
+    frames = {sigma: collect(table(3), GRID, sigma=sigma) for sigma in (0.005, 0.2)}
+    written = {sigma: inpaint._attributes(trained, some, 4, 0, method, None) for sigma, some in frames.items()}
+    told = [attributes["observation_standard_error"] for attributes in written.values()]
+    said = "" if method == "kalman" else ", not used by the sampler"
+    assert told == [f"{sigma:g} m s-1{said}" for sigma in frames]
+    if method not in ("paste", "kalman"):
+        return  # one is run
+    for sigma in frames:
+        caplog.clear()
+        quietly(trained, table(3), method=method, sigma=sigma, raw=True)
+        warned = f"{method} takes observations as exact" in caplog.text
+        assert warned == (method == "paste" and sigma == 0.2)
+
+
+def test_cells_of_an_array_with_one_component_are_counted(caplog):
+    field = np.full((7, 12, 2), np.nan)
+    field[4, 6], field[5, 8, 0], field[5, 9, 1] = 0.1, 0.2, 0.2
+    (frame,) = collect(field, GRID)
+    assert frame.count == 1
+    assert "the observations: 2 values have one component only; they count as missing" in caplog.text
+
+
 def test_a_result_says_when_it_was_made_and_from_what(trained, tmp_path):
     path = tmp_path / "track.csv"
     table(3).to_csv(path, index=False)

@@ -341,6 +341,21 @@ def test_conjugate_gradients_see_correlated_errors(gaussian, observation, dense,
     np.testing.assert_allclose(on_sea(found, dense), exact, atol=3e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_row_that_says_nothing_does_not_change_the_steps_of_others(gaussian, observation, steps):
+    sigma = 0.8
+    x = guide.prior_draw(gaussian, jax.random.key(1)) + sigma * jax.random.normal(jax.random.key(2), (*SHAPE, 2))
+
+    def corrected(seen):
+        evidence = evidence_for(Posterior.create(sigma, 0.01, 2, correction="mmps"), gaussian.ocean, seen)
+        return guide.mmps(lambda x: gaussian(x, sigma), x, sigma, 0.0, evidence, cg_steps=steps)
+
+    without = corrected(observation.rows(jnp.arange(observation.size) != 0))
+    useless = corrected(observation.replace(sigma=observation.sigma.at[0].set(1e4)))
+    np.testing.assert_allclose(useless, without, atol=1e-4)
+    assert np.abs(useless - corrected(observation)).max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("correction", "setting", "option"),
     [

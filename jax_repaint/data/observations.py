@@ -116,6 +116,9 @@ def collect(
             raise InputError(f"an array of observations holds numbers, got {source.dtype}")
         velocity = unmasked(source)
         _check_cells(velocity, grid, name)
+        present = np.isfinite(velocity)
+        if halves := int((present[..., 0] ^ present[..., 1]).sum()):
+            logging.warning("%s: %d values have one component only; they count as missing", name, halves)
         (velocity,) = _on_ocean(velocity[None], grid, name, leave_out)
         return [_of_cells(velocity, grid, sigma, UNKNOWN if when is None else when, name)]
     raise InputError(
