@@ -117,8 +117,8 @@ def inpaint(
       observations: path, DataFrame, xarray Dataset or pair, or array; columns, sigma (m/s), time, step and
         leave_out are those of `data.observations.collect`; a step may be a duration too, and a column's name a number.
       members: of the ensemble; even where they come in antithetic pairs.
-      seed: names the members; a field depends on it, its time and its observations, and but for
-        rounding on no other field.
+      seed: names the members; a field depends on it, its time and its observations, in the order of their rows, and
+        but for rounding on no other field.
       method: one of METHODS; by default `default_method`.
       raw: whether a calibration that came with the model is left out.
       chunk: members sampled at a time, of several times where they have fewer; what pays on the device by default.

@@ -146,6 +146,9 @@ def divergence_vorticity(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Divergence u_x + v_y and vorticity v_x - u_y by centred differences, 1/s, where the stencil is ocean.
 
+    Without the terms -v tan(lat) / R and u tan(lat) / R of a sphere, which are small beside currents that turn within
+    some tens of cells.
+
     Args:
       field: (..., y, x, 2) m/s.
       ocean: (y, x) bool.
