@@ -58,11 +58,15 @@ AXES = {
 DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)")
 HOUR, MINUTES = r"([01]\d|2[0-3])", r"([0-5]\d){1,2}|(:[0-5]\d){1,2}|([-_][0-5]\d){2}"
 CLOCK = re.compile(rf"(T{HOUR}({MINUTES})?|[-_ ]{HOUR}({MINUTES}))(Z|UTC|h)?(?![^\W_])", re.IGNORECASE)
-MESH = re.compile(r"(nele|elem(ent)?|node|nod2d?|face|cell|tri|edge)s?$", re.IGNORECASE)
+MESH = re.compile(r"(?<!depth_)(nele|elem(ent)?|node|nod2d?|face|cell|tri|edge)s?$", re.IGNORECASE)
 ERROR = re.compile(r"\s|standard_(error|deviation)|variance|uncertainty")  # of a velocity, not one itself
 SPREAD = re.compile(r"standard[ _](error|deviation)|uncertainty")
 REFERENCE = re.compile(r"(forecast_)?ref(erence)?_?time", re.IGNORECASE)
-BAD = re.compile(r"bad|fail|suspect|missing|questionable|invalid|poor|reject", re.IGNORECASE)
+BAD = re.compile(
+    r"bad|fail|suspect|missing|questionable|invalid|poor|reject|outlier|(?<!de)spike|erroneous|unusable|degraded|exceed"
+    r"|out[ _]of[ _]|not?[ _](good|valid|use)",
+    re.IGNORECASE,
+)
 FLAGS = ("flag_meanings", "flag_masks", "flag_values")
 QUALITY = re.compile(r"(^|_)(qc|qcflag|quality|primary|flags?)(_|$)", re.IGNORECASE)
 
@@ -96,6 +100,13 @@ def read_cf(path: Path, kind: str, v_path: Path | None, choice: Choice, source: 
             source.facts["errors"] = " ".join(errors[0] for errors, _ in found)
         elif unclear := [name for errors, others in found for name in (*errors, *others)]:
             source.facts["other errors"] = " and ".join(dict.fromkeys(unclear))
+        # NEMO has positions of u and of v in files of their own; one file made of both keeps those of one.
+        faces = "depthu" in dataset[names[0]].dims and "depthv" in other[names[1]].dims
+        if faces and u.lat is not None and np.array_equal(u.lat, v.lat, equal_nan=True):
+            raise source.error(
+                f"{names[0]} and {names[1]} lie on different faces of the cells (depthu, depthv) and have the same "
+                "positions; give the file of each as it was before they were merged"
+            )
         raw = place(u, v, grid, dataset, choice, source)
         return _timed(raw, source)
 
@@ -107,7 +118,7 @@ def _errors_of(dataset: xr.Dataset, name: str, axis: str) -> tuple[list[str], li
     that along its `axis`.
     """
     x = dataset[name]
-    listed = attribute(x, "ancillary_variables").split()
+    listed = _names_in(attribute(x, "ancillary_variables"))
     whole = f"{_standard(x) or f'{axis}_sea_water_velocity'} standard_error"
     wide = {n: {d for d in v.dims if dataset.sizes[d] != 1} for n, v in dataset.variables.items()}
     among = {
@@ -249,6 +260,11 @@ def _choose_pair(dataset: xr.Dataset, other: xr.Dataset, choice: Choice, source:
         if other is dataset and choice.u == choice.v:
             raise source.error(f"u and v are one variable, {choice.u}; it has {listing}")
         return choice.u, choice.v
+    if any("radial_sea_water_velocity" in attribute(x, "standard_name") for x in dataset.data_vars.values()):
+        raise source.error(
+            "it has radial velocities, of which eastward and northward velocities beside them are parts; combine the "
+            "radials of several stations to currents before (or name the velocities)"
+        )
     pairs = _pairs(dataset, other)
     if not pairs:
         flat = next((x for n, x in dataset.data_vars.items() if x.ndim == 1 and is_velocity(x, str(n))), None)
@@ -412,9 +428,8 @@ def _find(dataset: xr.Dataset, axis: str, x: xr.DataArray) -> xr.DataArray | Non
     """The coordinate on some of the dimensions of `x` that is `axis` by standard name, units or its own name."""
     units, names = AXES[axis]
     ranks = (0, 1) if axis == "time" else (1, 2)
-    listed = (
-        () if axis == "time" else (*attribute(x, "coordinates").split(), *x.encoding.get("coordinates", "").split())
-    )
+    said = f"{attribute(x, 'coordinates')} {x.encoding.get('coordinates', '')}"
+    listed = () if axis == "time" else _names_in(said)
 
     def order(variable: xr.DataArray) -> tuple:
         # What the velocities name outranks, and an axis of theirs outranks a scalar or an auxiliary coordinate.
@@ -424,8 +439,13 @@ def _find(dataset: xr.Dataset, axis: str, x: xr.DataArray) -> xr.DataArray | Non
             str(variable.name).lower() in names,
         )
         evidence = next((i for i, holds in enumerate(by) if holds), None)
+        if attribute(variable, "standard_name") == f"grid_{axis}":
+            evidence = None  # of a rotated pole, whatever its units
+        # Of models whose rows turn towards the pole, "h point nominal longitude" is that of the rows that do not.
+        nominal = "nominal" in attribute(variable, "long_name").lower()
         return (
             evidence is None,
+            nominal,
             variable.name not in listed,
             variable.name not in x.dims,
             variable.ndim == 0,
@@ -504,10 +524,10 @@ def unpack_limits(x: xr.DataArray) -> xr.DataArray:
 
 def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Source) -> xr.DataArray:
     """NaN where a quality flag (CF-1.11, 3.5) on the chosen level calls the value bad."""
-    listed = attribute(x, "ancillary_variables").split()
+    listed = _names_in(attribute(x, "ancillary_variables"))
     # A value whose place or time is bad is bad too.
     elsewhere = [v for n, v in dataset.variables.items() if not any(_is_axis(v, str(n), axis) for axis in AXES)]
-    others = {n for v in elsewhere for n in attribute(v, "ancillary_variables").split()} - set(listed)
+    others = {n for v in elsewhere for n in _names_in(attribute(v, "ancillary_variables"))} - set(listed)
     out = x
     for name, flag in dataset.variables.items():
         standard = attribute(flag, "standard_name")
@@ -516,7 +536,9 @@ def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Sou
             continue
         bad, meanings = _bad(flag.isel({d: i for d, i in chosen.items() if d in flag.dims}))
         if bad is None:
-            if name not in listed or standard.endswith("_flag") or any(key in flag.attrs for key in FLAGS):
+            # An error of the velocity has units.
+            called = is_flag(flag, str(name)) and attribute(flag, "units") in ("", "1")
+            if name not in listed or called or standard.endswith("_flag") or any(key in flag.attrs for key in FLAGS):
                 source.notice(f"{name} looks like a quality flag but cannot be read and does not count")
             continue
         if bad.any():
@@ -526,6 +548,11 @@ def _without_bad(dataset: xr.Dataset, x: xr.DataArray, chosen: dict, source: Sou
                 source.notice(f"{hidden} values that {name} calls {meanings} count as missing")
             out = out.where(~flagged)
     return out
+
+
+def _names_in(text: str) -> list[str]:
+    """Names that an attribute lists: by blanks as CF has it, or with commas, as European radars write them."""
+    return re.findall(r"[^\s,;]+", text)
 
 
 def is_flag(variable: xr.DataArray | xr.Variable, name: str) -> bool:

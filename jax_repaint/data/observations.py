@@ -351,7 +351,11 @@ def _from_xarray(
     """Through a file, so that it is understood as every other file is; and whether its times have dates."""
     for title in (title for title in columns.values() if title in dataset and not tracks.units_of(dataset[title])):
         titles.check_unit(title, "the data set")
-    kept = {str(n): x for n, x in dataset.data_vars.items() if x.dtype.kind in "fiu" or tracks.dated(x)}
+    kept = {
+        str(n): x
+        for n, x in dataset.data_vars.items()
+        if x.dtype.kind in "fiu" or tracks.dated(x) or is_flag(x, str(n))
+    }
     velocities = [x for n, x in kept.items() if n in (columns.get("u"), columns.get("v")) or is_velocity(x, n)]
     units = tracks.usual_units(velocities, "the data set")
     plain = xr.Dataset({n: _as_in_files(x, n, units) for n, x in kept.items()}, attrs={}).drop_encoding()

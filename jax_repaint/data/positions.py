@@ -84,13 +84,14 @@ def _collocated(
 ) -> Raw:
     raw = Raw(u.values, v.values, u.lat, u.lon, u.time, u.ocean)
     source.facts["components"] = "eastward and northward"
-    eastward = "eastward" in u.standard_name or "eastward" in u.name.lower()
+    along = "grid_eastward" in u.standard_name
+    eastward = not along and ("eastward" in u.standard_name or "eastward" in u.name.lower())
     if eastward and choice.directions != "grid":
         return raw
     lat, lon = regular(raw.lat, raw.lon)
     if lat.ndim == 1 or choice.directions == "east":
         return dataclasses.replace(raw, lat=lat, lon=lon)
-    if choice.directions is None and not re.search("x_velocity|x_sea_water", u.standard_name):
+    if choice.directions is None and not re.search("x_velocity|x_sea_water|grid_eastward", u.standard_name):
         raise source.error(
             f"{u.name} and {v.name} lie on a curvilinear grid and may run along it or to the east and north; say which "
             "by directions, 'grid' or 'east'"

@@ -19,6 +19,7 @@ from jax_repaint.errors import InputError
 LONGEST = 200  # characters of a library's own message; some quote the file
 SUSPECT = 5.0  # m/s; where many values are the largest and above that, they stand for missing ones
 TOO_FAST = 50.0  # m/s; no current, but an undeclared fill value
+FAST = 3.0  # m/s, on average; currents of whole seas have tenths of it
 
 
 def instant(time: str | np.datetime64) -> np.datetime64:
@@ -208,6 +209,9 @@ def _check(raw: Raw, source: Source) -> Raw:
     fastest = max(float(np.abs(x[~np.isnan(x)]).max(initial=0)) for x in (u, v))
     if fastest > TOO_FAST:
         raise source.error(f"velocities reach {fastest:.4g} m/s; is a fill value undeclared or a unit wrong?")
+    mean = float(np.nanmean(np.hypot(u, v))) if np.isfinite(u + v).any() else 0.0
+    if mean > FAST:
+        source.notice(f"the mean speed is {mean:.3g} m/s; are the velocities in cm/s?")
     # Speeds find those that were turned.
     for x in (u, v, np.hypot(u, v)):
         extreme = float(np.nanmax(np.abs(x), initial=0))

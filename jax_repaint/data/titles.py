@@ -17,12 +17,12 @@ from jax_repaint.errors import InputError
 SHOWN = 5
 STANDARD = "sea_water_velocity"
 NAMES = {
-    "lat": ("lat", "latitude", "nav_lat"),
-    "lon": ("lon", "longitude", "long", "lng", "nav_lon"),
+    "lat": ("lat", "latitude", "nav_lat", "lat_uv"),
+    "lon": ("lon", "longitude", "long", "lng", "nav_lon", "lon_uv"),
     "u": ("u", "uo", "water_u", "ucur", "ewct", "u_east", "u_eastward", "eastward", "ve", f"eastward_{STANDARD}"),
     "v": ("v", "vo", "water_v", "vcur", "nsct", "v_north", "v_northward", "northward", "vn", f"northward_{STANDARD}"),
     "sigma": ("sigma", "error", "std", "uncertainty", "standard_error", "err", "std_err", "stderr", "sd"),
-    "time": ("time", "datetime", "timestamp", "date_time", "date", "date/time", "obs_time"),
+    "time": ("time", "datetime", "timestamp", "date_time", "date", "date/time", "obs_time", "time_uv"),
 }
 NAMES |= {
     f"sigma_{c}": tuple(
@@ -53,15 +53,16 @@ _AFTER = (
 )
 DEPTH = re.compile(
     rf"((sensor|instr(ument)?|nominal|measurement|obs(ervation)?|sample|drogue|bin|cell|mean)[\s_]?)?{_WATER}"
-    rf"|z|lev(el)?s?|bins?|layers?|pres(s|sure)?|({_WATER}|pres(s|sure)?)[\s_,]+({_AFTER})|depsm|prdm",
+    rf"|z|lev(el)?s?|n?bins?|layers?|(bin|cell|layer|level)[\s_]?(no|nr|num(ber)?|index|#)\.?|bin#|pres(s|sure)?|({_WATER}|pres(s|sure)?)[\s_,]+({_AFTER})|depsm|prdm",
     re.IGNORECASE,
 )
 # Of columns that may say it, but are as often about something else; and of those that surely are.
 HINTS_DEPTH = re.compile(
-    r"(?<![a-z])(z|dep(th|h)?|pres(s|sure)?|height|altitude|lev(el)?|bin|layer)(?![a-z])", re.IGNORECASE
+    r"(?<![a-z])(z|dep(th|h)?|pres(s|sure)?|height|altitude|lev(el)?|bin|layer|cell|range|prof(undidad)?)(?![a-z])",
+    re.IGNORECASE,
 )
 OTHER_DEPTH = re.compile(
-    r"water[\s_]depth|bottom|floor|bed|bathy|count|size|mixed|air|atm|wave|wind|swell|tid(e|al)|sea[\s_](level|surface)|ssh",
+    r"water[\s_]depth|(?<!above[\s_])(bottom|floor|bed)|bathy|count|size|mixed|air|atm|wave|wind|swell|tid(e|al)|sea[\s_](level|surface)|ssh",
     re.IGNORECASE,
 )
 COUNTED = re.compile(r"lev|bin|layer|cell", re.IGNORECASE)
@@ -83,7 +84,7 @@ ERROR = re.compile(
     r"(?<![a-z])(sigma|err(or)?s?|std([ _]?(err|dev))?|stderr|stddev|sd|se|rmse?|uncert(ainty)?)(?![a-z])"
 )
 CLOCK = r"(0 days )?\d\d?:\d\d(:\d\d(\.\d+)?)?\s*(Z|[+-]\d\d(:?\d\d)?)?"
-FLAG = re.compile(r"(^|[\W_])(qc|qf|qc_?flags?|flags?|quality)([\W_\d]|$)", re.IGNORECASE)
+FLAG = re.compile(r"(^|[\W_])(qc|qf|qc_?flags?|p?flags?|quality|qartod|good|valid)([\W_\d]|$)|[a-z]qc$", re.IGNORECASE)
 
 
 def find(table: pd.DataFrame, columns: Mapping[str, str], name: str) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def rows_of(bad: np.ndarray) -> str:
 
 def numbers(table: pd.DataFrame, found: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
     """The columns `found`, NaN where something is missing; words are refused, of all columns at once."""
-    numbers, wrong = {}, []
+    numbers, wrong, first = {}, [], []
     for key, title in found.items():
         column = table[title]
         numbers[key] = np.asarray(pd.to_numeric(column, errors="coerce"), np.float64)
@@ -189,8 +190,10 @@ def numbers(table: pd.DataFrame, found: Mapping[str, Any], name: str) -> dict[st
         if words.any():
             text = str(column.iloc[int(words.argmax())])[:40]
             wrong.append(f"{title} is not a number in {rows_of(words)}, such as {text!r}")
+            first.append(np.flatnonzero(words).tolist() == [0])
     if wrong:
-        raise InputError(f"{name}: {'; '.join(wrong)} (counted from 0)")
+        hint = "; remove that row if it has the units" if len(wrong) > 1 and all(first) else ""
+        raise InputError(f"{name}: {'; '.join(wrong)} (counted from 0){hint}")
     return numbers
 
 
