@@ -25,8 +25,8 @@ GRID = (48, 96)
 FORMS = ("outside", "loop", "library", "forwards")
 
 
-def calls(name: str, batch: int, levels: int) -> dict[str, Callable[[], Array]]:
-    """Compiled calls of each form, which wait for their result."""
+def calls(name: str, batch: int, levels: int, forms: Sequence[str] = FORMS) -> dict[str, Callable[[], Array]]:
+    """Compiled calls of some forms, which wait for their result."""
     config = NETWORKS[name]
     graphdef, params = measure.random_network(config)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((batch, *GRID, config.inputs), np.float32))
@@ -57,7 +57,7 @@ def calls(name: str, batch: int, levels: int) -> dict[str, Callable[[], Array]]:
         "library": lambda params, x: looped(params, x, partial(gradient, fixed=False)),
         "forwards": lambda params, x: looped(params, x, derivative),
     }
-    made = {form: measure.compiled(programs[form], params, x)[0] for form in FORMS}
+    made = {form: measure.compiled(programs[form], params, x)[0] for form in forms}
     return {form: lambda run=run: run(params, x).block_until_ready() for form, run in made.items()}
 
 

@@ -57,14 +57,19 @@ def test_networks_are_differentiated_forwards_where_that_is_said():
     def network(x, graphdef=graphdef):
         return unet.apply(graphdef, params, x, jnp.zeros(1), None)
 
+    @jax.jit
+    def pulled(x, w):
+        return jax.vjp(network, x)[1](w)[0]
+
     with convolution.forwards():
-        moved = jax.jvp(network, (x,), (v,))[1]
-    np.testing.assert_allclose(jnp.vdot(w, moved), jnp.vdot(jax.vjp(network, x)[1](w)[0], v), rtol=1e-3)
+        moved = jax.jit(lambda x, v: jax.jvp(network, (x,), (v,))[1])(x, v)
+    np.testing.assert_allclose(jnp.vdot(w, moved), jnp.vdot(pulled(x, w), v), rtol=1e-3)
     assert jnp.abs(moved).max() > 1e-3
     # Attention that only a GPU has, and that has no such derivative, is replaced.
     of_gpu, _ = unet.create(dataclasses.replace(config, attention_implementation="cudnn"), 0)
     with convolution.forwards():
-        np.testing.assert_allclose(jax.jvp(lambda x: network(x, of_gpu), (x,), (v,))[1], moved, atol=1e-5)
+        again = jax.jit(lambda x, v: jax.jvp(lambda x: network(x, of_gpu), (x,), (v,))[1])(x, v)
+    np.testing.assert_allclose(again, moved, atol=1e-5)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(network, (x,), (v,))
 
