@@ -197,6 +197,17 @@ def test_velocities_that_are_too_fast_on_average_are_asked_about(tmp_path, caplo
     assert ("are the velocities in cm/s?" in caplog.text) == asked
 
 
+@pytest.mark.parametrize(("zeros", "told"), [(0, False), (1, False), (2, True)])
+def test_zeros_in_holes_that_move_are_told_of(tmp_path, caplog, zeros, told):
+    """Of 144 values; arrays that began as zeros have them where nothing was measured."""
+    data = currents()
+    for frame in range(zeros):
+        for name in "uv":
+            data[name][frame, 4, frame] = 0
+    readers.read(written(data, tmp_path), constant=True)
+    assert ("of the values are exactly zero; they count as currents" in caplog.text) == told
+
+
 def test_positions_of_an_average_over_depth_are_not_those_of_the_profile():
     """Gliders have both in one table."""
     table = pd.DataFrame({"latitude": [43.2], "longitude": [-2.8], "u": [0.1], "v": [0.2]})

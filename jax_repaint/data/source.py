@@ -19,6 +19,7 @@ from jax_repaint.errors import InputError
 LONGEST = 200  # characters of a library's own message; some quote the file
 SUSPECT = 5.0  # m/s; where many values are the largest and above that, they stand for missing ones
 TOO_FAST = 50.0  # m/s; no current, but an undeclared fill value
+ZEROS = 0.01  # of the values; exact zeros of both components are rarer in currents
 FAST = 3.0  # m/s, on average; currents of whole seas have tenths of it
 
 
@@ -181,6 +182,9 @@ def assemble(raw: Raw, source: Source, constant: bool = False) -> Fields:
     zero = (missing | (velocity == 0).all(-1)).all((1, 2)) & ~empty
     if zero.any() and not zero.all():
         source.notice(f"{_frames(zero, time)} exactly zero everywhere; a start from rest is no current to learn")
+    held = ~missing & ~zero[:, None, None]
+    if held.any() and (share := (velocity[held] == 0).all(-1).mean()) > ZEROS:
+        source.notice(f"{100 * share:.2g} % of the values are exactly zero; they count as currents, not as missing")
     if empty.any() and not empty.all() and time.shape == empty.shape:
         source.notice(f"{_frames(empty, time)} without any value and left out")
         velocity, time = velocity[~empty], time[~empty]
