@@ -454,7 +454,7 @@ def _weights(
 
 
 def calibration_of(trained: Model, method: str, members: int) -> Calibration | None:
-    """The model's calibration if it is for ensembles of this method and size; a warning if it is not, or has none."""
+    """The model's calibration for ensembles of this method and size; warnings if there is none, or of true values."""
     learnt = calibrations.find(trained.calibrations, method, members)
     # Samples of the linear posterior spread as the prior says, which validation frames chose.
     if not trained.calibrations and method != "linear_samples":
@@ -466,6 +466,11 @@ def calibration_of(trained: Model, method: str, members: int) -> Calibration | N
         logging.warning(
             "the calibration of this model is for %s, not for %d of %s, and is not used",
             calibrations.sizes(trained.calibrations), members, method,
+        )  # fmt: skip
+    if learnt is not None and not learnt.error:
+        logging.warning(
+            "the calibration for %s was learnt from true values: where observations have errors, members are too sure "
+            "beside them; python -m jax_repaint.calibrate learns it from observations with errors", method,
         )  # fmt: skip
     return learnt
 
