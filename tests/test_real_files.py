@@ -226,7 +226,7 @@ def test_numbers_of_bins_are_depths(title):
         collect(table, GRID)
 
 
-@pytest.mark.parametrize("title", ["Cell", "range (m)", "Prof", "profundidad", "height_above_bottom"])
+@pytest.mark.parametrize("title", ["range (m)", "Prof", "profundidad"])
 def test_what_may_be_depths_is_asked_about(title, caplog):
     table = pd.DataFrame({"lat": [43.2, 43.2], "lon": [-2.8, -2.8], "u": [0.1, 0.3], "v": [0.2, 0.1], title: [1, 9]})
     collect(table, GRID)

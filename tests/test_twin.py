@@ -380,7 +380,9 @@ def test_a_cache_that_fails_costs_only_time(calls, tmp_path, monkeypatch, caplog
     monkeypatch.setenv("JAX_REPAINT_CACHE", str(tmp_path / "file"))
     frames(twin.WINDOW + 1)
     assert caplog.text.count("simulated windows are not kept, JAX_REPAINT_CACHE names another folder") == 1
-    assert calls[1:] == [(0, 3), (0, 3), (0, twin.WINDOW), (1, 1)]
+    assert calls[1:3] == [(0, 3), (0, 3)]
+    # Threads simulate windows, in any order.
+    assert sorted(calls[3:]) == [(0, twin.WINDOW), (1, 1)]
 
 
 def test_windows_come_in_order_and_the_last_is_cut(calls):

@@ -58,11 +58,11 @@ DEPTH = re.compile(
 )
 # Of columns that may say it, but are as often about something else; and of those that surely are.
 HINTS_DEPTH = re.compile(
-    r"(?<![a-z])(z|dep(th|h)?|pres(s|sure)?|height|altitude|lev(el)?|bin|layer|cell|range|prof(undidad)?)(?![a-z])",
+    r"(?<![a-z])(z|dep(th|h)?|pres(s|sure)?|height|altitude|lev(el)?|bin|layer|range|prof(undidad)?)(?![a-z])",
     re.IGNORECASE,
 )
 OTHER_DEPTH = re.compile(
-    r"water[\s_]depth|(?<!above[\s_])(bottom|floor|bed)|bathy|count|size|mixed|air|atm|wave|wind|swell|tid(e|al)|sea[\s_](level|surface)|ssh",
+    r"water[\s_]depth|bottom|floor|bed|bathy|count|size|mixed|air|atm|wave|wind|swell|tid(e|al)|sea[\s_](level|surface)|ssh",
     re.IGNORECASE,
 )
 COUNTED = re.compile(r"lev|bin|layer|cell", re.IGNORECASE)
