@@ -53,7 +53,8 @@ _AFTER = (
 )
 DEPTH = re.compile(
     rf"((sensor|instr(ument)?|nominal|measurement|obs(ervation)?|sample|drogue|bin|cell|mean)[\s_]?)?{_WATER}"
-    rf"|z|lev(el)?s?|n?bins?|layers?|(bin|cell|layer|level)[\s_]?(no|nr|num(ber)?|index|#)\.?|bin#|pres(s|sure)?|({_WATER}|pres(s|sure)?)[\s_,]+({_AFTER})|depsm|prdm",
+    rf"|z|lev(el)?s?|n?bins?|layers?|(bin|cell|layer|level)[\s_]?(no|nr|num(ber)?|index|#)\.?|bin#"
+    rf"|pres(s|sure)?|({_WATER}|pres(s|sure)?)[\s_,]+({_AFTER})|depsm|prdm",
     re.IGNORECASE,
 )
 # Of columns that may say it, but are as often about something else; and of those that surely are.
